@@ -284,7 +284,7 @@ pub enum Op {
     /// `(x, w, bias, residual, gamma, delta)`; absent operands are [`Op::None`]. With the
     /// [`crate::Prologue::AddRms`] prologue the result is a tuple `(x + delta, y)`.
     Gemm(GemmSpec),
-    /// `(qkv [T,(H+2Hkv)·D], gamma_q, gamma_k, positions, inv_freq, cache) -> ([T,H·D], cache)`.
+    /// `(qkv [T,(H+2Hkv)·D], gamma_q, gamma_k, positions, inv_freq, cache) -> ([T,H,D], cache)`.
     AttnQkv(QkvSpec),
     /// `(logits [R,V]) -> i32[R]`: the next token of each row, by the request's sampling parameters.
     Sample,
