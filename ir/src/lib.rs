@@ -10,6 +10,7 @@ pub mod dtype;
 pub mod graph;
 pub mod import;
 pub mod infer;
+pub mod interp;
 pub mod op;
 pub mod shape;
 pub mod spec;
