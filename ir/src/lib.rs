@@ -8,6 +8,7 @@
 
 pub mod dtype;
 pub mod graph;
+pub mod import;
 pub mod infer;
 pub mod interp;
 pub mod op;

@@ -1,0 +1,31 @@
+//! Token embedding.
+
+use crate::import::builder::{Builder, Built, batch, seq};
+use crate::{DType, NodeId, Op};
+
+/// The program's input: `tokens i64[B,S]`.
+pub(crate) fn tokens(b: &mut Builder) -> Built {
+    b.add(
+        Op::Input {
+            name: "tokens".to_string(),
+            dtype: DType::I64,
+            shape: vec![batch(), seq()],
+        },
+        &[],
+    )
+}
+
+/// The embedding module `name` with its weight `[vocab, hidden]`. Returns the weight, which a
+/// tied lm_head uses again, and the rows of the ids.
+pub(crate) fn embedding(
+    b: &mut Builder,
+    name: &str,
+    ids: NodeId,
+    shape: [u32; 2],
+) -> Result<(NodeId, NodeId), crate::import::ImportError> {
+    b.within(name, |b| {
+        let table = b.weight("weight", &shape)?;
+        let rows = b.add(Op::Embedding, &[table, ids])?;
+        Ok((table, rows))
+    })
+}

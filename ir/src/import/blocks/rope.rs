@@ -1,0 +1,272 @@
+//! Rotary position embedding: frequencies by the formulas of transformers'
+//! `modeling_rope_utils.py` (version 5), and their application in the rotate-half form.
+
+use crate::import::builder::{Builder, Built, batch, seq};
+use crate::import::{HfConfig, ImportError};
+use crate::{BinaryFn, DType, Dim, NodeId, Op, Real, UnaryFn};
+use std::f64::consts::PI;
+
+const SUPPORTED: &str = "default, linear, llama3, yarn, dynamic (within the original length)";
+
+/// Frequencies of one rotary embedding.
+#[derive(Clone, PartialEq, Debug)]
+pub(crate) struct RopeTable {
+    /// Angle per position of each pair of features: `head_dim / 2` values, rounded to f32.
+    pub(crate) inv_freq: Vec<f32>,
+    /// Factor of cos and sin.
+    pub(crate) scaling: f64,
+}
+
+impl RopeTable {
+    /// The frequencies that `rope_parameters` asks for. `max_seq_len` is the longest sequence
+    /// that will be run, if it is not the model's own maximum.
+    pub(crate) fn read(
+        cfg: &HfConfig,
+        head_dim: u32,
+        max_seq_len: Option<u32>,
+    ) -> Result<RopeTable, ImportError> {
+        cfg.check_rope_keys()?;
+        cfg.only("rope_parameters.partial_rotary_factor", &1.0.into())?;
+        if !head_dim.is_multiple_of(2) {
+            return Err(cfg.invalid("head_dim", "an even number, for rotary embeddings"));
+        }
+        let theta = cfg
+            .opt_positive("rope_parameters.rope_theta")?
+            .unwrap_or(10_000.0);
+        let base = pair_frequencies(theta, head_dim);
+        let key = "rope_parameters.rope_type";
+        match cfg.opt_str(key)?.unwrap_or("default") {
+            "default" => Ok(RopeTable::plain(base)),
+            "linear" => {
+                let factor = factor(cfg)? as f32;
+                Ok(RopeTable::plain(
+                    base.into_iter().map(|f| f / factor).collect(),
+                ))
+            }
+            "llama3" => llama3(cfg, base),
+            "yarn" => yarn(cfg, theta, head_dim),
+            "dynamic" => {
+                // Up to the original length the frequencies are the plain ones; beyond it they
+                // depend on the length of the sequence, so cached keys would be wrong.
+                let max = cfg.size("max_position_embeddings")?;
+                let original = original_length(cfg)?.min(max);
+                let longest = max_seq_len.unwrap_or(max);
+                if longest > original {
+                    return Err(cfg.unsupported(
+                        key,
+                        &format!(
+                            "dynamic for sequences up to {original} positions (asked for \
+                             {longest}), beyond which its frequencies depend on the sequence \
+                             length; default, linear, llama3, yarn"
+                        ),
+                    ));
+                }
+                factor(cfg)?;
+                Ok(RopeTable::plain(base))
+            }
+            _ => Err(cfg.unsupported(key, SUPPORTED)),
+        }
+    }
+
+    fn plain(inv_freq: Vec<f32>) -> RopeTable {
+        RopeTable {
+            inv_freq,
+            scaling: 1.0,
+        }
+    }
+}
+
+fn factor(cfg: &HfConfig) -> Result<f64, ImportError> {
+    let key = "rope_parameters.factor";
+    cfg.opt_positive(key)?
+        .ok_or_else(|| cfg.missing(key, "a number above 0"))
+}
+
+fn original_length(cfg: &HfConfig) -> Result<u32, ImportError> {
+    match cfg.opt_size("rope_parameters.original_max_position_embeddings")? {
+        Some(n) => Ok(n),
+        None => cfg.size("max_position_embeddings"),
+    }
+}
+
+/// `theta^(2i/dim)`, rounded where PyTorch rounds to f32.
+fn pair_periods(theta: f64, dim: u32) -> Vec<f32> {
+    (0..dim / 2)
+        .map(|i| {
+            let exponent = (2 * i) as f32 / dim as f32;
+            (theta as f32 as f64).powf(f64::from(exponent)) as f32
+        })
+        .collect()
+}
+
+/// `1 / theta^(2i/dim)`.
+fn pair_frequencies(theta: f64, dim: u32) -> Vec<f32> {
+    pair_periods(theta, dim).iter().map(|p| 1.0 / p).collect()
+}
+
+/// Llama 3.1: long wavelengths are divided by `factor`, short ones kept, those between
+/// interpolated.
+fn llama3(cfg: &HfConfig, base: Vec<f32>) -> Result<RopeTable, ImportError> {
+    let factor = factor(cfg)? as f32;
+    let low = cfg.f64("rope_parameters.low_freq_factor")?;
+    let high = cfg.f64("rope_parameters.high_freq_factor")?;
+    if high <= low {
+        return Err(cfg.invalid(
+            "rope_parameters.high_freq_factor",
+            &format!("more than low_freq_factor, which is {low}"),
+        ));
+    }
+    let length = f64::from(original_length(cfg)?);
+    let (longest, shortest) = ((length / low) as f32, (length / high) as f32);
+    let inv_freq = base
+        .into_iter()
+        .map(|f| {
+            // PyTorch computes scalar / tensor as a reciprocal times the scalar.
+            let wavelength = (1.0 / f) * (2.0 * PI) as f32;
+            if wavelength > longest {
+                f / factor
+            } else if wavelength < shortest {
+                f
+            } else {
+                let turns = (1.0 / wavelength) * length as f32;
+                let smooth = (turns - low as f32) / (high - low) as f32;
+                (1.0 - smooth) * f / factor + smooth * f
+            }
+        })
+        .collect();
+    Ok(RopeTable::plain(inv_freq))
+}
+
+/// YaRN (arXiv 2309.00071): high frequencies kept, low ones divided by `factor`, a linear ramp
+/// between them; cos and sin grow with the logarithm of the factor.
+fn yarn(cfg: &HfConfig, theta: f64, dim: u32) -> Result<RopeTable, ImportError> {
+    let opt = |key: &str| cfg.opt_f64(&format!("rope_parameters.{key}"));
+    let original = f64::from(original_length(cfg)?);
+    let factor = match cfg.opt_positive("rope_parameters.factor")? {
+        Some(f) => f,
+        None => f64::from(cfg.size("max_position_embeddings")?) / original,
+    };
+    let nonzero = |v: Option<f64>| v.filter(|&x| x != 0.0);
+    let mscale = |m: f64| {
+        if factor <= 1.0 {
+            1.0
+        } else {
+            0.1 * m * factor.ln() + 1.0
+        }
+    };
+    let scaling = match opt("attention_factor")? {
+        Some(f) => f,
+        None => match (nonzero(opt("mscale")?), nonzero(opt("mscale_all_dim")?)) {
+            (Some(m), Some(all)) => mscale(m) / mscale(all),
+            _ => mscale(1.0),
+        },
+    };
+    let fast = nonzero(opt("beta_fast")?).unwrap_or(32.0);
+    let slow = nonzero(opt("beta_slow")?).unwrap_or(1.0);
+    let d = f64::from(dim);
+    // The feature pair that turns `rotations` times over the original length.
+    let correction =
+        |rotations: f64| d * (original / (rotations * 2.0 * PI)).ln() / (2.0 * theta.ln());
+    let (mut low, mut high) = (correction(fast), correction(slow));
+    if cfg.bool_or("rope_parameters.truncate", true)? {
+        (low, high) = (low.floor(), high.ceil());
+    }
+    (low, high) = (low.max(0.0), high.min(d - 1.0));
+    if low == high {
+        high += 0.001;
+    }
+    let inv_freq = pair_periods(theta, dim)
+        .into_iter()
+        .enumerate()
+        .map(|(i, period)| {
+            let ramp = ((i as f32 - low as f32) / (high - low) as f32).clamp(0.0, 1.0);
+            let keep = 1.0 - ramp;
+            1.0 / (factor as f32 * period) * (1.0 - keep) + 1.0 / period * keep
+        })
+        .collect();
+    Ok(RopeTable { inv_freq, scaling })
+}
+
+/// cos and sin of all positions, `[B,S,D]` each.
+#[derive(Clone, Copy)]
+pub(crate) struct CosSin {
+    cos: NodeId,
+    sin: NodeId,
+    head_dim: u32,
+}
+
+/// The module `rotary_emb`: computed once for all layers, in f32, then in the model's type.
+pub(crate) fn rotary_embedding(b: &mut Builder, table: &RopeTable) -> Result<CosSin, ImportError> {
+    let one = Dim::new(1);
+    b.within("rotary_emb", |b| {
+        let positions = b.add(
+            Op::Iota {
+                len: seq(),
+                dtype: DType::I64,
+            },
+            &[],
+        )?;
+        let positions = b.reshape(positions, &[one, seq()])?;
+        let positions = b.expand(positions, &[batch(), seq()])?;
+        let half = Dim::from(table.inv_freq.len());
+        let freq = b.add(
+            Op::Table {
+                name: "inv_freq".to_string(),
+                data: table
+                    .inv_freq
+                    .iter()
+                    .map(|&f| Real::new(f64::from(f)))
+                    .collect(),
+            },
+            &[],
+        )?;
+        let freq = b.reshape(freq, &[one, half, one])?;
+        let freq = b.expand(freq, &[batch(), half, one])?;
+        let positions = b.cast(positions, DType::F32)?;
+        let positions = b.reshape(positions, &[batch(), one, seq()])?;
+        let angles = b.matmul(freq, positions)?;
+        let angles = b.permute(angles, &[0, 2, 1])?;
+        let angles = b.concat_last(angles, angles)?;
+        let mut scaled = |f: UnaryFn| {
+            let y = b.unary(f, angles)?;
+            let y = b.scalar(BinaryFn::Mul, y, table.scaling)?;
+            b.cast(y, b.dtype)
+        };
+        Ok(CosSin {
+            cos: scaled(UnaryFn::Cos)?,
+            sin: scaled(UnaryFn::Sin)?,
+            head_dim: 2 * table.inv_freq.len() as u32,
+        })
+    })
+}
+
+impl CosSin {
+    /// The values with an axis for the heads: `[B,1,S,D]`.
+    pub(crate) fn per_head(self, b: &mut Builder) -> Result<(NodeId, NodeId), ImportError> {
+        let shape = [
+            batch(),
+            Dim::new(1),
+            seq(),
+            Dim::from(i64::from(self.head_dim)),
+        ];
+        Ok((b.reshape(self.cos, &shape)?, b.reshape(self.sin, &shape)?))
+    }
+}
+
+/// `x·cos + rotate_half(x)·sin` on x `[B,H,S,D]`.
+pub(crate) fn apply(b: &mut Builder, x: NodeId, cos: NodeId, sin: NodeId) -> Built {
+    let straight = b.binary(BinaryFn::Mul, x, cos)?;
+    let rotated = rotate_half(b, x)?;
+    let rotated = b.binary(BinaryFn::Mul, rotated, sin)?;
+    b.binary(BinaryFn::Add, straight, rotated)
+}
+
+/// `concat(−second half, first half)` of the last axis.
+fn rotate_half(b: &mut Builder, x: NodeId) -> Built {
+    let axis = b.last_axis(x);
+    let n = b.shape(x).last().and_then(|d| d.known()).unwrap_or(0) as u32;
+    let first = b.slice(x, axis, 0, n / 2)?;
+    let second = b.slice(x, axis, n / 2, n)?;
+    let second = b.unary(UnaryFn::Neg, second)?;
+    b.concat_last(second, first)
+}
