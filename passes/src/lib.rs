@@ -3,6 +3,8 @@
 #![forbid(unsafe_code)]
 
 pub mod egraph;
+pub mod pipeline;
+pub mod region;
 pub mod rule;
 pub mod rules;
 pub mod sample;

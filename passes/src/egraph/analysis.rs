@@ -29,6 +29,15 @@ pub struct Value {
     pub fact: Option<Fact>,
     /// Where it comes from, if it was imported or stands for an imported value.
     pub prov: Option<Prov>,
+    /// Where its operands come from: stands in for values that only rules made.
+    pub near: Option<Prov>,
+}
+
+impl Value {
+    /// Where the value comes from, or else its operands.
+    pub fn origin(&self) -> Option<&Prov> {
+        self.prov.as_ref().or(self.near.as_ref())
+    }
 }
 
 /// One application of a rule: for `explain`.
@@ -117,12 +126,21 @@ impl Analysis<Lang> for TensorAnalysis {
             }
         };
         let fact = fact(&op, &operands, &ty);
+        // A projection is named after its weight, all else after its first operand.
+        let near = operands
+            .iter()
+            .filter(|v| v.weight_only)
+            .chain(&operands)
+            .find_map(|v| v.origin().filter(|p| p.layer.is_some()))
+            .or_else(|| operands.iter().find_map(|v| v.origin()))
+            .cloned();
         Data::Value(Value {
             ty,
             konst,
             weight_only,
             fact,
             prov: None,
+            near,
         })
     }
 
@@ -145,6 +163,10 @@ impl Analysis<Lang> for TensorAnalysis {
                     x.weight_only && !y.weight_only,
                 );
                 x.weight_only |= y.weight_only;
+                // A stand-in is for readers only: no reason to look at the users again.
+                if x.near.is_none() {
+                    x.near = y.near;
+                }
                 konst | fact | prov | weight
             }
             _ => panic!("invariant: payload leaves are never united with values"),

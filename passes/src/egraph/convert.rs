@@ -76,7 +76,7 @@ fn build(
         .get(&id)
         .unwrap_or_else(|| panic!("invariant: class {id} under a root has a chosen form"));
     let prov = match &egraph[id].data {
-        Data::Value(v) => v.prov.clone().unwrap_or_else(|| user.clone()),
+        Data::Value(v) => v.origin().cloned().unwrap_or_else(|| user.clone()),
         Data::Payload(_) => user.clone(),
     };
     let operands: Vec<NodeId> = node

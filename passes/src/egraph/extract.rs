@@ -309,7 +309,7 @@ impl<'a> Problem<'a> {
                 .filter_map(Lang::name)
                 .collect();
             let prov = match &self.egraph[shown].data {
-                Data::Value(v) => v.prov.clone(),
+                Data::Value(v) => v.origin().cloned(),
                 Data::Payload(_) => None,
             };
             let op = node.name().unwrap_or("payload");

@@ -572,7 +572,7 @@ const ATTENTION: Rule = Rule {
         if !p.mask.causal || w.batch != Some(0) || w.seq != Some(2) {
             return None;
         }
-        let layer = a.value(a.root).prov.as_ref().and_then(|p| p.layer)?;
+        let layer = a.value(a.root).origin().and_then(|p| p.layer)?;
         let k = a.ty("?k")?;
         let (kv_heads, head_dim) = (k.shape[1].known()?, k.shape[3].known()?);
         let mut ops = Vec::with_capacity(4);
