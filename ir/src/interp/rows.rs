@@ -244,7 +244,7 @@ pub(super) fn add<F: Float>(
 
 /// SwiGLU of rows whose gate and up features alternate in blocks of 8.
 fn swiglu_packed<F: Float>(y: &Tensor<F>) -> Result<Tensor<F>, String> {
-    if y.last() % 16 != 0 {
+    if !y.last().is_multiple_of(16) {
         return Err(format!("{} features are no multiple of 16", y.last()));
     }
     let mut data = Vec::with_capacity(y.data.len() / 2);
