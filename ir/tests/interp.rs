@@ -468,6 +468,19 @@ fn rounding_follows_the_materialised_edges() {
         data(&y),
         [round(round(1.0 / rms) * 1.007_812_5), round(3.0 / rms)]
     );
+    // The sum of addrms is materialised: its norm sees the rounded sum.
+    let (r, d) = (f(&[2], &[1.0, 2.0]), f(&[2], &[0.003, 0.006]));
+    let both = Type::Tuple(vec![ty.clone(), ty.clone()]);
+    let add = Op::AddRms {
+        eps: Real::new(0.0),
+    };
+    let one = f(&[2], &[1.0, 1.0]);
+    let y = interp::eval_op(&add, &[&r, &d, &one], &both, &mut state).expect("evaluates");
+    let Value::Tuple(y) = y else {
+        panic!("addrms returns a tuple")
+    };
+    assert_eq!(data(&y[0]), [1.0, 2.0]);
+    assert_eq!(data(&y[1]), [1.0, 2.0].map(|v| round(v / 2.5_f64.sqrt())));
     let third = f(&[2], &[1.0 / 3.0, 1e39]);
     let cast = |state: &mut Interp<'_, f64>| {
         interp::eval_op(&Op::Cast(DType::BF16), &[&third], &ty, state).expect("evaluates")

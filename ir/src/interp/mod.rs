@@ -107,6 +107,16 @@ impl<'a, F: Float> Interp<'a, F> {
     /// been changed by then.
     pub fn run(&mut self, graph: &Graph) -> Result<IndexMap<String, Value<F>>, InterpError> {
         let n = graph.nodes().len();
+        let in_order = graph
+            .ids()
+            .all(|id| graph.node(id).inputs.iter().all(|&i| i < id));
+        if !in_order || graph.outputs().iter().any(|(_, id)| id.index() >= n) {
+            return Err(InterpError {
+                op: "graph",
+                at: None,
+                reason: "a value is used before it is defined".to_string(),
+            });
+        }
         let mut uses = vec![0_usize; n];
         for (_, id) in graph.outputs() {
             uses[id.index()] += 1;

@@ -1,7 +1,7 @@
 //! Operations on the rows of a value: softmax, norms, gates, rotary embedding and the composites
 //! made of them.
 
-use super::linalg::{add_bias, dot, linear};
+use super::linalg::{add_bias, linear};
 use super::value::broadcast_strides;
 use super::{Float, Tensor, Value};
 use crate::dtype::DType;
@@ -38,7 +38,7 @@ pub(super) fn softmax<F: Float>(x: &Tensor<F>) -> Result<Tensor<F>, String> {
 /// RMSNorm of one row in place. `round` is applied to `x/rms` before gamma, where Hugging Face
 /// returns to the element type.
 pub(super) fn rms_row<F: Float>(row: &mut [F], gamma: &[F], eps: f64, round: Option<DType>) {
-    let mean = dot(row, row) / F::from_f64(row.len() as f64);
+    let mean = F::dot(row, row) / F::from_f64(row.len() as f64);
     let rstd = F::ONE / (mean + F::from_f64(eps)).sqrt();
     for (v, &g) in row.iter_mut().zip(gamma) {
         *v = rounded(*v * rstd, round) * g;
