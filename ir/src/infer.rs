@@ -5,6 +5,7 @@ use crate::dtype::DType;
 use crate::op::{BinaryFn, Op, ReduceFn, UnaryFn};
 use crate::shape::{Dim, Sym, broadcast, element_count, format_shape};
 use crate::spec::{Epilogue, Prologue};
+use crate::text::format_type;
 use crate::{TensorType, Type};
 use thiserror::Error;
 
@@ -68,7 +69,8 @@ fn derive(op: &Op, inputs: &[&Type]) -> R {
         }
         Op::Reshape(shape) => {
             let [x] = tensors(inputs)?;
-            if element_count(&x.shape) != element_count(shape) {
+            let count = element_count(shape);
+            if element_count(&x.shape) != count || count.0 == i64::MAX {
                 return Err(format!(
                     "{} does not hold as many elements as {}",
                     format_shape(&x.shape),
@@ -145,13 +147,17 @@ fn derive(op: &Op, inputs: &[&Type]) -> R {
             arity(inputs, 1)?;
             match inputs[0] {
                 Type::Tuple(ts) if usize::from(*i) < ts.len() => Ok(ts[usize::from(*i)].clone()),
-                other => Err(format!("no element {i} in a value of type {other:?}")),
+                other => Err(format!(
+                    "no element {i} in a value of type {}",
+                    format_type(other)
+                )),
             }
         }
         Op::AttnStep(spec) => {
             arity(inputs, 4)?;
             let [q, k, v] = tensors(&inputs[..3])?;
             want_rank(q, 3, "q")?;
+            want_rank(k, 3, "k")?;
             step_heads(spec.groups, q, k, v)?;
             want_cache(inputs[3])?;
             Ok(Type::Tuple(vec![Type::Tensor(q.clone()), Type::Cache]))
@@ -160,7 +166,7 @@ fn derive(op: &Op, inputs: &[&Type]) -> R {
             arity(inputs, 6)?;
             let [x, w] = tensors(&inputs[..2])?;
             let y = linear(x, w)?;
-            let n = i64::from(p.heads) * i64::from(p.head_dim);
+            let n = i64::from(p.heads).saturating_mul(i64::from(p.head_dim));
             let y = y.as_tensor().expect("linear returns a tensor");
             if !y.shape[y.rank() - 1].is(n) {
                 return Err(format!("weight has {} rows, expected {n}", w.shape[0]));
@@ -198,7 +204,7 @@ fn derive(op: &Op, inputs: &[&Type]) -> R {
             want_cache(inputs[5])?;
             let out = [
                 qkv.shape[0],
-                Dim::from(i64::from(spec.heads * spec.head_dim)),
+                Dim::from(i64::from(spec.heads).saturating_mul(i64::from(spec.head_dim))),
             ];
             Ok(Type::Tuple(vec![Type::tensor(qkv.dtype, out), Type::Cache]))
         }
@@ -276,7 +282,7 @@ fn want_min_rank(t: &TensorType, n: usize) -> Result<(), String> {
 fn want_cache(t: &Type) -> Result<(), String> {
     match t {
         Type::Cache => Ok(()),
-        other => Err(format!("expected a cache, found {other:?}")),
+        other => Err(format!("expected a cache, found {}", format_type(other))),
     }
 }
 
@@ -329,7 +335,7 @@ fn optional(t: &Type, shape: &[Dim], what: &str) -> Result<(), String> {
             format_shape(&t.shape),
             format_shape(shape)
         )),
-        other => Err(format!("{what} is {other:?}")),
+        other => Err(format!("{what} is {}", format_type(other))),
     }
 }
 
@@ -566,7 +572,7 @@ fn pack(kind: crate::spec::PackKind, inputs: &[&Type]) -> R {
         let t = t.as_tensor().ok_or("an operand is not a tensor")?;
         want_min_rank(t, 1)?;
         let n = t.shape[0].known().ok_or("an operand has symbolic rows")?;
-        rows.push(n as usize);
+        rows.push(usize::try_from(n).map_err(|_| format!("an operand has {n} rows"))?);
         match first {
             None => first = Some(t),
             Some(f) => {
@@ -578,11 +584,11 @@ fn pack(kind: crate::spec::PackKind, inputs: &[&Type]) -> R {
         }
     }
     let first = first.ok_or("no operands")?;
-    let sources = kind
-        .source_rows(&rows)
+    let n = kind
+        .packed_rows(&rows)
         .ok_or_else(|| format!("operands of {rows:?} rows do not fit {kind:?}"))?;
     let mut shape = first.shape.clone();
-    shape[0] = Dim::from(sources.len());
+    shape[0] = Dim::from(n);
     Ok(Type::tensor(first.dtype, shape))
 }
 
@@ -603,7 +609,7 @@ fn gemm(prologue: Prologue, epilogue: Epilogue, inputs: &[&Type]) -> R {
     match (epilogue == Epilogue::Residual, inputs[3]) {
         (true, Type::Tensor(t)) => same_type(t, &y)?,
         (false, Type::None) => {}
-        (_, other) => return Err(format!("residual is {other:?}")),
+        (_, other) => return Err(format!("residual is {}", format_type(other))),
     }
     match (prologue, inputs[4], inputs[5]) {
         (Prologue::None, Type::None, Type::None) => Ok(Type::Tensor(y)),

@@ -14,6 +14,8 @@ pub mod interp;
 pub mod op;
 pub mod shape;
 pub mod spec;
+pub mod text;
+pub mod verify;
 
 pub use dtype::DType;
 pub use graph::{Graph, Node, NodeId, Prov};
@@ -21,6 +23,7 @@ pub use infer::{TypeError, infer};
 pub use op::{BinaryFn, Op, ReduceFn, UnaryFn};
 pub use shape::{Dim, Sym, SymEnv};
 pub use spec::*;
+pub use verify::{VerifyError, verify};
 
 /// The type of a value: a tensor, a KV cache, or a tuple of them.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]

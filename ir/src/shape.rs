@@ -55,7 +55,8 @@ impl SymEnv {
     }
 }
 
-/// An extent `c + Σ kᵢ·symᵢ`. Equal extents have equal representations.
+/// An extent `c + Σ kᵢ·symᵢ`. Equal extents have equal representations. Arithmetic saturates, so
+/// that absurd extents in untrusted text cannot overflow.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct Dim {
     coef: [i32; 4],
@@ -107,7 +108,7 @@ impl Dim {
     pub fn eval(self, env: &SymEnv) -> i64 {
         let mut v = self.konst;
         for s in Sym::ALL {
-            v += i64::from(self.coef[s as usize]) * env.get(s);
+            v = v.saturating_add(i64::from(self.coef[s as usize]).saturating_mul(env.get(s)));
         }
         v
     }
@@ -115,7 +116,7 @@ impl Dim {
     /// Replaces a symbol by another one (e.g. `R` by `T` in a decode program).
     pub fn rename(mut self, from: Sym, to: Sym) -> Dim {
         let c = std::mem::take(&mut self.coef[from as usize]);
-        self.coef[to as usize] += c;
+        self.coef[to as usize] = self.coef[to as usize].saturating_add(c);
         self
     }
 }
@@ -141,9 +142,9 @@ impl From<Sym> for Dim {
 impl Add for Dim {
     type Output = Dim;
     fn add(mut self, o: Dim) -> Dim {
-        self.konst += o.konst;
+        self.konst = self.konst.saturating_add(o.konst);
         for i in 0..4 {
-            self.coef[i] += o.coef[i];
+            self.coef[i] = self.coef[i].saturating_add(o.coef[i]);
         }
         self
     }
@@ -159,9 +160,10 @@ impl Sub for Dim {
 impl Mul<i64> for Dim {
     type Output = Dim;
     fn mul(mut self, k: i64) -> Dim {
-        self.konst *= k;
+        self.konst = self.konst.saturating_mul(k);
         for c in &mut self.coef {
-            *c = (i64::from(*c) * k) as i32;
+            let v = i64::from(*c).saturating_mul(k);
+            *c = v.clamp(i64::from(i32::MIN), i64::from(i32::MAX)) as i32;
         }
         self
     }
@@ -180,8 +182,8 @@ impl fmt::Display for Dim {
             } else if !first {
                 f.write_str("+")?;
             }
-            if c.abs() != 1 {
-                write!(f, "{}*", c.abs())?;
+            if c.unsigned_abs() != 1 {
+                write!(f, "{}*", c.unsigned_abs())?;
             }
             f.write_str(s.name())?;
             first = false;
@@ -198,13 +200,13 @@ impl fmt::Display for Dim {
 
 /// The number of elements of a shape in normal form: the constant factor and the symbolic
 /// extents, sorted. Two shapes hold the same number of elements for every assignment of the
-/// symbols if these are equal.
+/// symbols if these are equal. A factor of `i64::MAX` stands for any larger one.
 pub fn element_count(shape: &[Dim]) -> (i64, Vec<Dim>) {
-    let mut factor = 1;
+    let mut factor: i64 = 1;
     let mut syms = Vec::new();
     for &d in shape {
         match d.known() {
-            Some(n) => factor *= n,
+            Some(n) => factor = factor.saturating_mul(n),
             None => syms.push(d),
         }
     }

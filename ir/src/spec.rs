@@ -185,7 +185,9 @@ pub struct QkvSpec {
 impl QkvSpec {
     /// Features of a packed row: `(heads + 2·kv_heads) · head_dim`.
     pub fn features(&self) -> u32 {
-        (self.heads + 2 * self.kv_heads) * self.head_dim
+        (self.kv_heads.saturating_mul(2))
+            .saturating_add(self.heads)
+            .saturating_mul(self.head_dim)
     }
 }
 
@@ -256,20 +258,12 @@ pub enum PackKind {
 }
 
 impl PackKind {
-    /// For each row of the packed tensor, which operand and which of its rows it comes from.
-    /// `rows[i]` is the row count of operand `i`. `None` if the layout cannot hold such operands
-    /// (a half head or an intermediate size that is not a multiple of 8).
-    pub fn source_rows(self, rows: &[usize]) -> Option<Vec<(usize, usize)>> {
+    /// The row count of the packed tensor, if the layout can hold operands of these row counts:
+    /// the length of [`PackKind::source_rows`].
+    pub fn packed_rows(self, rows: &[usize]) -> Option<usize> {
         match (self, rows) {
             (PackKind::GateUp, &[gate, up]) => {
-                if gate != up || gate % 8 != 0 {
-                    return None;
-                }
-                Some(
-                    (0..2 * gate)
-                        .map(|r| ((r / 8) % 2, r / 16 * 8 + r % 8))
-                        .collect(),
-                )
+                (gate == up && gate % 8 == 0).then(|| gate.checked_mul(2))?
             }
             (
                 PackKind::Qkv {
@@ -279,11 +273,31 @@ impl PackKind {
                 &[q, k, v],
             ) => {
                 let d = head_dim as usize;
-                if q % d != 0 || k % d != 0 || k != v || (interleave && !d.is_multiple_of(16)) {
-                    return None;
-                }
-                let mut out = Vec::with_capacity(q + k + v);
-                for (part, n) in [(0, q), (1, k)] {
+                let whole = q.checked_rem(d)? == 0 && k.checked_rem(d)? == 0 && k == v;
+                (whole && (!interleave || d.is_multiple_of(16)))
+                    .then(|| q.checked_add(k)?.checked_add(v))?
+            }
+            (PackKind::Head { head_dim }, &[n]) => {
+                (n == head_dim as usize && n.is_multiple_of(16)).then_some(n)
+            }
+            _ => None,
+        }
+    }
+
+    /// For each row of the packed tensor, which operand and which of its rows it comes from.
+    /// `rows[i]` is the row count of operand `i`. `None` if the layout cannot hold such operands
+    /// (a half head or an intermediate size that is not a multiple of 8).
+    pub fn source_rows(self, rows: &[usize]) -> Option<Vec<(usize, usize)>> {
+        let n = self.packed_rows(rows)?;
+        let mut out = Vec::with_capacity(n);
+        match self {
+            PackKind::GateUp => out.extend((0..n).map(|r| ((r / 8) % 2, r / 16 * 8 + r % 8))),
+            PackKind::Qkv {
+                head_dim,
+                interleave,
+            } => {
+                let d = head_dim as usize;
+                for (part, &n) in rows[..2].iter().enumerate() {
                     out.extend((0..n).map(|r| {
                         let local = if interleave {
                             interleaved_source(r % d, d)
@@ -293,16 +307,11 @@ impl PackKind {
                         (part, r / d * d + local)
                     }));
                 }
-                out.extend((0..v).map(|r| (2, r)));
-                Some(out)
+                out.extend((0..rows[2]).map(|r| (2, r)));
             }
-            (PackKind::Head { head_dim }, &[n]) => {
-                let d = head_dim as usize;
-                (n == d && d.is_multiple_of(16))
-                    .then(|| (0..d).map(|r| (0, interleaved_source(r, d))).collect())
-            }
-            _ => None,
+            PackKind::Head { .. } => out.extend((0..n).map(|r| (0, interleaved_source(r, n)))),
         }
+        Some(out)
     }
 }
 

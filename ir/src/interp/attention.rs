@@ -1,6 +1,5 @@
 //! Attention, in full-sequence form and in steps on a KV cache.
 
-use super::linalg::dot;
 use super::rows::{required, rms_row, rope_row, rounded, softmax_row};
 use super::value::CacheRef;
 use super::{Float, Tensor, Value};
@@ -117,7 +116,7 @@ impl Attend {
         let scale = F::from_f64(self.scale);
         scores.clear();
         scores.extend(view.clone().map(|j| {
-            let s = dot(q, &k[j * stride..j * stride + d]) * scale;
+            let s = F::dot(q, &k[j * stride..j * stride + d]) * scale;
             cap(s, self.softcap)
         }));
         softmax_row(scores);

@@ -52,6 +52,12 @@ pub trait Float:
     /// `x^y`.
     fn powf(self, y: Self) -> Self;
 
+    /// Dot product of two vectors of one length, in 16 interleaved partial sums.
+    fn dot(a: &[Self], b: &[Self]) -> Self;
+
+    /// `out += Σ_k a[k] · b[k,:]` with b `[K,N]`.
+    fn combine_rows(a: &[Self], b: &[Self], out: &mut [Self]);
+
     /// Error function.
     fn erf(self) -> Self {
         Self::from_f64(erf(self.to_f64()))
@@ -124,6 +130,14 @@ macro_rules! float {
             }
             fn powf(self, y: $t) -> $t {
                 $t::powf(self, y)
+            }
+            // The hot loops are methods of these impls so that they are compiled once, with this
+            // crate's optimisation level, and not in every crate that runs programs.
+            fn dot(a: &[$t], b: &[$t]) -> $t {
+                super::linalg::dot(a, b)
+            }
+            fn combine_rows(a: &[$t], b: &[$t], out: &mut [$t]) {
+                super::linalg::combine_rows(a, b, out);
             }
         }
     };

@@ -87,7 +87,7 @@ pub(super) fn matmul<F: Float>(a: &Tensor<F>, b: &Tensor<F>) -> Result<Tensor<F>
         let a = &a.data[i * m * k..(i + 1) * m * k];
         let b = &b.data[j * k * n..(j + 1) * k * n];
         for (r, out) in out.chunks_exact_mut(n).enumerate() {
-            combine_rows(&a[r * k..(r + 1) * k], b, out);
+            F::combine_rows(&a[r * k..(r + 1) * k], b, out);
         }
     });
     Ok(Tensor::new(shape, out))
@@ -115,7 +115,7 @@ pub(super) fn linear<F: Float>(x: &Tensor<F>, w: &Tensor<F>) -> Result<Tensor<F>
         for j in 0..n {
             let row = &w.data[j * k..(j + 1) * k];
             for i in first..last {
-                out[i * n + j] = dot(&x.data[i * k..(i + 1) * k], row);
+                out[i * n + j] = F::dot(&x.data[i * k..(i + 1) * k], row);
             }
         }
     }

@@ -107,6 +107,16 @@ impl<'a, F: Float> Interp<'a, F> {
     /// been changed by then.
     pub fn run(&mut self, graph: &Graph) -> Result<IndexMap<String, Value<F>>, InterpError> {
         let n = graph.nodes().len();
+        let in_order = graph
+            .ids()
+            .all(|id| graph.node(id).inputs.iter().all(|&i| i < id));
+        if !in_order || graph.outputs().iter().any(|(_, id)| id.index() >= n) {
+            return Err(InterpError {
+                op: "graph",
+                at: None,
+                reason: "a value is used before it is defined".to_string(),
+            });
+        }
         let mut uses = vec![0_usize; n];
         for (_, id) in graph.outputs() {
             uses[id.index()] += 1;
@@ -202,13 +212,19 @@ impl<'a, F: Float> Interp<'a, F> {
 
     /// The extents of a shape as numbers.
     fn extents(&self, shape: &[Dim]) -> Result<Vec<usize>, String> {
-        shape
+        let out: Vec<usize> = shape
             .iter()
             .map(|d| {
                 let n = d.eval(&self.syms);
                 usize::try_from(n).map_err(|_| format!("extent {d} is {n}"))
             })
-            .collect()
+            .collect::<Result<_, _>>()?;
+        // Elements take at most 8 bytes, and no allocation may exceed isize::MAX bytes.
+        out.iter()
+            .try_fold(8_usize, |n, &d| n.checked_mul(d.max(1)))
+            .filter(|&bytes| isize::try_from(bytes).is_ok())
+            .ok_or_else(|| format!("{out:?} has too many elements"))?;
+        Ok(out)
     }
 
     fn step(&self) -> Result<&StepMeta, String> {
@@ -429,11 +445,11 @@ fn compute<F: Float>(
             if x.rank() != 2 || x.last() == 0 {
                 return Err(format!("logits {:?}", x.shape));
             }
-            let rows = x.data.chunks_exact(x.last()).enumerate();
+            let rows = x.data.chunks_exact(x.last());
             let ids = match state.sampler {
-                Some(pick) => rows.map(|(i, row)| pick(i, row)).collect(),
+                Some(pick) => rows.enumerate().map(|(i, row)| pick(i, row)).collect(),
                 None => rows
-                    .map(|(_, row)| linalg::argmax(row.iter().copied()))
+                    .map(|row| linalg::argmax(row.iter().copied()))
                     .collect(),
             };
             Ok(Value::Int(Tensor::new([x.shape[0]], ids)))

@@ -1,7 +1,7 @@
 //! Operations on the rows of a value: softmax, norms, gates, rotary embedding and the composites
 //! made of them.
 
-use super::linalg::{add_bias, dot, linear};
+use super::linalg::{add_bias, linear};
 use super::value::broadcast_strides;
 use super::{Float, Tensor, Value};
 use crate::dtype::DType;
@@ -38,7 +38,7 @@ pub(super) fn softmax<F: Float>(x: &Tensor<F>) -> Result<Tensor<F>, String> {
 /// RMSNorm of one row in place. `round` is applied to `x/rms` before gamma, where Hugging Face
 /// returns to the element type.
 pub(super) fn rms_row<F: Float>(row: &mut [F], gamma: &[F], eps: f64, round: Option<DType>) {
-    let mean = dot(row, row) / F::from_f64(row.len() as f64);
+    let mean = F::dot(row, row) / F::from_f64(row.len() as f64);
     let rstd = F::ONE / (mean + F::from_f64(eps)).sqrt();
     for (v, &g) in row.iter_mut().zip(gamma) {
         *v = rounded(*v * rstd, round) * g;
@@ -244,7 +244,7 @@ pub(super) fn add<F: Float>(
 
 /// SwiGLU of rows whose gate and up features alternate in blocks of 8.
 fn swiglu_packed<F: Float>(y: &Tensor<F>) -> Result<Tensor<F>, String> {
-    if y.last() % 16 != 0 {
+    if !y.last().is_multiple_of(16) {
         return Err(format!("{} features are no multiple of 16", y.last()));
     }
     let mut data = Vec::with_capacity(y.data.len() / 2);
