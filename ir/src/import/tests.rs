@@ -248,7 +248,9 @@ fn windows_follow_the_layers() {
 
 #[test]
 fn options_that_change_the_computation_are_refused_by_name() {
-    let cases: &[(&str, &[(&str, Value)], &[&str])] = &[
+    /// A golden, keys to replace, and parts of the message.
+    type Case<'a> = (&'a str, &'a [(&'a str, Value)], &'a [&'a str]);
+    let cases: &[Case] = &[
         (
             "qwen2",
             &[("model_type", json!("mamba"))],
