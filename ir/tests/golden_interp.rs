@@ -151,10 +151,18 @@ macro_rules! goldens {
 }
 
 goldens! {
-    llama_rope3_tied: "llama-rope3-tied",
-    llama_mha_bias: "llama-mha-bias",
+    falcon: "falcon",
+    gemma: "gemma",
+    gemma2: "gemma2",
+    gemma3: "gemma3",
+    gpt_neox: "gpt-neox",
+    gpt2: "gpt2",
     llama_linear: "llama-linear",
+    llama_mha_bias: "llama-mha-bias",
+    llama_rope3_tied: "llama-rope3-tied",
     mistral_window: "mistral-window",
+    phi: "phi",
+    phi3: "phi3",
     qwen2: "qwen2",
     qwen3: "qwen3",
 }

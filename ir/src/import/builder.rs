@@ -110,6 +110,15 @@ impl Builder {
         self.add(Op::Weight { weight, dtype }, &[])
     }
 
+    /// A number as the model's element type holds it.
+    pub(crate) fn rounded(&self, v: f64) -> f64 {
+        match self.dtype {
+            DType::BF16 => half::bf16::from_f64(v).to_f64(),
+            DType::F16 => half::f16::from_f64(v).to_f64(),
+            _ => f64::from(v as f32),
+        }
+    }
+
     /// A scalar.
     pub(crate) fn konst(&mut self, value: f64, dtype: DType) -> Built {
         let value = Real::new(value);
@@ -157,6 +166,11 @@ impl Builder {
     /// Index of the last axis.
     pub(crate) fn last_axis(&self, x: NodeId) -> u8 {
         self.shape(x).len().saturating_sub(1) as u8
+    }
+
+    /// Extent of the last axis, 0 if it is symbolic.
+    pub(crate) fn last_extent(&self, x: NodeId) -> u32 {
+        self.shape(x).last().and_then(|d| d.known()).unwrap_or(0) as u32
     }
 
     /// A matrix product.

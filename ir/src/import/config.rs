@@ -133,6 +133,15 @@ impl HfConfig {
         self.root.contains_key(key)
     }
 
+    /// The value of a key for which the configuration class has a default: `default` where the key
+    /// is absent, none where it is null.
+    pub fn nullable<T>(&self, key: &str, value: Option<T>, default: T) -> Option<T> {
+        match value {
+            None if !self.is_written(key) => Some(default),
+            v => v,
+        }
+    }
+
     /// A positive integer.
     ///
     /// # Errors
@@ -370,6 +379,9 @@ impl HfConfig {
             }
         }
         self.fold_key("rope_scaling", "rope_parameters")?;
+        // GPT-NeoX has names of its own.
+        self.fold_key("rotary_emb_base", "rope_theta")?;
+        self.fold_key("rotary_pct", "partial_rotary_factor")?;
         for key in ["rope_theta", "partial_rotary_factor"] {
             let Some(v) = self.root.shift_remove(key).filter(|v| !v.is_null()) else {
                 continue;
@@ -395,23 +407,22 @@ impl HfConfig {
         Ok(())
     }
 
-    /// Refuses keys of `rope_parameters` that no rope type knows, and parameters per layer type.
+    /// Refuses keys of the rotary parameters at `at` that no rope type knows, such as parameters
+    /// per layer type in a family that has none.
     ///
     /// # Errors
     /// Such a key is written.
-    pub fn check_rope_keys(&self) -> Result<(), ImportError> {
-        let Some(Value::Object(o)) = self.get("rope_parameters") else {
+    pub fn check_rope_keys(&self, at: &str) -> Result<(), ImportError> {
+        let Some(Value::Object(o)) = self.get(at) else {
             return Ok(());
         };
-        for key in o.keys() {
-            if !ROPE_KEYS.contains(&key.as_str()) {
-                return Err(self.unsupported(
-                    &format!("rope_parameters.{key}"),
-                    &format!("the keys {}", ROPE_KEYS.join(", ")),
-                ));
-            }
+        match o.keys().find(|k| !ROPE_KEYS.contains(&k.as_str())) {
+            None => Ok(()),
+            Some(key) => Err(self.unsupported(
+                &format!("{at}.{key}"),
+                &format!("the keys {}", ROPE_KEYS.join(", ")),
+            )),
         }
-        Ok(())
     }
 }
 
@@ -433,6 +444,8 @@ fn canonical_key(key: &str) -> String {
     match key {
         "torch_dtype" => "dtype".to_string(),
         "rope_theta" | "partial_rotary_factor" => format!("rope_parameters.{key}"),
+        "rotary_emb_base" => "rope_parameters.rope_theta".to_string(),
+        "rotary_pct" => "rope_parameters.partial_rotary_factor".to_string(),
         _ => match key.strip_prefix("rope_scaling.") {
             Some("type") => "rope_parameters.rope_type".to_string(),
             Some(rest) => format!("rope_parameters.{rest}"),

@@ -68,8 +68,8 @@ pub struct ModelInfo {
     pub dtype: Option<DType>,
     /// The tensors that the graph reads, in the order of their first use.
     pub weights: Vec<WeightRef>,
-    /// Names that a checkpoint may use or repeat for a tensor of another name (tied weights):
-    /// `(alias, name)`.
+    /// `(alias, name)`: a checkpoint may repeat the tensor `name` under `alias` (tied weights), or
+    /// carry it under `alias` alone.
     pub aliases: Vec<(String, String)>,
     /// Tensors whose names end so may lie in a checkpoint and are not read.
     pub ignored_suffixes: Vec<String>,
@@ -95,9 +95,17 @@ impl ModelInfo {
 type FamilyFn = fn(&HfConfig, &ImportOptions) -> Result<Model, ImportError>;
 
 /// `(model_type, architecture, importer)`, sorted by model_type.
-const FAMILIES: [(&str, &str, FamilyFn); 4] = [
+const FAMILIES: [(&str, &str, FamilyFn); 12] = [
+    ("falcon", "FalconForCausalLM", families::falcon::import),
+    ("gemma", "GemmaForCausalLM", families::gemma::import),
+    ("gemma2", "Gemma2ForCausalLM", families::gemma2::import),
+    ("gemma3_text", "Gemma3ForCausalLM", families::gemma3::import),
+    ("gpt2", "GPT2LMHeadModel", families::gpt2::import),
+    ("gpt_neox", "GPTNeoXForCausalLM", families::gpt_neox::import),
     ("llama", "LlamaForCausalLM", families::llama::import),
     ("mistral", "MistralForCausalLM", families::mistral::import),
+    ("phi", "PhiForCausalLM", families::phi::import),
+    ("phi3", "Phi3ForCausalLM", families::phi3::import),
     ("qwen2", "Qwen2ForCausalLM", families::qwen2::import),
     ("qwen3", "Qwen3ForCausalLM", families::qwen3::import),
 ];

@@ -6,11 +6,19 @@ use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-const GOLDENS: [&str; 6] = [
-    "llama-rope3-tied",
-    "llama-mha-bias",
+const GOLDENS: [&str; 14] = [
+    "falcon",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "gpt-neox",
+    "gpt2",
     "llama-linear",
+    "llama-mha-bias",
+    "llama-rope3-tied",
     "mistral-window",
+    "phi",
+    "phi3",
     "qwen2",
     "qwen3",
 ];
@@ -82,8 +90,11 @@ fn importers_emit_primitives_and_casts_only_where_types_change() {
                 }
             }
             assert_eq!(g.without_dead().nodes().len(), g.nodes().len(), "{name}");
-            // In f32 only the positions change their type.
-            assert_eq!(g.count("cast") == 1, dtype == DType::F32, "{name}");
+            // In f32 only the positions of rotary embeddings change their type.
+            if dtype == DType::F32 {
+                let rotary = usize::from(name != "gpt2") + usize::from(name == "gemma3");
+                assert_eq!(g.count("cast"), rotary, "{name}");
+            }
             let out = g
                 .tensor(g.output("logits").expect("logits"))
                 .expect("tensor");
@@ -166,6 +177,7 @@ fn every_node_of_a_layer_names_its_module() {
 fn full_size_configurations_import_or_are_refused_by_name() {
     // (config, parameters); the published counts.
     let expected = [
+        ("gemma-2-9b", 9_241_705_984),
         ("llama-3.1-70b", 70_553_706_496),
         ("llama-3.1-8b", 8_030_261_248),
         ("llama-3.2-1b", 1_235_814_400),
@@ -236,7 +248,9 @@ fn windows_follow_the_layers() {
 
 #[test]
 fn options_that_change_the_computation_are_refused_by_name() {
-    let cases: &[(&str, &[(&str, Value)], &[&str])] = &[
+    /// A golden, keys to replace, and parts of the message.
+    type Case<'a> = (&'a str, &'a [(&'a str, Value)], &'a [&'a str]);
+    let cases: &[Case] = &[
         (
             "qwen2",
             &[("model_type", json!("mamba"))],
@@ -340,6 +354,35 @@ fn options_that_change_the_computation_are_refused_by_name() {
             )],
             &["dynamic", "up to 64", "256"],
         ),
+        ("falcon", &[("alibi", json!(true))], &["alibi", "false"]),
+        (
+            "gpt2",
+            &[("scale_attn_weights", json!(false))],
+            &["scale_attn_weights", "true"],
+        ),
+        (
+            "phi",
+            &[("qk_layernorm", json!(true))],
+            &["qk_layernorm", "false"],
+        ),
+        (
+            "gemma",
+            &[("hidden_act", json!("gelu"))],
+            &["hidden_act", "hidden_activation"],
+        ),
+        (
+            "gemma2",
+            &[("use_bidirectional_attention", json!(true))],
+            &["use_bidirectional"],
+        ),
+        (
+            "phi3",
+            &[(
+                "rope_scaling",
+                json!({"type": "longrope", "short_factor": [1.0]}),
+            )],
+            &["longrope", "yarn"],
+        ),
     ];
     for (name, overrides, parts) in cases {
         let message = refusal(name, overrides);
@@ -399,4 +442,99 @@ fn overrides_reach_both_spellings() {
         assert_eq!(m.arch.dtype, Some(DType::F16), "{file}");
         assert_eq!(set("num_hidden_layers", json!(5)).arch.layers, 5);
     }
+}
+
+/// Rotary frequencies relative to `theta^(-2i/D)`, and the factor of cos and sin.
+fn rope_factors(overrides: &[(&str, Value)], theta: f64) -> (Vec<f64>, f64) {
+    let g = with("llama-linear", overrides).graph;
+    let table = g.nodes().iter().find_map(|n| match &n.op {
+        Op::Table { data, .. } => Some(data.clone()),
+        _ => None,
+    });
+    let table = table.expect("a table");
+    let d = 2.0 * table.len() as f64;
+    let ratio = |(i, f): (usize, &crate::Real)| f.get() * theta.powf(2.0 * i as f64 / d);
+    let scaling = g.nodes().iter().find_map(|n| match n.op {
+        Op::Const { value, .. } if &*n.prov.path == "model.rotary_emb" => Some(value.get()),
+        _ => None,
+    });
+    let factors = table.iter().enumerate().map(ratio).collect();
+    (factors, scaling.expect("a factor"))
+}
+
+fn close(a: f64, b: f64) {
+    assert!((a - b).abs() <= 2e-6 * b.abs(), "{a} is not {b}");
+}
+
+#[test]
+fn yarn_keeps_fast_pairs_and_divides_slow_ones() {
+    // Qwen 2.5's published long-context setting: the ramp goes from pair 23 to pair 40, because
+    // 128·ln(32768 / (32·2π)) / (2·ln 10⁶) = 23.6 and 128·ln(32768 / 2π) / (2·ln 10⁶) = 39.6.
+    let yarn = |extra: Value| {
+        let mut rope = json!({
+            "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768,
+        });
+        for (k, v) in extra.as_object().expect("an object") {
+            rope[k] = v.clone();
+        }
+        let size = json!(128);
+        let overrides = [
+            ("head_dim", size),
+            ("rope_theta", json!(1e6)),
+            ("rope_scaling", rope),
+        ];
+        rope_factors(&overrides, 1e6)
+    };
+    let (factors, scaling) = yarn(json!({}));
+    assert_eq!(factors.len(), 64);
+    for (i, &f) in factors.iter().enumerate() {
+        let ramp = ((i as f64 - 23.0) / 17.0).clamp(0.0, 1.0);
+        close(f, 1.0 - ramp + ramp / 4.0);
+    }
+    close(scaling, 0.1 * 4_f64.ln() + 1.0);
+    assert_eq!(yarn(json!({"attention_factor": 1.5})).1, 1.5);
+    let both = json!({"mscale": 1.0, "mscale_all_dim": 0.5});
+    close(
+        yarn(both).1,
+        (0.1 * 4_f64.ln() + 1.0) / (0.05 * 4_f64.ln() + 1.0),
+    );
+}
+
+#[test]
+fn llama3_interpolates_between_wavelengths() {
+    // Llama 3.1: pairs up to 28 have wavelengths below 8192 / 4, pairs from 35 on above 8192.
+    let overrides = [
+        ("head_dim", json!(128)),
+        ("rope_theta", json!(500_000.0)),
+        (
+            "rope_scaling",
+            json!({
+                "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+            }),
+        ),
+    ];
+    let (factors, scaling) = rope_factors(&overrides, 500_000.0);
+    assert_eq!(scaling, 1.0);
+    for (i, &f) in factors.iter().enumerate() {
+        let wavelength = std::f64::consts::TAU * 500_000_f64.powf(i as f64 / 64.0);
+        let expected = match i {
+            0..=28 => 1.0,
+            29..=34 => {
+                let smooth = (8192.0 / wavelength - 1.0) / 3.0;
+                assert!((0.0..=1.0).contains(&smooth));
+                (1.0 - smooth) / 8.0 + smooth
+            }
+            _ => 1.0 / 8.0,
+        };
+        close(f, expected);
+    }
+}
+
+#[test]
+fn dynamic_rope_is_plain_within_the_original_length() {
+    let dynamic = ("rope_scaling", json!({"type": "dynamic", "factor": 4.0}));
+    let (factors, scaling) = rope_factors(&[dynamic], 10_000.0);
+    factors.iter().for_each(|&f| close(f, 1.0));
+    assert_eq!(scaling, 1.0);
 }

@@ -1,7 +1,8 @@
-//! Token embedding.
+//! Token and position embeddings.
 
+use crate::import::ImportError;
 use crate::import::builder::{Builder, Built, batch, seq};
-use crate::{DType, NodeId, Op};
+use crate::{DType, Dim, NodeId, Op};
 
 /// The program's input: `tokens i64[B,S]`.
 pub(crate) fn tokens(b: &mut Builder) -> Built {
@@ -22,10 +23,22 @@ pub(crate) fn embedding(
     name: &str,
     ids: NodeId,
     shape: [u32; 2],
-) -> Result<(NodeId, NodeId), crate::import::ImportError> {
+) -> Result<(NodeId, NodeId), ImportError> {
     b.within(name, |b| {
         let table = b.weight("weight", &shape)?;
         let rows = b.add(Op::Embedding, &[table, ids])?;
         Ok((table, rows))
     })
+}
+
+/// `[0, 1, …, S-1]` as `i64` of these extents.
+pub(crate) fn positions(b: &mut Builder, shape: &[Dim]) -> Built {
+    let iota = b.add(
+        Op::Iota {
+            len: seq(),
+            dtype: DType::I64,
+        },
+        &[],
+    )?;
+    b.reshape(iota, shape)
 }

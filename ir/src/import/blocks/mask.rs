@@ -1,5 +1,6 @@
 //! Additive causal masks.
 
+use super::embed::positions;
 use crate::import::builder::{Builder, Built, seq};
 use crate::{BinaryFn, DType, Dim, NodeId, Op};
 
@@ -31,17 +32,6 @@ pub(crate) fn causal_mask(b: &mut Builder, window: Option<u32>) -> Built {
         let mask = b.add(Op::Where, &[allowed, shown, hidden])?;
         b.reshape(mask, &[one, one, seq(), seq()])
     })
-}
-
-fn positions(b: &mut Builder, shape: &[Dim]) -> Built {
-    let iota = b.add(
-        Op::Iota {
-            len: seq(),
-            dtype: DType::I64,
-        },
-        &[],
-    )?;
-    b.reshape(iota, shape)
 }
 
 /// The masks of all layers, each kind computed once: `windows[i]` is layer i's window.

@@ -1,6 +1,6 @@
-//! Gated feed-forward networks.
+//! Feed-forward networks.
 
-use super::linear::linear;
+use super::linear::{Part, linear, linear_part};
 use crate::import::builder::{Builder, Built};
 use crate::import::{HfConfig, ImportError};
 use crate::{BinaryFn, NodeId, UnaryFn};
@@ -73,8 +73,7 @@ fn gelu_tail(b: &mut Builder, x: NodeId, t: NodeId) -> Built {
 pub(crate) fn gated_mlp(
     b: &mut Builder,
     x: NodeId,
-    hidden: u32,
-    intermediate: u32,
+    [hidden, intermediate]: [u32; 2],
     act: Activation,
     bias: bool,
 ) -> Built {
@@ -84,5 +83,45 @@ pub(crate) fn gated_mlp(
         let up = linear(b, "up_proj", x, [intermediate, hidden], bias)?;
         let h = b.binary(BinaryFn::Mul, gate, up)?;
         linear(b, "down_proj", h, [hidden, intermediate], bias)
+    })
+}
+
+/// The same with one tensor `gate_up_proj`: gate rows first (Phi-3).
+pub(crate) fn fused_gated_mlp(
+    b: &mut Builder,
+    x: NodeId,
+    [hidden, intermediate]: [u32; 2],
+    act: Activation,
+) -> Built {
+    b.within("mlp", |b| {
+        let mut half = |i: u32| {
+            let part = Part {
+                groups: 1,
+                from: i * intermediate,
+                to: (i + 1) * intermediate,
+            };
+            let shape = [2 * intermediate, hidden];
+            linear_part(b, "gate_up_proj", x, shape, false, part)
+        };
+        let (gate, up) = (half(0)?, half(1)?);
+        let gate = activation(b, act, gate)?;
+        let h = b.binary(BinaryFn::Mul, up, gate)?;
+        linear(b, "down_proj", h, [hidden, intermediate], false)
+    })
+}
+
+/// `second(act(first(x)))` at the module `mlp`, its two projections named by the family.
+pub(crate) fn plain_mlp(
+    b: &mut Builder,
+    x: NodeId,
+    [first, second]: [&str; 2],
+    [hidden, intermediate]: [u32; 2],
+    act: Activation,
+    bias: bool,
+) -> Built {
+    b.within("mlp", |b| {
+        let h = linear(b, first, x, [intermediate, hidden], bias)?;
+        let h = activation(b, act, h)?;
+        linear(b, second, h, [hidden, intermediate], bias)
     })
 }

@@ -6,5 +6,6 @@ pub(crate) mod embed;
 pub(crate) mod linear;
 pub(crate) mod mask;
 pub(crate) mod mlp;
+pub(crate) mod model;
 pub(crate) mod norm;
 pub(crate) mod rope;

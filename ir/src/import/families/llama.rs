@@ -6,18 +6,13 @@ use crate::import::{HfConfig, ImportError, ImportOptions, Model};
 pub(crate) fn import(cfg: &HfConfig, opts: &ImportOptions) -> Result<Model, ImportError> {
     // Slices of the projections, summed separately: other rounding, no known checkpoint left.
     cfg.only("pretraining_tp", &1.into())?;
-    let mut d = Decoder::read(
-        cfg,
-        opts,
-        &Defaults {
-            kv_heads_optional: true,
-            head_dim: None,
-        },
-    )?;
-    let bias = cfg.bool_or("attention_bias", false)?;
-    d.attention.qkv_bias = bias;
-    d.attention.o_bias = bias;
+    let defaults = Defaults {
+        kv_heads_optional: true,
+        ..Defaults::PLAIN
+    };
+    let mut d = Decoder::read(cfg, opts, &defaults)?;
+    d.read_attention_bias(cfg)?;
     d.mlp_bias = cfg.bool_or("mlp_bias", false)?;
-    d.windows = windows_by_type(cfg, d.windows.len(), None, |_| false)?;
+    d.windows = windows_by_type(cfg, d.layers(), None, |_| false)?;
     d.build("llama", cfg, opts)
 }

@@ -3,30 +3,27 @@
 use crate::import::blocks::decoder::{Decoder, Defaults, windows_by_type};
 use crate::import::{HfConfig, ImportError, ImportOptions, Model};
 
-/// The window of `MistralConfig` where the key is absent; `null` means none.
-const DEFAULT_WINDOW: u32 = 4096;
-
 pub(crate) fn import(cfg: &HfConfig, opts: &ImportOptions) -> Result<Model, ImportError> {
-    let mut d = Decoder::read(
-        cfg,
-        opts,
-        &Defaults {
-            kv_heads_optional: false,
-            head_dim: None,
-        },
-    )?;
-    let window = match cfg.opt_size("sliding_window")? {
-        None if !cfg.is_written("sliding_window") => Some(DEFAULT_WINDOW),
-        w => w,
-    };
-    let by_type = windows_by_type(cfg, d.windows.len(), window, |_| true)?;
-    d.windows = vec![window; by_type.len()];
-    if by_type != d.windows {
-        return Err(cfg.unsupported(
+    let mut d = Decoder::read(cfg, opts, &Defaults::PLAIN)?;
+    let window = cfg.nullable("sliding_window", cfg.opt_size("sliding_window")?, 4096);
+    d.windows = uniform_windows(cfg, d.layers(), window)?;
+    d.build("mistral", cfg, opts)
+}
+
+/// The same window for all layers; `layer_types` may only repeat it.
+pub(super) fn uniform_windows(
+    cfg: &HfConfig,
+    layers: usize,
+    window: Option<u32>,
+) -> Result<Vec<Option<u32>>, ImportError> {
+    let by_type = windows_by_type(cfg, layers, window, |_| true)?;
+    if by_type.iter().all(|w| *w == window) {
+        Ok(by_type)
+    } else {
+        Err(cfg.unsupported(
             "layer_types",
             "the same type for all layers: sliding_attention with a sliding_window, \
              full_attention without",
-        ));
+        ))
     }
-    d.build("mistral", cfg, opts)
 }

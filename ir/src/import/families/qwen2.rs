@@ -4,16 +4,9 @@ use crate::import::blocks::decoder::{Decoder, Defaults, windows_by_type};
 use crate::import::{HfConfig, ImportError, ImportOptions, Model};
 
 pub(crate) fn import(cfg: &HfConfig, opts: &ImportOptions) -> Result<Model, ImportError> {
-    let mut d = Decoder::read(
-        cfg,
-        opts,
-        &Defaults {
-            kv_heads_optional: false,
-            head_dim: None,
-        },
-    )?;
+    let mut d = Decoder::read(cfg, opts, &Defaults::PLAIN)?;
     d.attention.qkv_bias = true;
-    d.windows = upper_windows(cfg, d.windows.len())?;
+    d.windows = upper_windows(cfg, d.layers())?;
     d.build("qwen2", cfg, opts)
 }
 

@@ -5,18 +5,13 @@ use crate::import::blocks::decoder::{Decoder, Defaults};
 use crate::import::{HfConfig, ImportError, ImportOptions, Model};
 
 pub(crate) fn import(cfg: &HfConfig, opts: &ImportOptions) -> Result<Model, ImportError> {
-    let mut d = Decoder::read(
-        cfg,
-        opts,
-        &Defaults {
-            kv_heads_optional: false,
-            head_dim: Some(128),
-        },
-    )?;
-    let bias = cfg.bool_or("attention_bias", false)?;
-    d.attention.qkv_bias = bias;
-    d.attention.o_bias = bias;
-    d.attention.head_norm = Some(d.eps);
-    d.windows = upper_windows(cfg, d.windows.len())?;
+    let defaults = Defaults {
+        head_dim: Some(128),
+        ..Defaults::PLAIN
+    };
+    let mut d = Decoder::read(cfg, opts, &defaults)?;
+    d.read_attention_bias(cfg)?;
+    d.attention.head_norm = Some(d.norm);
+    d.windows = upper_windows(cfg, d.layers())?;
     d.build("qwen3", cfg, opts)
 }
