@@ -204,7 +204,8 @@ fn derive(op: &Op, inputs: &[&Type]) -> R {
             want_cache(inputs[5])?;
             let out = [
                 qkv.shape[0],
-                Dim::from(i64::from(spec.heads).saturating_mul(i64::from(spec.head_dim))),
+                Dim::new(i64::from(spec.heads)),
+                Dim::new(i64::from(spec.head_dim)),
             ];
             Ok(Type::Tuple(vec![Type::tensor(qkv.dtype, out), Type::Cache]))
         }

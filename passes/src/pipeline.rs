@@ -102,7 +102,7 @@ pub enum CompileError {
 pub struct StageReport {
     /// Stage.
     pub stage: Stage,
-    /// How often each rule matched with its condition met.
+    /// How often each rule gave a value a new form.
     pub matches: IndexMap<&'static str, usize>,
     /// E-nodes and e-classes after the stage.
     pub nodes: usize,
@@ -405,7 +405,7 @@ impl<'a> Template<'a> {
             .filter(|r| r.stage == stage && self.config.runs(r))
             .flat_map(Rule::rewrites)
             .collect();
-        self.egraph.analysis.matches.clear();
+        let known = self.egraph.analysis.log.len();
         let egraph = std::mem::take(&mut self.egraph);
         let runner = Runner::<Lang, TensorAnalysis>::default()
             .with_egraph(egraph)
@@ -425,7 +425,10 @@ impl<'a> Template<'a> {
                 });
             }
         }
-        let mut matches = std::mem::take(&mut self.egraph.analysis.matches);
+        let mut matches = IndexMap::new();
+        for applied in &self.egraph.analysis.log[known..] {
+            *matches.entry(applied.rule).or_insert(0) += 1;
+        }
         matches.sort_keys();
         Ok(StageReport {
             stage,

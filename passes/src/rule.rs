@@ -149,7 +149,6 @@ impl Applier<Lang, TensorAnalysis> for Action {
         };
         let mut pairs = std::mem::take(&mut apply.united);
         pairs.push((eclass, new));
-        *egraph.analysis.matches.entry(self.name).or_insert(0) += 1;
         for (old, new) in pairs {
             let op = egraph[new].nodes[0].name().unwrap_or("payload");
             if egraph.union(old, new) {

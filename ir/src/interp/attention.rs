@@ -385,7 +385,7 @@ pub(super) fn attn_qkv<F: Float>(
     }
     let out = append_and_attend(&spec.attn, &q, &k, &v, heads, cache, step, caches)?;
     Ok(Value::Tuple(vec![
-        Value::Float(Tensor::new([t, heads * d], out)),
+        Value::Float(Tensor::new([t, heads, d], out)),
         Value::Cache(cache),
     ]))
 }

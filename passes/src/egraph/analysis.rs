@@ -56,9 +56,6 @@ pub struct Applied {
 pub struct TensorAnalysis {
     /// Every union made by a rule, in order.
     pub log: Vec<Applied>,
-    /// How often each rule's pattern was found with its condition met, also when the form that it
-    /// gives was known already.
-    pub matches: indexmap::IndexMap<&'static str, usize>,
 }
 
 impl Data {
@@ -126,12 +123,15 @@ impl Analysis<Lang> for TensorAnalysis {
             }
         };
         let fact = fact(&op, &operands, &ty);
-        // A projection is named after its weight, all else after its first operand.
+        // A projection is named after its weight, all else after its first operand in a layer.
         let near = operands
             .iter()
             .filter(|v| v.weight_only)
-            .chain(&operands)
-            .find_map(|v| v.origin().filter(|p| p.layer.is_some()))
+            .find_map(|v| v.origin())
+            .or_else(|| {
+                let mut origins = operands.iter().filter_map(|v| v.origin());
+                origins.find(|p| p.layer.is_some())
+            })
             .or_else(|| operands.iter().find_map(|v| v.origin()))
             .cloned();
         Data::Value(Value {

@@ -182,6 +182,8 @@ pub fn work(
             if matches!(op, Op::Proj(_)) {
                 return None;
             }
+            // At equal work the form with prologue and epilogue is preferred.
+            w.vector += 1e-3 * at.device.vector_flops * 1e-6;
         }
         Op::Gemm(spec) => return gemm(spec, inputs, output, at, w),
         Op::Attn(s) => {

@@ -4,7 +4,13 @@ use crate::rule::{Exactness, Rule, Stage};
 use crate::sample::{Build, b, n, s};
 use lathe_ir::{BinaryFn, DType, Op};
 
-pub(super) const RULES: &[Rule] = &[MUL_ONE, MUL_CONST_RIGHT, LINEAR, SCALE_OUT_OF_SCORES];
+pub(super) const RULES: &[Rule] = &[
+    MUL_ONE,
+    MUL_CONST_RIGHT,
+    LINEAR,
+    SCALE_OUT_OF_SCORES,
+    RESHAPE_RESHAPE,
+];
 
 const MUL_ONE: Rule = Rule {
     name: "mul-one",
@@ -162,6 +168,40 @@ const SCALE_OUT_OF_SCORES: Rule = Rule {
         let c = q.weight("c", DType::F32, &[e]);
         let x = q.bin(BinaryFn::Mul, x, c);
         let y = q.op(Op::Matmul, &[x, k]);
+        q.done(&[y])
+    })],
+};
+
+const RESHAPE_RESHAPE: Rule = Rule {
+    name: "reshape-reshape",
+    stage: Stage::KvCache,
+    equation: "reshape(reshape(x, a), b) => reshape(x, b), or x if that has these extents already",
+    exactness: Exactness::Exact,
+    doc: "Windows leave chains of views behind (positions expanded to batches and flattened again).",
+    lhs: &["(reshape ?b (reshape ?a ?x))"],
+    rhs: |a| {
+        let Op::Reshape(to) = a.op("?b") else {
+            return None;
+        };
+        let x = a.id("?x");
+        a.reshape(x, to)
+    },
+    sample: |g| {
+        let mut q = Build::new();
+        let (h, d) = (g.dim(), g.wide());
+        let x = q.input("x", g.float(), &[n(h * d)]);
+        let y = q.reshape(x, &[n(h), n(d)]);
+        let back: [&[lathe_ir::Dim]; 2] = [&[n(h * d)], &[n(d), n(h)]];
+        let y = q.reshape(y, back[g.pick(&[0, 1])]);
+        q.done(&[y])
+    },
+    near_misses: &[("a transpose between the views", |g| {
+        let mut q = Build::new();
+        let (h, d) = (g.wide(), g.wide());
+        let x = q.input("x", DType::F32, &[n(h * d)]);
+        let y = q.reshape(x, &[n(h), n(d)]);
+        let y = q.permute(y, &[1, 0]);
+        let y = q.reshape(y, &[n(h * d)]);
         q.done(&[y])
     })],
 };
