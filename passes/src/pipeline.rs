@@ -331,16 +331,14 @@ impl<'a> Template<'a> {
             let mut report = self.saturate(stage)?;
             report.saturate = clock.lap("saturate");
             report.cost_before = cost;
-            if dumps {
-                if let Some(e) = self.best(true) {
-                    cost = e.cost;
-                    let roots = if stage >= Stage::KvCache {
-                        &self.step
-                    } else {
-                        &self.full
-                    };
-                    report.best = Some(to_graph(&self.egraph, &e.choice, &self.report.name, roots));
-                }
+            if let Some(e) = self.best(dumps) {
+                cost = e.cost;
+                let roots = if stage >= Stage::KvCache {
+                    &self.step
+                } else {
+                    &self.full
+                };
+                report.best = Some(to_graph(&self.egraph, &e.choice, &self.report.name, roots));
             }
             report.cost_after = cost;
             report.extract = clock.lap("extract");
@@ -553,11 +551,11 @@ fn stitch(
         let mut map: Vec<NodeId> = Vec::with_capacity(graph.nodes().len());
         for node in graph.nodes() {
             let prov = place(&node.prov, region.layer);
-            if let Op::Input { name, .. } = &node.op {
-                if let Some(&id) = bound.get(name) {
-                    map.push(id);
-                    continue;
-                }
+            if let Op::Input { name, .. } = &node.op
+                && let Some(&id) = bound.get(name)
+            {
+                map.push(id);
+                continue;
             }
             let op = match (&node.op, region.layer) {
                 (Op::Weight { weight, dtype }, Some(l)) => Op::Weight {

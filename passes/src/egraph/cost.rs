@@ -183,7 +183,7 @@ pub fn work(
                 return None;
             }
             // At equal work the form with prologue and epilogue is preferred.
-            w.vector += 1e-3 * at.device.vector_flops * 1e-6;
+            w.bytes += 1024.0;
         }
         Op::Gemm(spec) => return gemm(spec, inputs, output, at, w),
         Op::Attn(s) => {
