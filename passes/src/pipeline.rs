@@ -373,6 +373,8 @@ impl<'a> Template<'a> {
                 seq: Some(1),
             });
             let mut class = add_op(&mut self.egraph, &window, &[id]);
+            let origin = self.egraph[id].data.value().origin().cloned();
+            let origin = origin.unwrap_or_else(|| Prov::global(&name));
             if name == "logits" {
                 let rows = Op::Input {
                     name: format!("{STEP}rows"),
@@ -382,18 +384,18 @@ impl<'a> Template<'a> {
                 let rows = add_op(&mut self.egraph, &rows, &[]);
                 class = add_op(&mut self.egraph, &Op::Select, &[class, rows]);
                 let next = add_op(&mut self.egraph, &Op::Sample, &[class]);
-                self.set_prov(next, "sample");
+                self.set_prov(next, Prov::global("sample"));
                 self.step.push(("next".into(), next));
             }
-            self.set_prov(class, &name);
+            self.set_prov(class, origin);
             self.step.push((name, class));
         }
         self.egraph.rebuild();
     }
 
-    fn set_prov(&mut self, id: Id, path: &str) {
+    fn set_prov(&mut self, id: Id, prov: Prov) {
         if let crate::egraph::Data::Value(v) = &mut self.egraph[id].data {
-            v.prov.get_or_insert_with(|| Prov::global(path));
+            v.prov.get_or_insert(prov);
         }
     }
 

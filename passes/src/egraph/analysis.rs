@@ -188,6 +188,8 @@ fn merge_option<T: PartialEq>(a: &mut Option<T>, b: Option<T>) -> DidMerge {
 fn constant(op: &Op, x: &[&Value]) -> Option<f64> {
     match op {
         Op::Const { value, .. } => Some(value.get()),
+        Op::Cast(lathe_ir::DType::Bool) => x[0].konst.map(|v| f64::from(v != 0.0)),
+        Op::Cast(to) if !to.is_float() => x[0].konst.map(f64::trunc),
         Op::Cast(_) | Op::Reshape(_) | Op::Expand(_) => x[0].konst,
         Op::Unary(lathe_ir::UnaryFn::Neg) => Some(-x[0].konst?),
         _ => None,

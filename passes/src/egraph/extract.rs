@@ -262,7 +262,9 @@ impl<'a> Problem<'a> {
         }
     }
 
-    /// Single switches, and for each tuple the switch of all classes that are its elements.
+    /// Single switches, for each tuple the switch of all classes that are its elements, and every
+    /// pair of forms of two classes that are elements of one tuple: leaving a tuple pays off only
+    /// when nothing is left to read from it.
     fn moves(&self) -> Vec<Vec<(usize, usize)>> {
         let mut moves = Vec::new();
         let mut parts: std::collections::BTreeMap<usize, Vec<(usize, usize)>> =
@@ -278,7 +280,18 @@ impl<'a> Problem<'a> {
                 }
             }
         }
+        let mut pairs = std::collections::BTreeSet::new();
+        for p in parts.values() {
+            for (i, &(a, _)) in p.iter().enumerate() {
+                pairs.extend(p[i + 1..].iter().map(|&(b, _)| (a, b)).filter(|(a, b)| a != b));
+            }
+        }
         moves.extend(parts.into_values().filter(|p| p.len() > 1));
+        for (a, b) in pairs {
+            for f in 0..self.forms[a].len() {
+                moves.extend((0..self.forms[b].len()).map(|g| vec![(a, f), (b, g)]));
+            }
+        }
         moves
     }
 
