@@ -4,8 +4,7 @@
 mod common;
 
 use common::{
-    LLAMA_CONFIGS, LLAMA_SHAPE, Session, Weights, config, distance, full_logits, graph_of,
-    is_kernel, model, term_hashes,
+    LLAMA_CONFIGS, LLAMA_SHAPE, Session, Weights, distance, is_kernel, model, term_hashes,
 };
 use lathe_ir::interp::{Tensor, Value};
 use lathe_ir::text::print;
@@ -39,8 +38,28 @@ fn layers(graph: &Graph) -> u32 {
 /// Names of operations that a program of the Llama shape must not have: the parts of what the
 /// passes recognise, and what has no kernel in a step.
 const PARTS: [&str; 22] = [
-    "exp", "rsqrt", "sigmoid", "sin", "cos", "mean", "amax", "sum", "pow", "where", "neg", "matmul",
-    "concat", "slice", "expand", "softmax", "rope", "angles", "repeat_kv", "sdpa", "attn", "win",
+    "exp",
+    "rsqrt",
+    "sigmoid",
+    "sin",
+    "cos",
+    "mean",
+    "amax",
+    "sum",
+    "pow",
+    "where",
+    "neg",
+    "matmul",
+    "concat",
+    "slice",
+    "expand",
+    "softmax",
+    "rope",
+    "angles",
+    "repeat_kv",
+    "sdpa",
+    "attn",
+    "win",
 ];
 
 #[test]
@@ -172,10 +191,8 @@ fn check_shapes(at: &str, g: &Graph) {
 fn templates_are_one_a_kind_of_layer() {
     let c = compile(&model("llama-3.1-8b", DType::BF16), &h100()).expect("compiles");
     let names: Vec<&str> = c.templates.iter().map(|t| t.name.as_str()).collect();
-    assert_eq!(names, ["0-embed", "1-layer", "2-layer", "3-head"]);
-    // The first layer takes the embedding, the others the pair (residual, delta).
-    assert_eq!(c.templates[1].layers, [0]);
-    assert_eq!(c.templates[2].layers, (1..32).collect::<Vec<u32>>());
+    assert_eq!(names, ["0-embed", "1-layer", "2-head"]);
+    assert_eq!(c.templates[1].layers, (0..32).collect::<Vec<u32>>());
 }
 
 /// Twice the same bytes, and 80 layers in no more rewriting than 2.
@@ -189,7 +206,10 @@ fn compilation_is_deterministic_and_bounded() {
         assert!(took.as_secs() < 20, "{name} took {took:?}");
         let total: std::time::Duration = a.phases.values().sum();
         println!("{name}: {took:?}, {:?}", a.phases);
-        assert!(total <= took && took - total < took / 2, "{name}: unattributed time");
+        assert!(
+            total <= took && took - total < took / 2,
+            "{name}: unattributed time"
+        );
         let b = compile(&m, &h100()).expect("compiles");
         for (x, y) in steps(&a).into_iter().zip(steps(&b)) {
             assert_eq!(x, y, "{name}");
@@ -222,7 +242,7 @@ fn rolling_changes_nothing() {
                 h.sort_unstable();
                 h
             };
-                assert_eq!(sorted(a), sorted(b), "{name}\n{}\n{}", print(a), print(b));
+            assert_eq!(sorted(a), sorted(b), "{name}\n{}\n{}", print(a), print(b));
         }
         let w = Weights::golden(name);
         let weights = |r: &WeightRef| w.get(r);
@@ -265,98 +285,306 @@ fn run_decode(g: &Graph, weights: &dyn Fn(&WeightRef) -> Result<Vec<f64>, String
     Tensor::new([6, data.len() / 6], data)
 }
 
-/// A model in which a rule matters.
-#[derive(Clone, Copy)]
+/// What switching a rule off does to a model in which it matters.
 struct Case {
+    rule: &'static str,
     golden: &'static str,
     dtype: DType,
-    rule: &'static str,
-    /// Operations that come back in the decode, the general or the full program.
+    /// `(program, operation)` that come back.
     back: &'static [(&'static str, &'static str)],
-    /// What the reason says if there is no step program then.
-    no_step: Option<&'static str>,
+    /// Whether there is a step program still.
+    steps: bool,
 }
 
 const fn case(
+    rule: &'static str,
     golden: &'static str,
     dtype: DType,
-    rule: &'static str,
     back: &'static [(&'static str, &'static str)],
-    no_step: Option<&'static str>,
 ) -> Case {
     Case {
+        rule,
         golden,
         dtype,
-        rule,
         back,
-        no_step,
+        steps: true,
+    }
+}
+
+/// A rule without which there is no step program.
+const fn vital(
+    rule: &'static str,
+    dtype: DType,
+    back: &'static [(&'static str, &'static str)],
+) -> Case {
+    Case {
+        steps: false,
+        ..case(rule, "qwen3", dtype, back)
     }
 }
 
 const F32: DType = DType::F32;
 const BF16: DType = DType::BF16;
+const BIAS: &str = "llama-mha-bias";
+const SOFTMAX: &[(&str, &str)] = &[("full", "softmax"), ("full", "matmul"), ("full", "add")];
 
-/// Rules that no model of the Llama shape needs while all others are on: windows of the parts of
-/// what the rules before them recognise, and spellings that the importer does not use.
-const UNUSED: [&str; 0] = [];
+/// Rules that no model of the Llama shape needs while all others are on: spellings that the
+/// importer does not use, and windows of the parts of what earlier rules recognise.
+const UNUSED: [&str; 16] = [
+    "mul-one",
+    "scale-out-of-scores",
+    "attention-mask-fill",
+    "attention-softcap",
+    "win-unary",
+    "win-cast",
+    "win-where",
+    "win-reduce",
+    "win-rowwise",
+    "win-angles",
+    "win-slice",
+    "win-concat",
+    "win-repeat-kv",
+    "win-outer",
+    // Norms read sums that the GEMM before them has made with its residual epilogue.
+    "add-norm-into-gemm",
+    "select-add",
+];
 
-const CASES: [Case; 0] = [];
+const CASES: [Case; 43] = [
+    case(
+        "mul-weight-right",
+        "qwen3",
+        BF16,
+        &[("decode", "rsqrt"), ("general", "pow")],
+    ),
+    case(
+        "linear",
+        "mistral-window",
+        F32,
+        &[("decode", "matmul"), ("general", "matmul")],
+    ),
+    vital(
+        "softmax",
+        BF16,
+        &[("full", "exp"), ("full", "amax"), ("full", "sum")],
+    ),
+    vital("softmax-upcast", BF16, SOFTMAX),
+    case(
+        "rmsnorm",
+        "mistral-window",
+        F32,
+        &[("decode", "rsqrt"), ("general", "mean")],
+    ),
+    case(
+        "rmsnorm-upcast",
+        "qwen3",
+        BF16,
+        &[("decode", "rsqrt"), ("general", "mean")],
+    ),
+    case(
+        "rope-angles",
+        "qwen3",
+        BF16,
+        &[("decode", "sin"), ("general", "cos")],
+    ),
+    case(
+        "rope",
+        "qwen3",
+        BF16,
+        &[("decode", "sin"), ("general", "neg")],
+    ),
+    case(
+        "silu",
+        BIAS,
+        F32,
+        &[("decode", "sigmoid"), ("general", "sigmoid")],
+    ),
+    case(
+        "swiglu",
+        "qwen3",
+        BF16,
+        &[("decode", "silu"), ("general", "silu")],
+    ),
+    case(
+        "repeat-kv",
+        "qwen3",
+        BF16,
+        &[("decode", "expand"), ("full", "expand")],
+    ),
+    vital("attention-open", BF16, SOFTMAX),
+    vital("attention-mask", BF16, SOFTMAX),
+    vital("attention-scale", BF16, SOFTMAX),
+    vital("attention-close", BF16, SOFTMAX),
+    case(
+        "attention-gqa",
+        "qwen3",
+        BF16,
+        &[("decode", "expand"), ("general", "expand")],
+    ),
+    case("reshape-reshape", "qwen3", BF16, &[("decode", "reshape")]),
+    vital("win-input", BF16, &[]),
+    vital("win-positions", BF16, &[]),
+    vital("win-binary", BF16, &[]),
+    vital("win-linear", BF16, &[]),
+    vital("win-embedding", BF16, &[]),
+    vital("win-reshape", BF16, &[]),
+    vital("win-permute", BF16, &[]),
+    vital("win-expand", BF16, &[]),
+    vital("insert-kv-cache", BF16, &[]),
+    case("win-rmsnorm", "qwen3", BF16, &[("decode", "rsqrt")]),
+    case("win-swiglu", "qwen3", BF16, &[("decode", "silu")]),
+    case("win-rope", "qwen3", BF16, &[("decode", "sin")]),
+    case("select-linear", "qwen3", BF16, &[]),
+    case("select-rmsnorm", "qwen3", BF16, &[]),
+    case(
+        "gemm",
+        "qwen3",
+        BF16,
+        &[("decode", "linear"), ("general", "linear")],
+    ),
+    case(
+        "gemm-bias",
+        BIAS,
+        F32,
+        &[("decode", "add"), ("general", "add")],
+    ),
+    case("gemm-residual", "qwen3", BF16, &[]),
+    case(
+        "add-rmsnorm",
+        "qwen3",
+        BF16,
+        &[("full", "add"), ("full", "rmsnorm")],
+    ),
+    case("norm-into-gemm", "qwen3", BF16, &[("decode", "rmsnorm")]),
+    case(
+        "gate-up-join",
+        "qwen3",
+        BF16,
+        &[("decode", "swiglu"), ("general", "swiglu")],
+    ),
+    case("gate-up-join-bias", BIAS, F32, &[("decode", "swiglu")]),
+    case(
+        "proj",
+        "qwen3",
+        BF16,
+        &[("decode", "attn_step"), ("general", "attn_step")],
+    ),
+    case("proj-bias", BIAS, F32, &[("decode", "attn_step")]),
+    case(
+        "proj-norm",
+        "qwen3",
+        BF16,
+        &[("decode", "rmsnorm"), ("decode", "attn_step")],
+    ),
+    case(
+        "proj-rope",
+        "qwen3",
+        BF16,
+        &[("decode", "rope"), ("decode", "attn_step")],
+    ),
+    case(
+        "qkv-join",
+        "qwen3",
+        BF16,
+        &[("decode", "attn_step"), ("general", "attn_step")],
+    ),
+];
+
+/// A compiled model with the results of its two programs.
+struct Base {
+    compiled: Compiled,
+    general: Tensor<f64>,
+    decode: Tensor<f64>,
+}
 
 #[test]
-fn print_switches() {
-    let mut base: BTreeMap<(&str, String), (Compiled, Tensor<f64>, Tensor<f64>)> = BTreeMap::new();
-    for rule in rules::all() {
-        for (golden, dtype) in [
-            ("llama-mha-bias", F32),
-            ("qwen3", BF16),
-            ("mistral-window", F32),
-        ] {
-            let m = model(golden, dtype);
-            let w = Weights::golden(golden);
-            let weights = |r: &WeightRef| w.get(r);
-            let (c0, g0, d0) = base.entry((golden, dtype.to_string())).or_insert_with(|| {
-                let c = compile(&m, &h100()).expect("compiles");
-                let g = run_general(c.general.as_ref().unwrap(), &weights);
-                let d = run_decode(c.decode.as_ref().unwrap(), &weights);
-                (c, g, d)
-            });
-            let c = compile(&m, &off(rule.name)).expect("compiles");
-            let counts = |g: &Graph| {
-                let mut m: BTreeMap<&str, usize> = BTreeMap::new();
-                for n in g.nodes() {
-                    if !n.op.is_leaf() {
-                        *m.entry(n.op.name()).or_default() += 1;
-                    }
-                }
-                m
-            };
-            let diff = |a: &Graph, b: &Graph| -> Vec<String> {
-                let (a, b) = (counts(a), counts(b));
-                b.iter()
-                    .filter(|(k, v)| a.get(*k).copied().unwrap_or(0) < **v)
-                    .map(|(k, v)| format!("{k}+{}", v - a.get(k).copied().unwrap_or(0)))
-                    .collect()
-            };
-            println!("{:22} {golden:16} full {:?}", rule.name, diff(&c0.full, &c.full));
-            match (&c.decode, &c.general) {
-                (Some(d), Some(g)) => {
-                    let dg = distance(
-                        &Value::Float(run_general(g, &weights)),
-                        &Value::Float(g0.clone()),
-                    );
-                    let dd = distance(
-                        &Value::Float(run_decode(d, &weights)),
-                        &Value::Float(d0.clone()),
-                    );
-                    println!(
-                        "{:22} {golden:16} decode {:?} general {:?} {dd:.1e} {dg:.1e}",
-                        "",
-                        diff(c0.decode.as_ref().unwrap(), d),
-                        diff(c0.general.as_ref().unwrap(), g)
-                    );
-                }
-                _ => println!("{:22} {golden:16} NONE {}", "", c.no_step.as_ref().unwrap()),
+fn every_switch_keeps_the_results() {
+    let mut bases: BTreeMap<(&str, bool), Base> = BTreeMap::new();
+    let mut named = BTreeSet::new();
+    for case in &CASES {
+        let (rule, golden) = (case.rule, case.golden);
+        assert!(named.insert(rule), "{rule} stands twice");
+        let m = model(golden, case.dtype);
+        let w = Weights::golden(golden);
+        let weights = |r: &WeightRef| w.get(r);
+        let base = bases.entry((golden, case.dtype == F32)).or_insert_with(|| {
+            let compiled = compile(&m, &h100()).expect("compiles");
+            let [d, g] = steps(&compiled);
+            Base {
+                general: run_general(g, &weights),
+                decode: run_decode(d, &weights),
+                compiled,
             }
+        });
+        let c = compile(&m, &off(rule)).unwrap_or_else(|e| panic!("{rule}: {e}"));
+        for (program, op) in case.back {
+            let pick = |c: &Compiled| match *program {
+                "full" => c.full.count(op),
+                "decode" => c.decode.as_ref().map_or(0, |g| g.count(op)),
+                _ => c.general.as_ref().map_or(0, |g| g.count(op)),
+            };
+            let (before, after) = (pick(&base.compiled), pick(&c));
+            assert!(
+                after > before,
+                "{rule} off: {before} -> {after} {op} in {program}"
+            );
+        }
+        if case.steps {
+            let [d, g] = steps(&c);
+            let changed = *d != *steps(&base.compiled)[0]
+                || *g != *steps(&base.compiled)[1]
+                || c.full != base.compiled.full;
+            assert!(changed, "{rule} off: nothing changed");
+            for (what, found, expected) in [
+                ("general", run_general(g, &weights), &base.general),
+                ("decode", run_decode(d, &weights), &base.decode),
+            ] {
+                let d = distance(&Value::Float(found), &Value::Float(expected.clone()));
+                assert!(d <= 1e-9, "{rule} off: {what} differs by {d:.2e}");
+            }
+        } else {
+            assert!(c.decode.is_none() && c.general.is_none(), "{rule} off");
+            let reason = c.no_step.expect("a reason").to_string();
+            assert!(reason.contains("model"), "{rule} off: {reason}");
+            let in_a_layer = !matches!(
+                rule,
+                "win-input" | "win-positions" | "win-embedding" | "win-expand"
+            );
+            assert_eq!(
+                in_a_layer,
+                reason.contains("layer 0"),
+                "{rule} off: {reason}"
+            );
         }
     }
+    for rule in UNUSED {
+        assert!(named.insert(rule), "{rule} stands twice");
+        for ((golden, f32), base) in &bases {
+            let m = model(golden, if *f32 { F32 } else { BF16 });
+            let c = compile(&m, &off(rule)).expect("compiles");
+            let same = steps(&c) == steps(&base.compiled) && c.full == base.compiled.full;
+            assert!(same, "{rule} matters in {golden}");
+        }
+    }
+    let all: BTreeSet<&str> = rules::all().iter().map(|r| r.name).collect();
+    assert_eq!(named, all, "every rule is in a case or unused");
+}
+
+#[test]
+fn stages_are_switches_too() {
+    let m = model("qwen3", BF16);
+    for stage in Stage::ALL {
+        let c = compile(&m, &off(stage.name())).expect("compiles");
+        let program = c.decode.is_some();
+        // Without the first and the last stage there are steps, in primitives and composites.
+        let optional = matches!(stage, Stage::Canonicalize | Stage::Fuse);
+        assert_eq!(program, optional, "{}", stage.name());
+        assert_eq!(program, c.no_step.is_none(), "{}", stage.name());
+    }
+    let c = compile(&m, &off("fuse")).expect("compiles");
+    let d = c.decode.expect("a program");
+    assert_eq!(d.count("attn_step"), 2);
+    assert_eq!(d.count("gemm") + d.count("pack"), 0);
+    let unknown = h100().disable(&["attention-opne"]);
+    assert!(matches!(unknown, Err(CompileError::UnknownRule(n)) if n == "attention-opne"));
 }

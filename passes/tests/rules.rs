@@ -112,7 +112,9 @@ impl World<'_> {
         });
         if let Some(full) = full {
             let users = self.sample.users();
-            let win = users[full.index()].first().expect("the window of the input");
+            let win = users[full.index()]
+                .first()
+                .expect("the window of the input");
             let node = self.sample.node(full);
             let value = self.input(&name["step.".len()..], &node.ty, lens, step);
             let mut interp = Interp::new(env, &|_| Err("no weights".to_string()));
@@ -222,13 +224,13 @@ fn samples_match_and_all_forms_are_equal() {
         };
         let rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
         let rewrites = rule.rewrites();
-        let result = TestRunner::new_with_rng(config, rng).run(
-            &proptest::arbitrary::any::<u64>(),
-            |seed| match check(rule, &rewrites, seed) {
-                Ok(_) => Ok(()),
-                Err(e) => Err(TestCaseError::fail(e)),
-            },
-        );
+        let result =
+            TestRunner::new_with_rng(config, rng).run(&proptest::arbitrary::any::<u64>(), |seed| {
+                match check(rule, &rewrites, seed) {
+                    Ok(_) => Ok(()),
+                    Err(e) => Err(TestCaseError::fail(e)),
+                }
+            });
         if let Err(e) = result {
             failures.push(format!("{}: {e}", rule.name));
         }
@@ -301,7 +303,10 @@ fn rules_are_complete() {
         assert!(names.insert(name), "{name} stands twice");
         assert!(Stage::ALL.iter().all(|s| s.name() != name), "{name}");
         assert!(rule.equation.contains("=>"), "{name}: equation");
-        assert!(rule.doc.len() >= 15 && rule.doc.ends_with('.'), "{name}: doc");
+        assert!(
+            rule.doc.len() >= 15 && rule.doc.ends_with('.'),
+            "{name}: doc"
+        );
         assert!(!rule.lhs.is_empty(), "{name}: no pattern");
         assert_eq!(rule.rewrites().len(), rule.lhs.len(), "{name}");
         let sample = (rule.sample)(&mut Gen::new(0));

@@ -201,7 +201,10 @@ fn check_recognised(m: &Steps, requests: &[Request]) -> Result<(), TestCaseError
 
 fn check(name: &str, overrides: &[(&str, serde_json::Value)], longest: usize, cases: u32) {
     let m = Steps::new(name, overrides);
-    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/regressions/stepping.txt");
+    let file = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/tests/regressions/stepping.txt"
+    );
     let config = ProptestConfig {
         cases,
         max_shrink_iters: 40,
@@ -210,11 +213,14 @@ fn check(name: &str, overrides: &[(&str, serde_json::Value)], longest: usize, ca
     };
     let rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
     TestRunner::new_with_rng(config, rng)
-        .run(&prop::collection::vec(request(longest), 1..=3), |requests| {
-            check_general(&m, &requests)?;
-            check_decode(&m, &requests)?;
-            check_recognised(&m, &requests)
-        })
+        .run(
+            &prop::collection::vec(request(longest), 1..=3),
+            |requests| {
+                check_general(&m, &requests)?;
+                check_decode(&m, &requests)?;
+                check_recognised(&m, &requests)
+            },
+        )
         .unwrap_or_else(|e| panic!("{}: {e}", m.name));
 }
 

@@ -283,7 +283,12 @@ impl<'a> Problem<'a> {
         let mut pairs = std::collections::BTreeSet::new();
         for p in parts.values() {
             for (i, &(a, _)) in p.iter().enumerate() {
-                pairs.extend(p[i + 1..].iter().map(|&(b, _)| (a, b)).filter(|(a, b)| a != b));
+                pairs.extend(
+                    p[i + 1..]
+                        .iter()
+                        .map(|&(b, _)| (a, b))
+                        .filter(|(a, b)| a != b),
+                );
             }
         }
         moves.extend(parts.into_values().filter(|p| p.len() > 1));

@@ -377,13 +377,27 @@ mod tests {
     #[test]
     fn conversions_that_lose_positions_lose_the_fact() {
         let (i, shape) = (Dim::sym(lathe_ir::Sym::S), [Dim::sym(lathe_ir::Sym::S)]);
-        let fact = derive(&Op::Iota { len: i, dtype: DType::I64 }, &[], &shape);
+        let fact = derive(
+            &Op::Iota {
+                len: i,
+                dtype: DType::I64,
+            },
+            &[],
+            &shape,
+        );
         assert_eq!(fact, Some(KEY));
-        let x = Operand { fact, konst: None, shape: &shape };
+        let x = Operand {
+            fact,
+            konst: None,
+            shape: &shape,
+        };
         assert_eq!(derive(&Op::Cast(DType::F32), &[x], &shape), Some(KEY));
         assert_eq!(derive(&Op::Cast(DType::BF16), &[x], &shape), None);
         assert_eq!(derive(&Op::Cast(DType::Bool), &[x], &shape), None);
-        let one = Op::Iota { len: Dim::new(1), dtype: DType::I64 };
+        let one = Op::Iota {
+            len: Dim::new(1),
+            dtype: DType::I64,
+        };
         assert_eq!(derive(&one, &[], &[Dim::new(1)]), None);
     }
 
