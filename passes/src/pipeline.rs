@@ -1,5 +1,6 @@
 //! From the imported graph to step programs: the stages, in order, on one e-graph a template.
 
+use crate::diagnose::unmatched_attention;
 use crate::egraph::analysis::Applied;
 use crate::egraph::convert::{Choice, add_graph, add_op, to_graph};
 use crate::egraph::cost::{CostPoint, INFINITE};
@@ -281,13 +282,30 @@ struct Chosen {
     general: Result<Graph, CompileError>,
 }
 
+/// All forms that the rules found for a program.
+#[derive(Clone, Debug)]
+pub struct Terms {
+    /// The forms.
+    pub egraph: EGraph,
+    /// Output names and their full-sequence classes.
+    pub full: Vec<(String, Id)>,
+    /// Output names and their step classes, once the `kv_cache` stage has begun.
+    pub step: Vec<(String, Id)>,
+}
+
+/// Runs all stages on one program and returns everything that they found: for tests and tools.
+///
+/// # Errors
+/// As [`compile`].
+pub fn saturate(graph: &Graph, config: &PassConfig) -> Result<Terms, CompileError> {
+    let mut t = Template::new(graph, 0, Vec::new(), config);
+    t.run(false, &mut Clock::default())?;
+    Ok(t.terms)
+}
+
 struct Template<'a> {
     config: &'a PassConfig,
-    egraph: EGraph,
-    /// Output names and their full-sequence classes.
-    full: Vec<(String, Id)>,
-    /// Output names and their step classes, once the `kv_cache` stage has begun.
-    step: Vec<(String, Id)>,
+    terms: Terms,
     report: TemplateReport,
 }
 
@@ -303,9 +321,11 @@ impl<'a> Template<'a> {
             .collect();
         Template {
             config,
-            egraph,
-            full,
-            step: Vec::new(),
+            terms: Terms {
+                egraph,
+                full,
+                step: Vec::new(),
+            },
             report: TemplateReport {
                 name: format!(
                     "{index}-{}",
@@ -334,17 +354,22 @@ impl<'a> Template<'a> {
             if let Some(e) = self.best(dumps) {
                 cost = e.cost;
                 let roots = if stage >= Stage::KvCache {
-                    &self.step
+                    &self.terms.step
                 } else {
-                    &self.full
+                    &self.terms.full
                 };
-                report.best = Some(to_graph(&self.egraph, &e.choice, &self.report.name, roots));
+                report.best = Some(to_graph(
+                    &self.terms.egraph,
+                    &e.choice,
+                    &self.report.name,
+                    roots,
+                ));
             }
             report.cost_after = cost;
             report.extract = clock.lap("extract");
             self.report.stages.push(report);
         }
-        self.report.log = std::mem::take(&mut self.egraph.analysis.log);
+        self.report.log = std::mem::take(&mut self.terms.egraph.analysis.log);
         Ok(())
     }
 
@@ -353,27 +378,27 @@ impl<'a> Template<'a> {
         if !dumps {
             return None;
         }
-        let (roots, at) = if self.step.is_empty() {
-            (&self.full, &self.config.general)
+        let (roots, at) = if self.terms.step.is_empty() {
+            (&self.terms.full, &self.config.general)
         } else {
-            (&self.step, &self.config.decode)
+            (&self.terms.step, &self.config.decode)
         };
         let roots: Vec<Id> = roots.iter().map(|r| r.1).collect();
-        extract(&self.egraph, &roots, &|id, n| {
-            node_cost(&self.egraph, id, n, at)
+        extract(&self.terms.egraph, &roots, &|id, n| {
+            node_cost(&self.terms.egraph, id, n, at)
         })
         .ok()
     }
 
     /// Adds the windows of the outputs: what a step has to compute.
     fn open_windows(&mut self) {
-        for (name, id) in self.full.clone() {
+        for (name, id) in self.terms.full.clone() {
             let window = Op::Win(WinSpec {
                 batch: Some(0),
                 seq: Some(1),
             });
-            let mut class = add_op(&mut self.egraph, &window, &[id]);
-            let origin = self.egraph[id].data.value().origin().cloned();
+            let mut class = add_op(&mut self.terms.egraph, &window, &[id]);
+            let origin = self.terms.egraph[id].data.value().origin().cloned();
             let origin = origin.unwrap_or_else(|| Prov::global(&name));
             if name == "logits" {
                 let rows = Op::Input {
@@ -381,20 +406,20 @@ impl<'a> Template<'a> {
                     dtype: DType::I32,
                     shape: vec![Dim::sym(Sym::R)],
                 };
-                let rows = add_op(&mut self.egraph, &rows, &[]);
-                class = add_op(&mut self.egraph, &Op::Select, &[class, rows]);
-                let next = add_op(&mut self.egraph, &Op::Sample, &[class]);
+                let rows = add_op(&mut self.terms.egraph, &rows, &[]);
+                class = add_op(&mut self.terms.egraph, &Op::Select, &[class, rows]);
+                let next = add_op(&mut self.terms.egraph, &Op::Sample, &[class]);
                 self.set_prov(next, Prov::global("sample"));
-                self.step.push(("next".into(), next));
+                self.terms.step.push(("next".into(), next));
             }
             self.set_prov(class, origin);
-            self.step.push((name, class));
+            self.terms.step.push((name, class));
         }
-        self.egraph.rebuild();
+        self.terms.egraph.rebuild();
     }
 
     fn set_prov(&mut self, id: Id, prov: Prov) {
-        if let crate::egraph::Data::Value(v) = &mut self.egraph[id].data {
+        if let crate::egraph::Data::Value(v) = &mut self.terms.egraph[id].data {
             v.prov.get_or_insert(prov);
         }
     }
@@ -405,8 +430,8 @@ impl<'a> Template<'a> {
             .filter(|r| r.stage == stage && self.config.runs(r))
             .flat_map(Rule::rewrites)
             .collect();
-        let known = self.egraph.analysis.log.len();
-        let egraph = std::mem::take(&mut self.egraph);
+        let known = self.terms.egraph.analysis.log.len();
+        let egraph = std::mem::take(&mut self.terms.egraph);
         let runner = Runner::<Lang, TensorAnalysis>::default()
             .with_egraph(egraph)
             .with_iter_limit(ROUNDS)
@@ -414,7 +439,7 @@ impl<'a> Template<'a> {
             .with_time_limit(Duration::from_secs(3600))
             .with_scheduler(SimpleScheduler)
             .run(&rewrites);
-        self.egraph = runner.egraph;
+        self.terms.egraph = runner.egraph;
         match runner.stop_reason {
             Some(StopReason::Saturated) => {}
             reason => {
@@ -426,15 +451,15 @@ impl<'a> Template<'a> {
             }
         }
         let mut matches = IndexMap::new();
-        for applied in &self.egraph.analysis.log[known..] {
+        for applied in &self.terms.egraph.analysis.log[known..] {
             *matches.entry(applied.rule).or_insert(0) += 1;
         }
         matches.sort_keys();
         Ok(StageReport {
             stage,
             matches,
-            nodes: self.egraph.total_number_of_nodes(),
-            classes: self.egraph.number_of_classes(),
+            nodes: self.terms.egraph.total_number_of_nodes(),
+            classes: self.terms.egraph.number_of_classes(),
             iterations: runner.iterations.len(),
             cost_before: 0,
             cost_after: 0,
@@ -444,59 +469,95 @@ impl<'a> Template<'a> {
         })
     }
 
+    /// Why there is no step program: an attention that was not recognised, or else the value
+    /// without an executable form. Layers are those of the model, not of the template.
+    fn refuse(&self, e: ExtractError) -> CompileError {
+        let real = |layer: Option<u32>| self.report.layers.first().copied().or(layer);
+        let place = |path: &str, layer: Option<u32>| match layer {
+            Some(l) => layer_name(path, l),
+            None => path.to_string(),
+        };
+        let Some(u) = unmatched_attention(&self.terms.egraph, &self.config.disabled) else {
+            let layer = e.layer.and_then(|l| real(Some(l)));
+            return CompileError::Extract(ExtractError {
+                path: place(&e.path, layer),
+                layer,
+                ..e
+            });
+        };
+        let layer = real(u.prov.layer);
+        CompileError::Attention {
+            layer: layer.unwrap_or(0),
+            path: place(&u.prov.path, layer),
+            detail: place(&u.detail, layer),
+            rule: u.rule.to_string(),
+        }
+    }
+
     /// Decode first: it fixes the weight layouts; then the general program under them.
     fn choose(&self, clock: &mut Clock) -> Chosen {
         let name = &self.report.name;
-        let full_roots: Vec<Id> = self.full.iter().map(|r| r.1).collect();
+        let full_roots: Vec<Id> = self.terms.full.iter().map(|r| r.1).collect();
         let at = &self.config.general;
-        let full = extract(&self.egraph, &full_roots, &|id, n| {
-            node_cost(&self.egraph, id, n, at)
+        let full = extract(&self.terms.egraph, &full_roots, &|id, n| {
+            node_cost(&self.terms.egraph, id, n, at)
         })
         .map_or_else(
             |_| self.report.imported.clone(),
-            |e| to_graph(&self.egraph, &e.choice, name, &self.full),
+            |e| to_graph(&self.terms.egraph, &e.choice, name, &self.terms.full),
         );
-        let roots: Vec<Id> = self.step.iter().map(|r| r.1).collect();
+        let roots: Vec<Id> = self.terms.step.iter().map(|r| r.1).collect();
         let at = &self.config.decode;
-        let decode = extract(&self.egraph, &roots, &|id, n| {
-            node_cost(&self.egraph, id, n, at)
+        let decode = extract(&self.terms.egraph, &roots, &|id, n| {
+            node_cost(&self.terms.egraph, id, n, at)
         });
         let chosen = match decode {
-            Err(e) => Chosen {
-                full,
-                decode: Err(e.clone().into()),
-                general: Err(e.into()),
-            },
+            Err(e) => {
+                let e = self.refuse(e);
+                Chosen {
+                    full,
+                    decode: Err(e.clone()),
+                    general: Err(e),
+                }
+            }
             Ok(d) => {
-                let layouts = self.weight_operands(&d.choice, &roots);
+                let layouts = self.terms.weight_operands(&d.choice, &roots);
                 let at = &self.config.general;
-                let general = extract(&self.egraph, &roots, &|id, n| {
-                    if self.reads_other_layout(id, n, &layouts) {
+                let general = extract(&self.terms.egraph, &roots, &|id, n| {
+                    if self.terms.reads_other_layout(id, n, &layouts) {
                         INFINITE
                     } else {
-                        node_cost(&self.egraph, id, n, at)
+                        node_cost(&self.terms.egraph, id, n, at)
                     }
                 });
                 Chosen {
                     full,
-                    decode: Ok(to_graph(&self.egraph, &d.choice, name, &self.step)),
+                    decode: Ok(to_graph(
+                        &self.terms.egraph,
+                        &d.choice,
+                        name,
+                        &self.terms.step,
+                    )),
                     general: general
-                        .map(|e| to_graph(&self.egraph, &e.choice, name, &self.step))
-                        .map_err(CompileError::from),
+                        .map(|e| to_graph(&self.terms.egraph, &e.choice, name, &self.terms.step))
+                        .map_err(|e| self.refuse(e)),
                 }
             }
         };
         clock.lap("extract");
         chosen
     }
+}
 
+impl Terms {
+    /// Whether a class is a weight in some layout.
     fn is_weight(&self, id: Id) -> bool {
         let v = self.egraph[id].data.value();
         v.weight_only && v.ty != Type::None
     }
 
     /// Weight-only classes that the chosen program reads from elsewhere: the layouts in memory.
-    fn weight_operands(&self, choice: &Choice, roots: &[Id]) -> BTreeSet<Id> {
+    pub fn weight_operands(&self, choice: &Choice, roots: &[Id]) -> BTreeSet<Id> {
         let mut layouts = BTreeSet::new();
         let mut seen = BTreeSet::new();
         let mut stack: Vec<Id> = roots.iter().map(|&r| self.egraph.find(r)).collect();
@@ -516,7 +577,8 @@ impl<'a> Template<'a> {
         layouts
     }
 
-    fn reads_other_layout(&self, id: Id, node: &Lang, layouts: &BTreeSet<Id>) -> bool {
+    /// Whether a form reads a weight in another layout than these.
+    pub fn reads_other_layout(&self, id: Id, node: &Lang, layouts: &BTreeSet<Id>) -> bool {
         if matches!(node, Lang::Payload(_)) || self.is_weight(id) {
             return false;
         }
