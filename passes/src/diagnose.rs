@@ -4,7 +4,7 @@ use crate::egraph::analysis::op_of;
 use crate::egraph::mask::Fact;
 use crate::egraph::{EGraph, Lang};
 use egg::Id;
-use lathe_ir::{Op, Prov, SdpaStage};
+use lathe_ir::{Op, Prov, SdpaStage, Sym};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// An attention that has no form on a KV cache.
@@ -33,6 +33,8 @@ pub fn unmatched_attention(egraph: &EGraph, disabled: &BTreeSet<String>) -> Opti
     }
     Some(found)
 }
+
+const CAP: &str = "not cap·tanh(s / cap) with one constant cap, outside of all scales";
 
 struct Diagnosis<'a> {
     egraph: &'a EGraph,
@@ -80,9 +82,11 @@ impl Diagnosis<'_> {
 
     /// The rows of an attention that no step can compute.
     fn without_step(&self, id: Id) -> Option<Unmatched> {
-        let win = self.forms(id, "win").into_iter().next()?;
-        let inner = self.egraph.find(win.operands()[0]);
-        let attn = self.forms(inner, "attn").into_iter().next()?;
+        let (inner, attn) = self.forms(id, "win").into_iter().find_map(|win| {
+            let inner = self.egraph.find(win.operands()[0]);
+            let attn = self.forms(inner, "attn").into_iter().next()?;
+            Some((inner, attn))
+        })?;
         if self.has(id, "get") {
             return None;
         }
@@ -140,6 +144,11 @@ impl Diagnosis<'_> {
         if let Some(add) = self.forms(s, "add").into_iter().next() {
             return ("attention-mask", self.mask(add, stage));
         }
+        for f in ["sub", "maximum", "minimum"] {
+            if self.has(s, f) {
+                return ("attention-mask", "masks are added".to_string());
+            }
+        }
         if let Some(f) = self.forms(s, "where").into_iter().next() {
             let c = self.egraph.find(f.operands()[0]);
             let what = format!("its condition {} is no known mask", self.described(c));
@@ -151,17 +160,13 @@ impl Diagnosis<'_> {
         if let Some(f) = factors {
             let sides: Vec<Id> = f.operands().iter().map(|&c| self.egraph.find(c)).collect();
             if sides.iter().any(|&c| self.has(c, "tanh")) {
-                let what = "not cap·tanh(s / cap) with one constant cap, outside of all scales";
-                return ("attention-softcap", what.to_string());
+                return ("attention-softcap", CAP.to_string());
             }
             let what = format!("a factor, {}, is no constant", self.described(sides[1]));
             return ("attention-scale", what);
         }
         if self.has(s, "tanh") {
-            return (
-                "attention-softcap",
-                "a tanh that nothing scales back".to_string(),
-            );
+            return ("attention-softcap", CAP.to_string());
         }
         let what = "not a product q·kᵀ with keys [B,H,S,D] like the values";
         ("attention-close", what.to_string())
@@ -209,6 +214,11 @@ impl Diagnosis<'_> {
         }
         let product = self.forms(id, "matmul").into_iter().next()?;
         let p = self.egraph.find(product.operands()[0]);
+        // Weights are [B,H,S,S]: a row for each query, a column for each key.
+        let shape = &self.egraph[p].data.value().ty.as_tensor()?.shape;
+        if shape.len() != 4 || !shape[2..].iter().all(|d| d.is_sym(Sym::S)) {
+            return None;
+        }
         if self.has(p, "softmax") {
             let detail = "softmax·v is not of scores [B,H,S,S] and values [B,H,S,D]";
             return self.unmatched(id, detail.to_string(), "attention-open");
@@ -218,11 +228,6 @@ impl Diagnosis<'_> {
         if self.has(inner, "softmax") {
             let detail = "its softmax is converted to another type than that of the scores";
             return self.unmatched(id, detail.to_string(), "softmax-upcast");
-        }
-        let div = self.forms(inner, "div").into_iter().next()?;
-        let above = self.egraph.find(div.operands()[0]);
-        if !self.has(above, "exp") {
-            return None;
         }
         let detail = format!(
             "its weights are {}: not exp(s - max(s)) / sum(exp(s - max(s))) over the keys",
