@@ -1,7 +1,7 @@
 //! From the imported graph to step programs: the stages, in order, on one e-graph a template.
 
 use crate::diagnose::unmatched_attention;
-use crate::egraph::analysis::Applied;
+use crate::egraph::analysis::{Applied, Data, is_step_shape};
 use crate::egraph::convert::{Choice, add_graph, add_op, to_graph};
 use crate::egraph::cost::{CostPoint, INFINITE};
 use crate::egraph::extract::{ExtractError, Extraction, extract, node_cost};
@@ -419,7 +419,7 @@ impl<'a> Template<'a> {
     }
 
     fn set_prov(&mut self, id: Id, prov: Prov) {
-        if let crate::egraph::Data::Value(v) = &mut self.terms.egraph[id].data {
+        if let Data::Value(v) = &mut self.terms.egraph[id].data {
             v.prov.get_or_insert(prov);
         }
     }
@@ -509,7 +509,7 @@ impl<'a> Template<'a> {
         let roots: Vec<Id> = self.terms.step.iter().map(|r| r.1).collect();
         let at = &self.config.decode;
         let decode = extract(&self.terms.egraph, &roots, &|id, n| {
-            node_cost(&self.terms.egraph, id, n, at)
+            self.terms.step_cost(id, n, at)
         });
         let chosen = match decode {
             Err(e) => {
@@ -527,7 +527,7 @@ impl<'a> Template<'a> {
                     if self.terms.reads_other_layout(id, n, &layouts) {
                         INFINITE
                     } else {
-                        node_cost(&self.terms.egraph, id, n, at)
+                        self.terms.step_cost(id, n, at)
                     }
                 });
                 Chosen {
@@ -550,6 +550,18 @@ impl<'a> Template<'a> {
 }
 
 impl Terms {
+    /// The cost of a form in a step program, which has no values of whole sequences.
+    pub fn step_cost(&self, id: Id, node: &Lang, at: &CostPoint) -> u64 {
+        let whole = match &self.egraph[id].data {
+            Data::Value(v) => v.ty.as_tensor().is_some_and(|t| !is_step_shape(&t.shape)),
+            Data::Payload(_) => false,
+        };
+        if whole {
+            return INFINITE;
+        }
+        node_cost(&self.egraph, id, node, at)
+    }
+
     /// Whether a class is a weight in some layout.
     fn is_weight(&self, id: Id) -> bool {
         let v = self.egraph[id].data.value();

@@ -11,17 +11,18 @@ use good_lp::{Expression, ProblemVariables, Solution, SolverModel, microlp, vari
 use indexmap::IndexMap;
 use lathe_ir::interp::{Interp, KvState, StepMeta, Tensor, Value};
 use lathe_ir::text::print;
-use lathe_ir::{DType, Graph, Sym, SymEnv, WeightRef};
+use lathe_ir::{BinaryFn, DType, Graph, Op, Sym, SymEnv, WeightRef};
 use lathe_passes::egraph::convert::{Choice, to_graph};
 use lathe_passes::egraph::cost::{CostPoint, DeviceModel, INFINITE};
 use lathe_passes::egraph::extract::{extract, node_cost};
 use lathe_passes::pipeline::{PassConfig, Terms, saturate};
 use lathe_passes::region::{cut, whole};
+use lathe_passes::sample::{Build, b, n, s};
 use lathe_passes::{EGraph, Lang};
 use std::collections::BTreeMap;
 
 /// A model of one layer with few features, of the kind of a golden model.
-fn tiny(name: &str, window: Option<u32>) -> Graph {
+fn tiny(name: &str, window: Option<u32>, dtype: DType) -> Graph {
     let mut overrides: Vec<(&str, serde_json::Value)> = vec![
         ("hidden_size", 24.into()),
         ("num_hidden_layers", 1.into()),
@@ -44,7 +45,7 @@ fn tiny(name: &str, window: Option<u32>) -> Graph {
     let config = config(name)
         .with_overrides(overrides.iter().map(|(k, v)| (*k, v)))
         .expect("overrides");
-    graph_of(&config, DType::F32)
+    graph_of(&config, dtype)
 }
 
 /// A form for every class, at random, without cycles under the roots. Classes on a cycle are
@@ -154,13 +155,14 @@ fn run(graph: &Graph, seed: u64) -> Vec<V> {
 #[test]
 fn random_terms_equal_the_model() {
     let h100 = PassConfig::new(DeviceModel::H100);
-    for (name, window) in [
-        ("llama-rope3-tied", None),
-        ("llama-mha-bias", None),
-        ("qwen3", None),
-        ("mistral-window", Some(2)),
+    for (name, window, dtype) in [
+        ("llama-rope3-tied", None, DType::F32),
+        ("llama-mha-bias", None, DType::BF16),
+        ("qwen3", None, DType::F32),
+        ("qwen3", None, DType::BF16),
+        ("mistral-window", Some(2), DType::BF16),
     ] {
-        let m = tiny(name, window);
+        let m = tiny(name, window, dtype);
         let terms = saturate(&whole(&m).templates[0], &h100).expect("saturates");
         let mut distinct = std::collections::BTreeSet::new();
         for (what, roots) in [("full", &terms.full), ("step", &terms.step)] {
@@ -352,7 +354,7 @@ fn check_model(name: &str, dtype: DType, device: DeviceModel) {
         let ids: Vec<Id> = terms.step.iter().map(|r| r.1).collect();
         for batch in [1, 8] {
             let at = CostPoint::decode(batch, 512, device.clone());
-            let cost = |id: Id, n: &Lang| node_cost(&terms.egraph, id, n, &at);
+            let cost = |id: Id, n: &Lang| terms.step_cost(id, n, &at);
             let what = format!("{what}, decode at batch {batch}");
             check_optimal(&what, &terms, &terms.step, &cost);
             // The general program reads the weights as the decode program laid them out.
@@ -362,7 +364,7 @@ fn check_model(name: &str, dtype: DType, device: DeviceModel) {
                 if terms.reads_other_layout(id, n, &layouts) {
                     INFINITE
                 } else {
-                    node_cost(&terms.egraph, id, n, &passes.general)
+                    terms.step_cost(id, n, &passes.general)
                 }
             };
             let what = format!("{what}, general under its layouts");
@@ -386,4 +388,65 @@ fn extraction_is_optimal_on_other_devices_and_sizes() {
     check_model("llama-mha-bias", DType::F32, DeviceModel::CPU);
     check_model("llama-3.1-8b", DType::BF16, DeviceModel::H200);
     check_model("qwen3-8b", DType::BF16, DeviceModel::H100);
+}
+
+/// Residual adds that norms read and later adds read again: the sum may be an element of several
+/// tuples, or come from the GEMM before it, which is cheaper but means to leave a tuple in two
+/// places at once.
+fn residual_chain(features: i64) -> Graph {
+    let mut q = Build::new();
+    let d = DType::BF16;
+    let r = q.input("r", d, &[b(), s(), n(features)]);
+    let delta = q.input("d", d, &[b(), s(), n(features)]);
+    let mut x = q.bin(BinaryFn::Add, r, delta);
+    for block in 0..3 {
+        let g = q.weight(&format!("g{block}"), d, &[features]);
+        let eps = lathe_ir::Real::new(1e-6);
+        let h = q.op(Op::RmsNorm { eps }, &[x, g]);
+        let up = q.weight(&format!("u{block}"), d, &[2 * features, features]);
+        let down = q.weight(&format!("o{block}"), d, &[features, 2 * features]);
+        let y = q.op(Op::Linear, &[h, up]);
+        let y = q.op(Op::Silu, &[y]);
+        let y = q.op(Op::Linear, &[y, down]);
+        x = q.bin(BinaryFn::Add, x, y);
+    }
+    q.done(&[x])
+}
+
+#[test]
+fn tuples_are_left_when_that_is_cheaper() {
+    for features in [64, 128, 4096] {
+        for device in [DeviceModel::H100, DeviceModel::CPU] {
+            let passes = PassConfig::new(device.clone());
+            let terms = saturate(&residual_chain(features), &passes).expect("saturates");
+            for batch in [1, 4, 64] {
+                let at = CostPoint::decode(batch, 512, device.clone());
+                let what = format!("{features} features on {} at batch {batch}", device.name);
+                let cost = |id: Id, n: &Lang| terms.step_cost(id, n, &at);
+                check_optimal(&what, &terms, &terms.step, &cost);
+            }
+        }
+    }
+}
+
+/// The optimum itself: less than a choice that is not the best, and found around a cycle.
+#[test]
+fn the_integer_program_finds_the_optimum() {
+    let passes = PassConfig::new(DeviceModel::H100);
+    let terms = saturate(&residual_chain(64), &passes).expect("saturates");
+    let roots: Vec<Id> = terms.step.iter().map(|r| r.1).collect();
+    let at = CostPoint::decode(1, 512, DeviceModel::H100);
+    let cost = |id: Id, n: &Lang| terms.step_cost(id, n, &at);
+    let best = optimum(&terms.egraph, &roots, &cost);
+    // Without epilogues every other program costs more.
+    let plain = |id: Id, n: &Lang| {
+        let op = lathe_passes::egraph::analysis::op_of(&terms.egraph, n);
+        match op {
+            Op::Gemm(spec) if spec != lathe_ir::GemmSpec::PLAIN => INFINITE,
+            _ => cost(id, n),
+        }
+    };
+    let worse = extract(&terms.egraph, &roots, &plain).expect("a program");
+    assert!(worse.cost > best, "{} and {best}", worse.cost);
+    assert_eq!(optimum(&terms.egraph, &roots, &plain), worse.cost);
 }

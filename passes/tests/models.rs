@@ -11,6 +11,7 @@ use lathe_ir::text::print;
 use lathe_ir::{DType, Graph, Op, Type, WeightRef};
 use lathe_passes::egraph::cost::DeviceModel;
 use lathe_passes::pipeline::{CompileError, Compiled, PassConfig, compile};
+use lathe_passes::sample::{Build, b, n, s};
 use lathe_passes::{Stage, rules};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
@@ -587,4 +588,35 @@ fn stages_are_switches_too() {
     assert_eq!(d.count("gemm") + d.count("pack"), 0);
     let unknown = h100().disable(&["attention-opne"]);
     assert!(matches!(unknown, Err(CompileError::UnknownRule(n)) if n == "attention-opne"));
+}
+
+/// A value that depends on the length of the sequences is no value of a step, even if it is the
+/// same for all rows.
+#[test]
+fn what_depends_on_the_length_has_no_step() {
+    let mut q = Build::new();
+    let x = q.input("x", F32, &[b(), s(), n(3)]);
+    let i = q.op(
+        Op::Iota {
+            len: s(),
+            dtype: F32,
+        },
+        &[],
+    );
+    let f = lathe_ir::ReduceFn::Sum;
+    let sum = q.op(
+        Op::Reduce {
+            f,
+            axis: 0,
+            keepdim: true,
+        },
+        &[i],
+    );
+    let y = q.bin(lathe_ir::BinaryFn::Mul, x, sum);
+    let c = compile(&q.done(&[y]), &h100()).expect("compiles");
+    let reason = c.no_step.expect("a reason").to_string();
+    assert!(
+        reason.contains("iota") && reason.ends_with("whole sequences, which a step does not have"),
+        "{reason}"
+    );
 }

@@ -96,7 +96,7 @@ fn expected(graph: &Graph, weights: &Weights, requests: &[Request]) -> Tensor<f6
     full_logits(graph, &|w: &WeightRef| weights.get(w), &padded)
 }
 
-fn row<'a>(full: &'a Tensor<f64>, b: usize, pos: usize) -> &'a [f64] {
+fn row(full: &Tensor<f64>, b: usize, pos: usize) -> &[f64] {
     let (s, v) = (full.shape[1], full.shape[2]);
     let at = (b * s + pos) * v;
     &full.data[at..at + v]

@@ -6,7 +6,7 @@
 //! together, are switched as long as the whole gets cheaper. Tests hold the result against the
 //! exact optimum of an integer program.
 
-use super::analysis::{Data, op_of};
+use super::analysis::{Data, is_step_shape, op_of};
 use super::convert::Choice;
 use super::cost::{CostPoint, INFINITE, op_cost};
 use super::lang::Lang;
@@ -331,6 +331,10 @@ impl<'a> Problem<'a> {
                 Data::Payload(_) => None,
             };
             let op = node.name().unwrap_or("payload");
+            let whole = match &self.egraph[id].data {
+                Data::Value(v) => v.ty.as_tensor().is_some_and(|t| !is_step_shape(&t.shape)),
+                Data::Payload(_) => false,
+            };
             return ExtractError {
                 op: op.to_string(),
                 path: prov.as_ref().map_or(String::new(), |p| p.path.to_string()),
@@ -344,6 +348,9 @@ impl<'a> Problem<'a> {
                         "its scores have an unknown modifier; they are {}",
                         names.join(" or ")
                     ),
+                    _ if whole => {
+                        "it is of whole sequences, which a step does not have".to_string()
+                    }
                     _ => format!("no kernel at this size; forms: {}", names.join(", ")),
                 },
             };

@@ -5,6 +5,7 @@
 //! What it cannot move through (a reduction over the sequence, an attention that sees later rows)
 //! keeps it, and extraction names that value.
 
+use crate::egraph::analysis::is_step_shape;
 use crate::rule::{Apply, Exactness, Rule, Stage};
 use crate::sample::{Build, Gen, b, n, s};
 use egg::Id;
@@ -20,13 +21,6 @@ pub(super) const RULES: &[Rule] = &[
 
 /// Prefix of the names of step inputs that are windows of full-sequence inputs.
 pub const STEP: &str = "step.";
-
-/// Whether a step can have a value of these extents: it knows its rows, but no whole sequences.
-pub(crate) fn is_step_shape(shape: &[Dim]) -> bool {
-    shape
-        .iter()
-        .all(|d| d.coef(Sym::B) == 0 && d.coef(Sym::S) == 0)
-}
 
 /// The payload of the matched `win`. A window that still holds whole sequences is no value of a
 /// step: it goes nowhere.
