@@ -1,1 +1,3 @@
-//! placeholder
+//! lathe's runtime: devices, kernels, weights, KV cache and scheduling.
+
+pub mod cpu;
