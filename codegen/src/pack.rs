@@ -73,12 +73,19 @@ pub enum RowPerm {
 impl RowPerm {
     /// The destination row of local row `i`, relative to the segment's first destination row.
     pub fn apply(self, i: usize) -> usize {
-        let pair = |i: usize, part: usize| 2 * INTERLEAVE * (i / INTERLEAVE) + INTERLEAVE * part + i % INTERLEAVE;
+        let pair = |i: usize, part: usize| {
+            2 * INTERLEAVE * (i / INTERLEAVE) + INTERLEAVE * part + i % INTERLEAVE
+        };
         match self {
             RowPerm::Identity => i,
             RowPerm::RopeHalves { head_dim } => {
                 let (head, r, half) = (i / head_dim, i % head_dim, head_dim / 2);
-                head * head_dim + if r < half { pair(r, 0) } else { pair(r - half, 1) }
+                head * head_dim
+                    + if r < half {
+                        pair(r, 0)
+                    } else {
+                        pair(r - half, 1)
+                    }
             }
             RowPerm::Interleave8 { part } => pair(i, part),
         }
@@ -222,7 +229,12 @@ pub enum PackError {
 impl PackRecipe {
     /// A single tensor `[rows, cols]` as it is.
     pub fn identity(tensor: impl Into<String>, rows: usize, cols: usize, dtype: PackDType) -> Self {
-        PackRecipe { rows, cols, dtype, segments: vec![Segment::whole(tensor, rows, cols, 0)] }
+        PackRecipe {
+            rows,
+            cols,
+            dtype,
+            segments: vec![Segment::whole(tensor, rows, cols, 0)],
+        }
     }
 
     /// Bytes of the packed weight.
@@ -250,36 +262,65 @@ impl PackRecipe {
     /// # Errors
     /// Any error of [`PackRecipe::validate`].
     pub fn row_sources(&self) -> Result<Vec<RowSource>, PackError> {
-        const NONE: RowSource = RowSource { segment: u32::MAX, row: u32::MAX };
+        const NONE: RowSource = RowSource {
+            segment: u32::MAX,
+            row: u32::MAX,
+        };
         let (rows, cols) = (self.rows, self.cols);
         let mut sources = vec![NONE; rows];
         for (index, segment) in self.segments.iter().enumerate() {
             if let Some(reason) = self.segment_misfit(segment) {
-                return Err(PackError::Segment { rows, cols, index, tensor: segment.tensor.clone(), reason });
+                return Err(PackError::Segment {
+                    rows,
+                    cols,
+                    index,
+                    tensor: segment.tensor.clone(),
+                    reason,
+                });
             }
             for row in segment.src_rows.clone() {
                 let dst = segment.dst_row_of(row);
                 let slot = &mut sources[dst];
                 if *slot != NONE {
                     let first = self.segments[slot.segment as usize].tensor.clone();
-                    return Err(PackError::Overlap { rows, cols, row: dst, first, second: segment.tensor.clone() });
+                    return Err(PackError::Overlap {
+                        rows,
+                        cols,
+                        row: dst,
+                        first,
+                        second: segment.tensor.clone(),
+                    });
                 }
-                *slot = RowSource { segment: index as u32, row: row as u32 };
+                *slot = RowSource {
+                    segment: index as u32,
+                    row: row as u32,
+                };
             }
         }
         let count = sources.iter().filter(|s| **s == NONE).count();
         match sources.iter().position(|s| *s == NONE) {
-            Some(row) => Err(PackError::Uncovered { rows, cols, row, count }),
+            Some(row) => Err(PackError::Uncovered {
+                rows,
+                cols,
+                row,
+                count,
+            }),
             None => Ok(sources),
         }
     }
 
     fn segment_misfit(&self, s: &Segment) -> Option<String> {
         if s.src_rows.start > s.src_rows.end || s.src_cols.start > s.src_cols.end {
-            return Some(format!("rows {:?} or columns {:?} run backwards", s.src_rows, s.src_cols));
+            return Some(format!(
+                "rows {:?} or columns {:?} run backwards",
+                s.src_rows, s.src_cols
+            ));
         }
         if s.src_cols.len() != self.cols {
-            return Some(format!("takes columns {:?}, the weight has {}", s.src_cols, self.cols));
+            return Some(format!(
+                "takes columns {:?}, the weight has {}",
+                s.src_cols, self.cols
+            ));
         }
         if s.src_rows.end > u32::MAX as usize || self.segments.len() >= u32::MAX as usize {
             return Some("more rows than a row index holds".into());
@@ -288,8 +329,13 @@ impl PackRecipe {
             return Some(reason);
         }
         // Each permutation reaches furthest with its last row.
-        let last = s.src_rows.len().checked_sub(1).map(|i| s.dst_row.saturating_add(s.perm.apply(i)));
-        last.filter(|&d| d >= self.rows).map(|d| format!("writes row {d}, the weight has {}", self.rows))
+        let last = s
+            .src_rows
+            .len()
+            .checked_sub(1)
+            .map(|i| s.dst_row.saturating_add(s.perm.apply(i)));
+        last.filter(|&d| d >= self.rows)
+            .map(|d| format!("writes row {d}, the weight has {}", self.rows))
     }
 }
 
@@ -337,24 +383,52 @@ mod tests {
     #[test]
     fn gate_and_up_alternate_by_eight() {
         let recipe = gate_up(24, 4);
-        assert_eq!((recipe.dst_row_of(0, 17), recipe.dst_row_of(1, 17)), (33, 41));
+        assert_eq!(
+            (recipe.dst_row_of(0, 17), recipe.dst_row_of(1, 17)),
+            (33, 41)
+        );
     }
 
     #[test]
     fn contradictions_are_named() {
         let mut recipe = gate_up(16, 4);
         recipe.segments[1].perm = RowPerm::Interleave8 { part: 0 };
-        assert!(matches!(recipe.validate(), Err(PackError::Overlap { row: 0, .. })));
+        assert!(matches!(
+            recipe.validate(),
+            Err(PackError::Overlap { row: 0, .. })
+        ));
         recipe.segments.pop();
-        assert!(matches!(recipe.validate(), Err(PackError::Uncovered { row: 8, count: 16, .. })));
+        assert!(matches!(
+            recipe.validate(),
+            Err(PackError::Uncovered {
+                row: 8,
+                count: 16,
+                ..
+            })
+        ));
         recipe.segments[0].src_cols = 0..3;
         let message = recipe.validate().unwrap_err().to_string();
-        assert!(message.contains("segment 0 (gate): takes columns 0..3, the weight has 4"), "{message}");
+        assert!(
+            message.contains("segment 0 (gate): takes columns 0..3, the weight has 4"),
+            "{message}"
+        );
         let mut recipe = qkv(1, 1, 16, 4);
         recipe.segments[2].dst_row = 33;
-        assert!(recipe.validate().unwrap_err().to_string().contains("writes row 48, the weight has 48"));
+        assert!(
+            recipe
+                .validate()
+                .unwrap_err()
+                .to_string()
+                .contains("writes row 48, the weight has 48")
+        );
         recipe.segments[0].perm = RowPerm::RopeHalves { head_dim: 24 };
-        assert!(recipe.validate().unwrap_err().to_string().contains("head_dim 24 is not a multiple of 16"));
+        assert!(
+            recipe
+                .validate()
+                .unwrap_err()
+                .to_string()
+                .contains("head_dim 24 is not a multiple of 16")
+        );
     }
 
     proptest! {
