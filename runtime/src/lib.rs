@@ -1,2 +1,3 @@
 //! placeholder
+pub mod cuda;
 pub mod weights;
