@@ -83,19 +83,9 @@ pub enum CudaError {
         bytes: usize,
     },
     /// A kernel does not compile.
-    #[error("kernel {kernel} does not compile: {first_line} (source: {}, log: {})", source_path.display(), log_path.display())]
-    Compile {
-        /// The kernel.
-        kernel: String,
-        /// The first error of the log.
-        first_line: String,
-        /// The whole log.
-        log: String,
-        /// The file that the source was written to.
-        source_path: PathBuf,
-        /// The file that the log was written to.
-        log_path: PathBuf,
-    },
+    #[error("kernel {} does not compile: {} (source: {}, log: {})", .0.kernel, .0.first_line,
+        .0.source_path.display(), .0.log_path.display())]
+    Compile(Box<CompileFailure>),
     /// An NVRTC call failed for another reason than the source.
     #[error("NVRTC: {what}: {code}")]
     Nvrtc {
@@ -130,7 +120,28 @@ pub enum CudaError {
     },
     /// Weights that cannot be read or packed.
     #[error(transparent)]
-    Weights(#[from] WeightsError),
+    Weights(Box<WeightsError>),
+}
+
+impl From<WeightsError> for CudaError {
+    fn from(error: WeightsError) -> Self {
+        CudaError::Weights(Box::new(error))
+    }
+}
+
+/// What is known of a kernel that does not compile.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CompileFailure {
+    /// The kernel's module.
+    pub kernel: String,
+    /// The first error of the log.
+    pub first_line: String,
+    /// The whole log.
+    pub log: String,
+    /// The file that the source was written to.
+    pub source_path: PathBuf,
+    /// The file that the log was written to.
+    pub log_path: PathBuf,
 }
 
 /// Names the attempted call in a driver error.

@@ -173,6 +173,17 @@ fn site_packages() -> Vec<PathBuf> {
     for variable in ["VIRTUAL_ENV", "CONDA_PREFIX"] {
         roots.extend(std::env::var_os(variable).map(|root| Path::new(&root).join("lib")));
     }
+    // The Python that the shell finds, which may live in an environment that is not activated.
+    let bins: Vec<PathBuf> = std::env::var_os("PATH")
+        .iter()
+        .flat_map(std::env::split_paths)
+        .collect();
+    let pythons = bins.iter().filter(|bin| bin.join("python3").exists());
+    roots.extend(
+        pythons
+            .filter_map(|bin| bin.parent())
+            .map(|prefix| prefix.join("lib")),
+    );
     roots.extend(std::env::var_os("HOME").map(|home| Path::new(&home).join(".local/lib")));
     roots.extend(["/usr/local/lib", "/usr/lib"].map(PathBuf::from));
     let mut sites: Vec<PathBuf> = std::env::var_os("PYTHONPATH")

@@ -29,4 +29,4 @@ pub mod timing;
 pub mod upload;
 
 pub use cudarc::driver::sys::CUdeviceptr as DevicePtr;
-pub use error::CudaError;
+pub use error::{CompileFailure, CudaError};

@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 use cudarc::nvrtc::{result, sys};
 use serde::{Deserialize, Serialize};
 
-use super::CudaError;
 use super::cubin_cache::CubinCache;
 use super::library::{self, Library};
+use super::{CompileFailure, CudaError};
 
 /// The architecture of all kernels: Hopper with its architecture-specific instructions (wgmma, setmaxnreg).
 pub const ARCH: &str = "sm_90a";
@@ -228,13 +228,14 @@ fn failed(source: &Source, log: String, code: result::NvrtcError, dir: &Path) ->
         .lines()
         .find(|l| l.contains("error"))
         .map_or_else(|| code.to_string(), str::to_owned);
-    CudaError::Compile {
-        kernel: source.name.clone(),
+    let kernel = source.name.clone();
+    CudaError::Compile(Box::new(CompileFailure {
+        kernel,
         first_line,
         log,
         source_path,
         log_path,
-    }
+    }))
 }
 
 /// A program of NVRTC, destroyed when dropped.
@@ -440,17 +441,15 @@ mod tests {
             message.contains("undeclared") && !message.contains('\n'),
             "{message}"
         );
-        let CudaError::Compile {
-            source_path,
-            log_path,
-            ..
-        } = error
-        else {
+        let CudaError::Compile(failure) = error else {
             panic!("{message}")
         };
-        assert_eq!(std::fs::read_to_string(source_path).unwrap(), source.text);
+        assert_eq!(
+            std::fs::read_to_string(&failure.source_path).unwrap(),
+            source.text
+        );
         assert!(
-            std::fs::read_to_string(log_path)
+            std::fs::read_to_string(&failure.log_path)
                 .unwrap()
                 .contains("undeclared")
         );

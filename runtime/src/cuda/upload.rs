@@ -183,14 +183,20 @@ impl<'a> Staging<'a> {
         for (dst, range) in self.pieces.drain(..) {
             self.copied += range.len();
             // SAFETY: the destination is a part of a placement. The buffer is next written after the wait for the
-            // event of its own turn, and freed after the stream was waited for or, on an error, by cuMemFreeHost,
-            // which waits.
+            // event of its own turn, and freed after the stream was waited for (in `drop`).
             unsafe { self.stream.copy_to_device(dst, &buffer.as_slice()[range])? };
         }
         self.stream.record(event)?;
         self.current = (self.current + 1) % self.buffers.len();
         self.used = 0;
         self.buffers[self.current].1.synchronize()
+    }
+}
+
+impl Drop for Staging<'_> {
+    fn drop(&mut self) {
+        // Copies from the buffers may still run if an error ended the upload early.
+        let _ = self.stream.synchronize();
     }
 }
 
