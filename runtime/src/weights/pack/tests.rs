@@ -30,7 +30,7 @@ impl WeightSource for Memory {
 /// A value that tells tensor, row and column and that f16 and bf16 hold exactly.
 fn marker(tensor: usize, r: usize, c: usize) -> f32 {
     let v = ((tensor * 61 + r * 7 + c) % 251) as f32;
-    if (r + c) % 2 == 0 { v } else { -v }
+    if (r + c).is_multiple_of(2) { v } else { -v }
 }
 
 fn tensor(id: usize, rows: usize, cols: usize, dtype: Dtype) -> (TensorInfo, Vec<u8>) {
