@@ -1,3 +1,7 @@
-//! lathe's runtime: devices, kernels, weights, KV cache and scheduling.
+//! lathe's runtime: devices, weights, KV cache, sampling and text.
 
 pub mod cpu;
+pub mod cuda;
+pub mod sampling;
+pub mod text;
+pub mod weights;
