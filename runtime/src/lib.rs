@@ -1,1 +1,4 @@
-//! placeholder
+//! Devices, weight loading, KV cache, sampling and text for lathe.
+
+pub mod sampling;
+pub mod text;
