@@ -15,7 +15,7 @@ demo:
 	CARGO="$(CARGO)" PYTHON="$(PYTHON)" TARGET="$(TARGET)" bash scripts/demo.sh
 
 test: nits
-	INSTA_UPDATE=no LD_LIBRARY_PATH="$(abspath $(NVRTC))/nvidia/cu13/lib:$$LD_LIBRARY_PATH" $(CARGO) test --workspace
+	INSTA_UPDATE=no LD_LIBRARY_PATH="$(abspath $(NVRTC))/nvidia/cu13/lib$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH}" $(CARGO) test --workspace
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --quiet
 
 nits:

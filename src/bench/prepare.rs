@@ -526,7 +526,7 @@ mod tests {
         };
         let mut bytes = Vec::new();
         write_jsonl(&mut bytes, synthetic(3, length, length).requests().unwrap()).unwrap();
-        insta::with_settings!({snapshot_path => "../../snapshots", prepend_module_to_snapshot => false}, {
+        insta::with_settings!({snapshot_path => "../../snapshots/bench", prepend_module_to_snapshot => false}, {
             insta::assert_snapshot!("prepare_dataset_bytes", String::from_utf8(bytes).unwrap());
         });
     }

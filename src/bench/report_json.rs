@@ -194,8 +194,12 @@ mod tests {
     fn report_file_is_the_report() {
         let report = example(true, full_section());
         let text = written(|path| write_report_json(path, &report));
+        let dense = |text: &str| text.split_whitespace().collect::<String>();
+        assert_eq!(
+            dense(&text),
+            dense(&serde_json::to_string(&report).unwrap())
+        );
         let value: Value = serde_json::from_str(&text).unwrap();
-        assert_eq!(value, serde_json::to_value(&report).unwrap());
         assert_eq!(value["machine"]["memory.total"], 79.111);
     }
 
@@ -220,7 +224,7 @@ mod tests {
         let report = example(true, full_section());
         assert_eq!(
             report.performance.system_output_throughput_tok_s,
-            tokens / (end - start) * 1e9
+            tokens * 1e9 / (end - start)
         );
         assert_eq!(
             entries[0].keys().collect::<Vec<_>>(),
