@@ -8,6 +8,8 @@
 //! token. The logarithms are spelled out in separately rounded f32 operations (on CUDA: `__fmul_rn`,
 //! `__fadd_rn`, `__fdiv_rn`), so that every device computes the same bits.
 
+use std::cmp::Ordering;
+
 /// How the next token is chosen.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct SamplingParams {
@@ -91,24 +93,44 @@ pub fn sample(logits: &[f32], params: &SamplingParams, request: u64, position: u
         candidates.truncate(params.top_k as usize);
     }
     if params.top_p < 1.0 {
-        candidates.sort_unstable_by(descending);
-        let weights: Vec<f64> = candidates
-            .iter()
-            .map(|&token| f64::from(scaled(token)).exp())
-            .collect();
-        let threshold = f64::from(params.top_p) * weights.iter().sum::<f64>();
-        let mut cumulative = 0.0;
-        let kept = weights.iter().take_while(|weight| {
-            let below = cumulative < threshold;
-            cumulative += **weight;
-            below
-        });
-        let n_kept = kept.count().max(1);
-        candidates.truncate(n_kept);
+        keep_nucleus(&mut candidates, f64::from(params.top_p), scaled, descending);
     }
     // Ascending, so that noise is drawn in whole Philox blocks and ties go to the lowest token.
     candidates.sort_unstable();
     gumbel_argmax(candidates, scaled, &mut noise)
+}
+
+/// Cuts the candidates to the most probable ones that together reach `top_p` of their probability.
+///
+/// A vocabulary is long and a nucleus short: only as many candidates are sorted as it turns out to need.
+fn keep_nucleus(
+    candidates: &mut Vec<u32>,
+    top_p: f64,
+    scaled: impl Fn(u32) -> f32,
+    descending: impl Fn(&u32, &u32) -> Ordering,
+) {
+    let weight = |token: &u32| f64::from(scaled(*token)).exp();
+    let threshold = top_p * candidates.iter().map(weight).sum::<f64>();
+    let (mut n_sorted, mut cumulative) = (0, 0.0);
+    while n_sorted < candidates.len() {
+        let n_more = (2 * n_sorted).max(256);
+        let rest = &mut candidates[n_sorted..];
+        let n_more = if n_more < rest.len() {
+            rest.select_nth_unstable_by(n_more - 1, &descending);
+            n_more
+        } else {
+            rest.len()
+        };
+        rest[..n_more].sort_unstable_by(&descending);
+        for (index, token) in rest[..n_more].iter().enumerate() {
+            cumulative += weight(token);
+            if cumulative >= threshold {
+                candidates.truncate(n_sorted + index + 1);
+                return;
+            }
+        }
+        n_sorted += n_more;
+    }
 }
 
 /// The token with the greatest logit, the lowest one of equals. NaN counts as -inf; `None` when nothing is
@@ -413,6 +435,27 @@ mod tests {
             let above = logits.iter().filter(|&&logit| logit > logits[token as usize]).count();
             prop_assert!(above < top_k as usize);
             prop_assert_eq!(sample(&logits, &params, 11, 4), Some(token));
+        }
+
+        /// The nucleus is the one that a full sort gives.
+        #[test]
+        fn nucleus_by_full_sort(logits in prop::collection::vec(-3f32..3.0, 1..1500), top_p in 0.01f64..0.999) {
+            let scaled = |token: u32| logits[token as usize];
+            let descending =
+                |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
+            let mut sorted: Vec<u32> = (0..logits.len() as u32).collect();
+            let total: f64 = sorted.iter().map(|&token| f64::from(scaled(token)).exp()).sum();
+            let mut kept = sorted.clone();
+            keep_nucleus(&mut kept, top_p, scaled, descending);
+            sorted.sort_unstable_by(descending);
+            let mut cumulative = 0.0;
+            let n_expected = sorted.iter().take_while(|&&token| {
+                let below = cumulative < top_p * total;
+                cumulative += f64::from(scaled(token)).exp();
+                below
+            }).count();
+            kept.sort_unstable_by(descending);
+            prop_assert_eq!(&kept[..], &sorted[..n_expected]);
         }
 
         /// Skipping hopeless tokens changes nothing: the plain maximum over all tokens is the same.

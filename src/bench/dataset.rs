@@ -67,6 +67,16 @@ pub enum DatasetError {
         /// Every bad line.
         problems: Vec<LineProblem>,
     },
+    /// Requests that no sequence can hold.
+    #[error("{}", list_too_long(path, *max_seq_len, requests))]
+    TooLong {
+        /// The file.
+        path: String,
+        /// The limit.
+        max_seq_len: usize,
+        /// Index, prompt tokens and output tokens of each.
+        requests: Vec<(usize, usize, usize)>,
+    },
     /// No request at all.
     #[error("{path}: no requests in this dataset")]
     Empty {
@@ -88,6 +98,24 @@ fn list_problems(path: &str, problems: &[LineProblem]) -> String {
         lines.push(format!(
             "{path}: {} more bad lines",
             problems.len() - MAX_LISTED
+        ));
+    }
+    lines.join("\n")
+}
+
+fn list_too_long(path: &str, max_seq_len: usize, requests: &[(usize, usize, usize)]) -> String {
+    let mut lines: Vec<String> = requests
+        .iter()
+        .take(MAX_LISTED)
+        .map(|(index, isl, osl)| {
+            let total = isl + osl;
+            format!("{path}: request {index}: {isl} input + {osl} output tokens are {total}, max_seq_len is {max_seq_len}")
+        })
+        .collect();
+    if requests.len() > MAX_LISTED {
+        lines.push(format!(
+            "{path}: {} more requests are too long",
+            requests.len() - MAX_LISTED
         ));
     }
     lines.join("\n")
@@ -167,6 +195,31 @@ impl Dataset {
         }
         Ok(Self {
             path: path.into(),
+            requests,
+        })
+    }
+
+    /// Checks that every request fits into `max_seq_len` tokens; lists those that do not.
+    pub fn check_lengths(&self, max_seq_len: usize) -> Result<(), DatasetError> {
+        let requests: Vec<_> = self
+            .requests
+            .iter()
+            .enumerate()
+            .filter(|(_, request)| request.total_tokens() > max_seq_len)
+            .map(|(index, request)| {
+                (
+                    index,
+                    request.input_ids.len(),
+                    request.output_tokens as usize,
+                )
+            })
+            .collect();
+        if requests.is_empty() {
+            return Ok(());
+        }
+        Err(DatasetError::TooLong {
+            path: self.path.clone(),
+            max_seq_len,
             requests,
         })
     }
@@ -408,6 +461,43 @@ d.jsonl:11: invalid type: string \"x\", expected a sequence";
             ..ReadOptions::default()
         };
         assert_eq!(read(text, options).unwrap().requests.len(), 1);
+    }
+
+    /// One token a letter; the file is written as the model folder's tokenizer.json.
+    #[test]
+    fn text_prompts_are_tokenised() {
+        let folder = tempfile::tempdir().unwrap();
+        let byte_level =
+            r#"{"type":"ByteLevel","add_prefix_space":false,"trim_offsets":true,"use_regex":true}"#;
+        let tokenizer = format!(
+            r#"{{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,
+            "pre_tokenizer":{byte_level},"post_processor":null,"decoder":{byte_level},
+            "model":{{"type":"BPE","dropout":null,"unk_token":null,"continuing_subword_prefix":null,
+            "end_of_word_suffix":null,"fuse_unk":false,"byte_fallback":false,"vocab":{{"a":0,"b":1}},"merges":[]}}}}"#
+        );
+        std::fs::write(folder.path().join("tokenizer.json"), tokenizer).unwrap();
+        let tokenizer = TextTokenizer::load(folder.path()).unwrap();
+        let options = ReadOptions {
+            tokenizer: Some(&tokenizer),
+            ..ReadOptions::default()
+        };
+        let text = "{\"task_id\":0,\"prompt\":\"abba\",\"output_tokens\":1}";
+        assert_eq!(
+            read(text, options).unwrap().requests[0].input_ids,
+            [0, 1, 1, 0]
+        );
+    }
+
+    #[test]
+    fn requests_that_are_too_long() {
+        let text = "{\"task_id\":0,\"input_ids\":[1,2],\"output_tokens\":2}\n{\"task_id\":1,\"input_ids\":[1,2],\"output_tokens\":3}\n";
+        let dataset = read(text, ReadOptions::default()).unwrap();
+        assert!(dataset.check_lengths(5).is_ok());
+        let error = dataset.check_lengths(4).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "d.jsonl: request 1: 2 input + 3 output tokens are 5, max_seq_len is 4"
+        );
     }
 
     #[test]
