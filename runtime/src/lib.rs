@@ -3,5 +3,6 @@
 pub mod cpu;
 pub mod cuda;
 pub mod sampling;
+pub mod step;
 pub mod text;
 pub mod weights;
