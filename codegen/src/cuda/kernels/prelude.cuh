@@ -209,13 +209,16 @@ DEV float warp_max(float v) {
   for (int o = 16; o; o >>= 1) v = fmaxf(v, __shfl_xor_sync(~0u, v, o));
   return v;
 }
-// Sorts like the float does, as an unsigned integer (NaN with the sign bit clear sorts highest).
+// Sorts like the float does, as an unsigned integer (-0 below +0; not for NaN).
 DEV u32 ordered(float x) {
   u32 b = __float_as_uint(x);
   return (b & 0x80000000u) ? ~b : (b | 0x80000000u);
 }
-// Key of an argmax over (value, index): larger value first, then lower index.
-DEV u64 argmax_key(float x, u32 index) { return ((u64)ordered(x) << 32) | (u64)(~index); }
+// Key of an argmax over (value, index): larger value first, then lower index; -0 equals +0. NaN and -inf give 0,
+// whose index is -1: no candidate.
+DEV u64 argmax_key(float x, u32 index) {
+  return x > NEG_INF ? ((u64)ordered(x == 0.0f ? 0.0f : x) << 32) | (u64)(u32)(~index) : 0ull;
+}
 DEV u32 argmax_index(u64 key) { return ~(u32)key; }
 DEV u64 warp_max_u64(u64 v) {
 #pragma unroll
