@@ -22,7 +22,7 @@
 //   u32* counters [B*HKV] (zeroed once at allocation, left zero), i32 batch, i32 max_pages.
 // Geometry, bf16: block 128; grid = any number of CTAs, fixed per bucket: min(2 * multiprocessors, what smem lets be
 //   resident) for batches, 132 for batch 1; smem = 4*STAGES*64*D + 32*D + 16*GQ*(D+2) + 4*D + 4*(MAXB+1) + 64, each
-//   term rounded up to 16; ws = grid * 2 * GQ * (D + 2) floats, 16-byte aligned.
+//   term rounded up to 16; ws = grid * 2 * P floats, P = GQ * (D + 2) rounded up to 4, 16-byte aligned.
 //   f32 (plain): block 128, grid = batch * HKV, smem = 4*GQ*D + 16*GQ*(D+2), no ws or counters.
 // Parallelisation: the 64-token tiles of all (sequence, kv head) items form one list, cut into equal contiguous
 // ranges, one a CTA, whatever the lengths (stream-K). Each of 4 warps owns 16 tokens of a tile with a ring of cp.async
@@ -120,7 +120,7 @@ constexpr int OFF_MERGE = OFF_Q + 16 * D * 2;
 constexpr int OFF_NEW = OFF_MERGE + up16(W * GQ * (D + 2) * 4);
 constexpr int OFF_PRE = OFF_NEW + up16(2 * D * 2);
 constexpr int OFF_MISC = OFF_PRE + up16((LATHE_MAXB + 1) * 4);
-constexpr int WS_ITEM = GQ * (D + 2);  // floats of one partial: O [GQ, D], m [GQ], l [GQ]
+constexpr int WS_ITEM = (GQ * (D + 2) + 3) / 4 * 4;  // floats of one partial: O [GQ, D], m [GQ], l [GQ]
 constexpr int SW = CH % 8 == 0 ? 8 : CH % 4 == 0 ? 4 : 2;
 
 // Byte offset of chunk c of row r in a [16][D] tile: 16-byte chunks are XORed so that ldmatrix meets no conflict.
@@ -128,7 +128,7 @@ DEV int tile_off(int r, int c) { return r * (D * 2) + (((c & ~(SW - 1)) | ((c ^ 
 
 struct Cursor { int b, h, t, tiles, len, t0; };
 
-extern "C" __global__ void __launch_bounds__(T)
+extern "C" __global__ void __launch_bounds__(T, 2)
 LATHE_NAME(const E* q, const E* bias, const E* qnorm, const E* knorm, const float* cosv, const float* sinv, E* cache,
            const i32* block_table, const i32* kv_lens, E* out, float* ws, u32* counters, i32 batch, i32 max_pages) {
   extern __shared__ __align__(1024) char smem[];
