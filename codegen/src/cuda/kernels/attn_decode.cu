@@ -14,18 +14,24 @@
 //   LATHE_PREFETCH 1 (with FUSED and PDL): kv_lens, block_table and older cache rows are read before
 //                  griddepcontrol.wait. Only where no kernel of the same PDL chain before this one writes them (the
 //                  step state advances in the last kernel of a graph). Default 0.
-//   LATHE_STAGES   ring depth a warp (default 3); LATHE_MAXB largest batch of the bucket (prefix sums).
+//   LATHE_CLUSTER  0 (default): stream-K over all items, for batches | 1, 2, 4, 8: that many CTAs, one cluster, share
+//                  an item and merge through distributed shared memory: no prefix sums, no global round trip; for
+//                  few items (batch * HKV * CLUSTER up to about 2 CTAs a multiprocessor).
+//   LATHE_NT       16-token groups a warp takes at a time (default 1; 2 for D <= 64); LATHE_STAGES ring depth a warp
+//                  (default 3); LATHE_MAXB largest batch of the bucket (prefix sums; CLUSTER 0 only).
 // Parameters (unused ones may be null)
 //   const E* q (FUSED: qkv), const E* bias [(HQ+2HKV)D], const E* qnorm [D], const E* knorm [D] (permuted like the
 //   heads), const float* cos, const float* sin [max_pos, D/2], E* cache, const i32* block_table [B, max_pages],
 //   const i32* kv_lens [B] (new token included; 0 = padding row, its output is zeros), E* out [B, HQ*D], float* ws,
-//   u32* counters [B*HKV] (zeroed once at allocation, left zero), i32 batch, i32 max_pages.
-// Geometry, bf16: block 128; grid = any number of CTAs, fixed per bucket: min(2 * multiprocessors, what smem lets be
-//   resident) for batches, 132 for batch 1; smem = 4*STAGES*64*D + 32*D + 16*GQ*(D+2) + 4*D + 4*(MAXB+1) + 64, each
-//   term rounded up to 16; ws = grid * 2 * P floats, P = GQ * (D + 2) rounded up to 4, 16-byte aligned.
+//   u32* counters [B*HKV] (zeroed once at allocation, left zero), i32 batch, i32 max_pages. ws and counters are used
+//   by CLUSTER 0 alone.
+// Geometry, bf16: block 128; CLUSTER 0: grid = any number of CTAs, fixed per bucket (2 * multiprocessors); CLUSTER > 0:
+//   grid = batch * HKV * CLUSTER (cluster dims are in the source). smem = 256*STAGES*NT*D + 32*D + up16(16*GQ*(D+2)) +
+//   4*D + up16(4*(MAXB+1)) + 64 + (CLUSTER > 1 ? CLUSTER*P*4 : 0), P = GQ*(D+2) rounded up to 4;
+//   ws = grid * 2 * P floats, 16-byte aligned.
 //   f32 (plain): block 128, grid = batch * HKV, smem = 4*GQ*D + 16*GQ*(D+2), no ws or counters.
-// Parallelisation: the 64-token tiles of all (sequence, kv head) items form one list, cut into equal contiguous
-// ranges, one a CTA, whatever the lengths (stream-K). Each of 4 warps owns 16 tokens of a tile with a ring of cp.async
+// Parallelisation (CLUSTER 0): the 64*NT-token tiles of all (sequence, kv head) items form one list, cut into equal contiguous
+// ranges, one a CTA, whatever the lengths (stream-K). Each of 4 warps owns 16*NT tokens of a tile with a ring of cp.async
 // stages that runs across item boundaries, and its own online softmax; q heads of a kv head are the 16 rows of
 // mma.m16n8k16. Items cut by a range border leave partial (O, m, l) in ws; the last CTA to arrive merges them.
 #ifndef LATHE_SOFTCAP
@@ -52,12 +58,18 @@
 #ifndef LATHE_STAGES
 #define LATHE_STAGES 3
 #endif
+#ifndef LATHE_CLUSTER
+#define LATHE_CLUSTER 0
+#endif
+#ifndef LATHE_NT
+#define LATHE_NT 1
+#endif
 #ifndef LATHE_MAXB
 #define LATHE_MAXB 1
 #endif
 
 constexpr int HQ = LATHE_HQ, HKV = LATHE_HKV, D = LATHE_D, PAGE = LATHE_PAGE, GQ = HQ / HKV;
-constexpr int W = 4, T = 128, TILE = 16 * W, S = LATHE_STAGES;
+constexpr int W = 4, T = 128, NT = LATHE_NT, TOK = 16 * NT, TILE = TOK * W, S = LATHE_STAGES, CL = LATHE_CLUSTER;
 constexpr int HB = D / 16;           // 16-element blocks of a head
 constexpr int CH = D * (int)sizeof(E) / 16;  // 16-byte chunks of a cache row
 constexpr float LOG2E = 1.4426950408889634f;
@@ -114,13 +126,16 @@ DEV void prepare_heads(const E* qkv, const E* bias, const E* qnorm, const E* kno
 
 #if LATHE_DTYPE == 1
 constexpr int up16(int b) { return (b + 15) / 16 * 16; }
-constexpr int STAGE_BYTES = 2 * 16 * D * 2;
+constexpr int TILE_BYTES = TOK * D * 2;        // K or V tile of a warp
+constexpr int STAGE_BYTES = 2 * TILE_BYTES;
 constexpr int OFF_Q = W * S * STAGE_BYTES;
 constexpr int OFF_MERGE = OFF_Q + 16 * D * 2;
 constexpr int OFF_NEW = OFF_MERGE + up16(W * GQ * (D + 2) * 4);
 constexpr int OFF_PRE = OFF_NEW + up16(2 * D * 2);
 constexpr int OFF_MISC = OFF_PRE + up16((LATHE_MAXB + 1) * 4);
 constexpr int WS_ITEM = (GQ * (D + 2) + 3) / 4 * 4;  // floats of one partial: O [GQ, D], m [GQ], l [GQ]
+constexpr int OFF_RECV = OFF_MISC + 64;
+constexpr u32 SEND_BYTES = GQ * (D + 2) * 4;
 constexpr int SW = CH % 8 == 0 ? 8 : CH % 4 == 0 ? 4 : 2;
 
 // Byte offset of chunk c of row r in a [16][D] tile: 16-byte chunks are XORed so that ldmatrix meets no conflict.
@@ -128,12 +143,19 @@ DEV int tile_off(int r, int c) { return r * (D * 2) + (((c & ~(SW - 1)) | ((c ^ 
 
 struct Cursor { int b, h, t, tiles, len, t0; };
 
-extern "C" __global__ void __launch_bounds__(T, 2)
+#if LATHE_CLUSTER > 1
+#define CLUSTER_DIMS __cluster_dims__(LATHE_CLUSTER, 1, 1)
+#else
+#define CLUSTER_DIMS
+#endif
+
+extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(T, 2)
 LATHE_NAME(const E* q, const E* bias, const E* qnorm, const E* knorm, const float* cosv, const float* sinv, E* cache,
            const i32* block_table, const i32* kv_lens, E* out, float* ws, u32* counters, i32 batch, i32 max_pages) {
   extern __shared__ __align__(1024) char smem[];
   const int tid = threadIdx.x, warp = __shfl_sync(~0u, tid >> 5, 0), lane = tid & 31;
   const u32 grid = gridDim.x, cta = blockIdx.x;
+  (void)grid;
   u32* pre = reinterpret_cast<u32*>(smem + OFF_PRE);
   u32* misc = reinterpret_cast<u32*>(smem + OFF_MISC);
   float* mo = reinterpret_cast<float*>(smem + OFF_MERGE);     // [W][GQ][D]
@@ -145,6 +167,28 @@ LATHE_NAME(const E* q, const E* bias, const E* qnorm, const E* knorm, const floa
 #endif
 
   auto tiles_of = [](int len) { return len > 0 ? (len + TILE - 1) / TILE - first_visible(len) / TILE : 0; };
+  // Rows of sQ above the group stay zero.
+  for (int i = tid; i < 16 * CH; i += T) st16(smem + OFF_Q + i * 16, make_uint4(0, 0, 0, 0));
+#if LATHE_CLUSTER
+  const u32 rank = cta % CL, bar = smem_addr(misc);
+  Cursor lc;
+  lc.b = cta / CL / HKV;
+  lc.h = cta / CL % HKV;
+  lc.len = kv_lens[lc.b];
+  lc.tiles = tiles_of(lc.len);
+  lc.t0 = first_visible(lc.len) / TILE;
+  const u32 u0 = rank * lc.tiles / CL, u1 = (rank + 1) * lc.tiles / CL;
+  lc.t = u0;
+  const u32 active = min(lc.tiles, CL);  // CTAs of the cluster with tiles
+  if (CL > 1) {
+    if (rank == 0 && tid == 0) {
+      mbar_init(bar, 1);
+      mbar_init_fence();
+      mbar_expect(bar, active * SEND_BYTES);
+    }
+    cluster_arrive();
+  }
+#else
   {  // pre[b] = tiles of the sequences before b, over all kv heads.
     const int per = (batch + T - 1) / T, lo = tid * per;
     u32 own = 0;
@@ -164,8 +208,6 @@ LATHE_NAME(const E* q, const E* bias, const E* qnorm, const E* knorm, const floa
       at += tiles_of(kv_lens[i]) * HKV;
     }
     if (tid == T - 1) pre[batch] = at;
-    // Rows of sQ above the group stay zero.
-    for (int i = tid; i < 16 * CH; i += T) st16(smem + OFF_Q + i * 16, make_uint4(0, 0, 0, 0));
     __syncthreads();
   }
   const u32 total = pre[batch];
@@ -187,7 +229,12 @@ LATHE_NAME(const E* q, const E* bias, const E* qnorm, const E* knorm, const floa
     c.t = c.tiles ? r % c.tiles : 0;
     return c;
   };
+  Cursor lc;
+  lc.b = lc.h = lc.t = lc.len = lc.t0 = 0; lc.tiles = 1;
+  if (u0 < u1) lc = seek(u0);
+#endif
   auto next_item = [&](Cursor& c) {
+#if !LATHE_CLUSTER
     c.t = 0;
     if (++c.h == HKV) {
       c.h = 0;
@@ -198,52 +245,60 @@ LATHE_NAME(const E* q, const E* bias, const E* qnorm, const E* knorm, const floa
       c.tiles = tiles_of(c.len);
       c.t0 = first_visible(c.len) / TILE;
     }
+#endif
   };
-  // Page of this warp's 16 tokens at the cursor (PAGE % 16 == 0), or anything if they lie beyond the sequence.
+  // Pages of this warp's 16-token groups at the cursor (PAGE % 16 == 0), or anything if they lie beyond the sequence.
+  int page[NT];
   auto lookup = [&](const Cursor& c) {
-    const int p = (c.t0 + c.t) * TILE + warp * 16;
-    return (PAGE % 16 == 0 && p < c.len) ? block_table[(i64)c.b * max_pages + p / PAGE] : 0;
-  };
-  auto load = [&](const Cursor& c, int page, int s) {
-    const int p0 = (c.t0 + c.t) * TILE + warp * 16, limit = c.len - LATHE_FUSED;
-    if (p0 >= limit) {
-      // Nothing to read: zeros keep 0 * V finite.
-      for (int i = lane; i < STAGE_BYTES / 16; i += 32) st16(smem + (warp * S + s) * STAGE_BYTES + i * 16, make_uint4(0, 0, 0, 0));
-      return;
-    }
-    const u32 dst = ring + s * STAGE_BYTES;
-    const E* kbase = cache + cache_row(page, 0, c.h, p0 % PAGE);
 #pragma unroll
-    for (int i = 0; i < CH / 2; ++i) {
-      const int idx = lane + 32 * i, row = idx / CH, ch = idx % CH;
-      const bool ok = p0 + row < limit;
-      const E* src = kbase + row * D + ch * 8;
-      if (PAGE % 16 != 0) {
-        const int p = ok ? p0 + row : 0;
-        src = cache + cache_row(block_table[(i64)c.b * max_pages + p / PAGE], 0, c.h, p % PAGE) + ch * 8;
+    for (int n = 0; n < NT; ++n) {
+      const int p = (c.t0 + c.t) * TILE + warp * TOK + n * 16;
+      page[n] = (PAGE % 16 == 0 && p < c.len) ? block_table[(i64)c.b * max_pages + p / PAGE] : 0;
+    }
+  };
+  auto load = [&](const Cursor& c, int s) {
+    const int limit = c.len - LATHE_FUSED;
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      const int p0 = (c.t0 + c.t) * TILE + warp * TOK + n * 16;
+      const int at = (warp * S + s) * STAGE_BYTES + n * 16 * D * 2;
+      if (p0 >= limit) {
+        // Nothing to read: zeros keep 0 * V finite.
+        for (int i = lane; i < 16 * CH; i += 32) {
+          st16(smem + at + i * 16, make_uint4(0, 0, 0, 0));
+          st16(smem + at + TILE_BYTES + i * 16, make_uint4(0, 0, 0, 0));
+        }
+        continue;
       }
-      if (!ok) src = cache;
-      const u32 off = dst + tile_off(row, ch), n = ok ? 16 : 0;
-      cp_async16(off, src, n);
-      cp_async16(off + 16 * D * 2, ok ? src + (i64)HKV * PAGE * D : cache, n);
+      const u32 dst = smem_addr(smem) + at;
+      const E* kbase = cache + cache_row(page[n], 0, c.h, p0 % PAGE);
+#pragma unroll
+      for (int i = 0; i < CH / 2; ++i) {
+        const int idx = lane + 32 * i, row = idx / CH, ch = idx % CH;
+        const bool ok = p0 + row < limit;
+        const E* src = kbase + row * D + ch * 8;
+        if (PAGE % 16 != 0) {
+          const int p = ok ? p0 + row : 0;
+          src = cache + cache_row(block_table[(i64)c.b * max_pages + p / PAGE], 0, c.h, p % PAGE) + ch * 8;
+        }
+        if (!ok) src = cache;
+        const u32 off = dst + tile_off(row, ch), bytes = ok ? 16 : 0;
+        cp_async16(off, src, bytes);
+        cp_async16(off + TILE_BYTES, ok ? src + (i64)HKV * PAGE * D : cache, bytes);
+      }
     }
   };
 
-  Cursor lc, cc;
-  lc.b = lc.h = lc.t = lc.len = lc.t0 = 0; lc.tiles = 1;
   u32 lu = u0;
-  int page = 0;
-  if (u0 < u1) {
-    lc = seek(u0);
-    page = lookup(lc);
-  }
+  if (u0 < u1) lookup(lc);
+  Cursor cc;
   cc = lc;
   auto load_step = [&](int s) {
     if (lu < u1) {
-      load(lc, page, s);
+      load(lc, s);
       if (++lu < u1) {
         if (++lc.t == lc.tiles) next_item(lc);
-        page = lookup(lc);
+        lookup(lc);
       }
     }
     cp_async_commit();
@@ -254,10 +309,18 @@ LATHE_NAME(const E* q, const E* bias, const E* qnorm, const E* knorm, const floa
   pdl_wait();
 #endif
   // Padding rows.
+#if LATHE_CLUSTER
+  if (lc.len <= 0) {
+    for (int e = tid; rank == 0 && e < GQ * CH; e += T) st16(out + (i64)(cta / CL) * GQ * D + e * 8, make_uint4(0, 0, 0, 0));
+    if (CL > 1) cluster_wait();
+    return;
+  }
+#else
   for (u32 i = cta; i < (u32)batch * HKV; i += grid)
     if (kv_lens[i / HKV] <= 0)
       for (int e = tid; e < GQ * CH; e += T) st16(out + (i64)i * GQ * D + e * 8, make_uint4(0, 0, 0, 0));
   if (u0 >= u1) return;
+#endif
 
   int stage = 0, fill = S - 1;
   u32 u = u0;
@@ -306,35 +369,38 @@ LATHE_NAME(const E* q, const E* bias, const E* qnorm, const E* knorm, const floa
       cp_async_wait<S - 2>();
       __syncwarp();
       load_step(fill);
-      const int p0 = (cc.t0 + cc.t) * TILE + warp * 16;
-      const u32 kt = ring + stage * STAGE_BYTES, vt = kt + 16 * D * 2;
+      const int p0 = (cc.t0 + cc.t) * TILE + warp * TOK;
+      const u32 kt = ring + stage * STAGE_BYTES, vt = kt + TILE_BYTES;
 #if LATHE_FUSED
-      if (p0 < len && len <= p0 + 16) {  // the new token is not in the cache yet
+      if (p0 < len && len <= p0 + TOK) {  // the new token is not in the cache yet
         const int r = len - 1 - p0;
         for (int i = lane; i < 2 * CH; i += 32) {
           const int kv = i / CH, ch = i % CH;
-          st16(smem + (warp * S + stage) * STAGE_BYTES + kv * 16 * D * 2 + tile_off(r, ch), ld16(smem + OFF_NEW + kv * D * 2 + ch * 16));
+          st16(smem + (warp * S + stage) * STAGE_BYTES + kv * TILE_BYTES + tile_off(r, ch), ld16(smem + OFF_NEW + kv * D * 2 + ch * 16));
         }
         __syncwarp();
       }
 #endif
       if (++stage == S) stage = 0;
       if (++fill == S) fill = 0;
-      if (p0 >= len || p0 + 16 <= visible) continue;
+      if (p0 >= len || p0 + TOK <= visible) continue;
 
-      float s[2][4];
+      float s[2 * NT][4];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) s[i][0] = s[i][1] = s[i][2] = s[i][3] = 0.0f;
+      for (int i = 0; i < 2 * NT; ++i) s[i][0] = s[i][1] = s[i][2] = s[i][3] = 0.0f;
 #pragma unroll
-      for (int k = 0; k < D / 16; ++k) {
-        u32 b[4];
-        ldmatrix4(b, kt + tile_off((lane & 7) + ((lane >> 4) << 3), 2 * k + ((lane >> 3) & 1)));
-        mma16816(s[0], qf[k], b[0], b[1]);
-        mma16816(s[1], qf[k], b[2], b[3]);
-      }
-      const bool edge = p0 + 16 > len || p0 < visible;
+      for (int k = 0; k < D / 16; ++k)
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
+        for (int n = 0; n < NT; ++n) {
+          u32 b[4];
+          ldmatrix4(b, kt + tile_off(n * 16 + (lane & 7) + ((lane >> 4) << 3), 2 * k + ((lane >> 3) & 1)));
+          mma16816(s[2 * n], qf[k], b[0], b[1]);
+          mma16816(s[2 * n + 1], qf[k], b[2], b[3]);
+        }
+      const bool edge = p0 + TOK > len || p0 < visible;
+      float t0 = NEG_INF, t1 = NEG_INF;
+#pragma unroll
+      for (int i = 0; i < 2 * NT; ++i) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           s[i][e] = score(s[i][e]);
@@ -343,8 +409,9 @@ LATHE_NAME(const E* q, const E* bias, const E* qnorm, const E* knorm, const floa
             if (p >= len || p < visible) s[i][e] = NEG_INF;
           }
         }
-      float t0 = fmaxf(fmaxf(s[0][0], s[0][1]), fmaxf(s[1][0], s[1][1]));
-      float t1 = fmaxf(fmaxf(s[0][2], s[0][3]), fmaxf(s[1][2], s[1][3]));
+        t0 = fmaxf(t0, fmaxf(s[i][0], s[i][1]));
+        t1 = fmaxf(t1, fmaxf(s[i][2], s[i][3]));
+      }
 #pragma unroll
       for (int w = 1; w <= 2; w <<= 1) {
         t0 = fmaxf(t0, __shfl_xor_sync(~0u, t0, w));
@@ -360,21 +427,24 @@ LATHE_NAME(const E* q, const E* bias, const E* qnorm, const E* knorm, const floa
         for (int i = 0; i < D / 8; ++i) { o[i][0] *= a0; o[i][1] *= a0; o[i][2] *= a1; o[i][3] *= a1; }
       }
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
+      for (int i = 0; i < 2 * NT; ++i) {
         s[i][0] = exp2_approx(s[i][0] - m0); s[i][1] = exp2_approx(s[i][1] - m0);
         s[i][2] = exp2_approx(s[i][2] - m1); s[i][3] = exp2_approx(s[i][3] - m1);
         l0 += s[i][0] + s[i][1];
         l1 += s[i][2] + s[i][3];
       }
-      u32 p[4];
-      p[0] = pack_bf16(s[0][0], s[0][1]); p[1] = pack_bf16(s[0][2], s[0][3]);
-      p[2] = pack_bf16(s[1][0], s[1][1]); p[3] = pack_bf16(s[1][2], s[1][3]);
 #pragma unroll
-      for (int j = 0; j < D / 16; ++j) {
-        u32 b[4];
-        ldmatrix4_trans(b, vt + tile_off(lane & 15, 2 * j + (lane >> 4)));
-        mma16816(o[2 * j], p, b[0], b[1]);
-        mma16816(o[2 * j + 1], p, b[2], b[3]);
+      for (int n = 0; n < NT; ++n) {
+        u32 p[4];
+        p[0] = pack_bf16(s[2 * n][0], s[2 * n][1]); p[1] = pack_bf16(s[2 * n][2], s[2 * n][3]);
+        p[2] = pack_bf16(s[2 * n + 1][0], s[2 * n + 1][1]); p[3] = pack_bf16(s[2 * n + 1][2], s[2 * n + 1][3]);
+#pragma unroll
+        for (int j = 0; j < D / 16; ++j) {
+          u32 b[4];
+          ldmatrix4_trans(b, vt + tile_off(n * 16 + (lane & 15), 2 * j + (lane >> 4)));
+          mma16816(o[2 * j], p, b[0], b[1]);
+          mma16816(o[2 * j + 1], p, b[2], b[3]);
+        }
       }
     }
 
@@ -397,7 +467,12 @@ LATHE_NAME(const E* q, const E* bias, const E* qnorm, const E* knorm, const floa
     }
     __syncthreads();
     const bool whole = item_begin >= u0 && item_end <= u1;
+#if LATHE_CLUSTER
+    if (CL > 1 && !whole) cluster_wait();  // the receiver's barrier is initialised
+    const u32 recv = CL > 1 ? map_rank(smem_addr(smem + OFF_RECV) + rank * WS_ITEM * 4, 0) : 0, rbar = CL > 1 ? map_rank(bar, 0) : 0;
+#else
     float* part = ws + (i64)(cta * 2 + (item_begin >= u0 ? 1 : 0)) * WS_ITEM;
+#endif
     E* dst = out + ((i64)cc.b * HQ + cc.h * GQ) * D;
     for (int i = tid; i < GQ * D / 4; i += T) {
       const int r = i / (D / 4);
@@ -418,10 +493,19 @@ LATHE_NAME(const E* q, const E* bias, const E* qnorm, const E* knorm, const floa
         const float inv = 1.0f / l;
         *reinterpret_cast<uint2*>(dst + i * 4) = make_uint2(pack_bf16(a.x * inv, a.y * inv), pack_bf16(a.z * inv, a.w * inv));
       } else {
+#if LATHE_CLUSTER
+        st_async4(recv + i * 16, a, rbar);
+        if (i % (D / 4) == 0) {
+          st_async(recv + (GQ * D + r) * 4, m, rbar);
+          st_async(recv + (GQ * D + GQ + r) * 4, l, rbar);
+        }
+#else
         *reinterpret_cast<float4*>(part + i * 4) = a;
         if (i % (D / 4) == 0) { part[GQ * D + r] = m; part[GQ * D + GQ + r] = l; }
+#endif
       }
     }
+#if !LATHE_CLUSTER
     if (!whole) {
       __threadfence();
       __syncthreads();
@@ -480,7 +564,34 @@ LATHE_NAME(const E* q, const E* bias, const E* qnorm, const E* knorm, const floa
     }
     __syncthreads();
     if (u < u1) next_item(cc);
+#endif
   }
+#if LATHE_CLUSTER > 1
+  // An item of one tile is whole in its CTA; otherwise the first CTA of the cluster merges. Every CTA waits once.
+  const bool shared = active > 1;
+  if (u0 >= u1 || !shared) cluster_wait();
+  if (rank == 0 && shared) {
+    mbar_wait_cluster(bar, 0);
+    const float* recv = reinterpret_cast<const float*>(smem + OFF_RECV);
+    for (int i = tid; i < GQ * D / 4; i += T) {
+      const int r = i / (D / 4);
+      float m = NEG_INF;
+      for (u32 k = 0; k < CL; ++k)
+        if (k * lc.tiles / CL < (k + 1) * lc.tiles / CL) m = fmaxf(m, recv[k * WS_ITEM + GQ * D + r]);
+      float4 a = make_float4(0, 0, 0, 0);
+      float l = 0.0f;
+      for (u32 k = 0; k < CL; ++k)
+        if (k * lc.tiles / CL < (k + 1) * lc.tiles / CL) {
+          const float f = exp2_approx(recv[k * WS_ITEM + GQ * D + r] - m);
+          const float4 v = *reinterpret_cast<const float4*>(recv + k * WS_ITEM + i * 4);
+          a.x = fmaf(v.x, f, a.x); a.y = fmaf(v.y, f, a.y); a.z = fmaf(v.z, f, a.z); a.w = fmaf(v.w, f, a.w);
+          l = fmaf(recv[k * WS_ITEM + GQ * D + GQ + r], f, l);
+        }
+      const float inv = 1.0f / l;
+      *reinterpret_cast<uint2*>(out + (i64)(cta / CL) * GQ * D + i * 4) = make_uint2(pack_bf16(a.x * inv, a.y * inv), pack_bf16(a.z * inv, a.w * inv));
+    }
+  }
+#endif
   cp_async_wait<0>();
 }
 

@@ -24,18 +24,21 @@
 //   const E* w [N,K], const E* x [M,K], const E* delta [M,K], const E* gamma [K], const E* add (bias [N] or
 //   residual [M,N]), void* y, E* sum [M,K], u64* best [M] and u32* counter [1] (EPI 4: zeroed once at allocation,
 //   left zero by every launch; one pair per stream).
-// Geometry: grid LATHE_GRID, block 32 * WARPS, smem = GEMV_SMEM below (the codegen mirrors the formula):
+// Geometry: grid LATHE_GRID, block 32 * WARPS, smem = the sum of (each rounded up to 16)
 //   ring = RING ? WARPS * SLOTS * R * KC * sizeof(E) : 0
 //   xs   = M * K * sizeof(E)
-//   part = PAIRS * R * M * (SP + 1) * 4      PAIRS = ceil(ceil(N / R) / GRID)
-//   bars = RING ? WARPS * SLOTS * 8 : 0, red = WARPS * M * 8, each rounded up to 16
-//   SP   = number of warps that one row group can be spread over:
-//          NCH = ceil(K / KC), UMIN = floor(floor(ceil(N / R) / GRID) * NCH / WARPS),
-//          SP = UMIN == 0 ? WARPS : min(ceil((NCH - 1) / UMIN) + 1, WARPS, NCH)
-// Parallelisation: CTA = contiguous row groups; its chunks (group, KC columns) are dealt out contiguously to warps,
-// so K is split over warps whenever that balances better. Every warp owns a ring of bulk copies that starts before
-// griddepcontrol.wait; activations are staged once in shared memory; f32 partial sums meet in shared memory, summed
-// in a fixed order (bitwise reproducible). Budget smem <= 113 KiB so that the next kernel of a PDL chain fits beside.
+//   part = (ROUNDS * WARPS + PAIRS * SP + (EPI is 1 or 2 ? ROUNDS * WARPS + PAIRS : 0)) * R * M * 4
+//   bars = RING ? WARPS * SLOTS * 8 : 0
+//   red  = WARPS * M * 8
+// with GROUPS = ceil(N / R), ROUNDS = floor(GROUPS / (GRID * WARPS)), REM = GROUPS - ROUNDS * GRID * WARPS,
+//   PAIRS = ceil(REM / GRID), NCH = ceil(K / KC), UMIN = floor(floor(REM / GRID) * NCH / WARPS),
+//   SP = UMIN == 0 ? WARPS : min(ceil((NCH - 1) / UMIN) + 1, WARPS, NCH).
+// Parallelisation: row groups go round by round, GRID * WARPS consecutive groups a round, one a warp, so that at any
+// time the machine reads one compact window of W (many far-apart streams read 2-3 % slower). What is left after the
+// whole rounds is shared out evenly: a CTA's remaining chunks (group, KC columns) are dealt to its warps contiguously,
+// splitting K. Every warp owns a ring of bulk copies that starts before griddepcontrol.wait; activations are staged
+// once in shared memory; f32 partial sums meet in shared memory and are added in a fixed order (bitwise reproducible).
+// Budget smem <= 113 KiB so that the next kernel of a PDL chain fits beside.
 #ifndef LATHE_WARPS
 #define LATHE_WARPS 8
 #endif
@@ -84,15 +87,22 @@ constexpr int W = LATHE_WARPS, KC = LATHE_KC, S = LATHE_SLOTS, R = LATHE_R, T = 
 constexpr int NCH = (K + KC - 1) / KC;          // chunks of a row
 constexpr int IT = KC / (32 * VEC);             // 16-byte vectors a lane holds of a chunk row
 constexpr int GROUPS = (N + R - 1) / R;
-constexpr int PAIRS = (GROUPS + G - 1) / G;     // row groups of the largest CTA share
-constexpr int UMIN = (GROUPS / G) * NCH / W;
+constexpr int ROUNDS = GROUPS / (G * W);
+constexpr int REM = GROUPS - ROUNDS * G * W;
+constexpr int PAIRS = (REM + G - 1) / G;        // remaining row groups of the largest CTA share
+constexpr int UMIN = (REM / G) * NCH / W;
 constexpr int imin(int a, int b) { return a < b ? a : b; }
+// Warps over which one of the remaining groups can be spread.
 constexpr int SP = UMIN == 0 ? W : imin(imin((NCH - 1 + UMIN - 1) / UMIN + 1, W), NCH);
+constexpr int FULL = ROUNDS * W;                // whole groups of a CTA
+constexpr bool ADDEND = LATHE_EPI == 1 || LATHE_EPI == 2;
+constexpr int PART2 = FULL * R * M, PART_ADD = PART2 + PAIRS * R * M * SP;
+constexpr int PART = PART_ADD + (ADDEND ? (FULL + PAIRS) * R * M : 0);
 constexpr int up16(int b) { return (b + 15) / 16 * 16; }
 constexpr int SLOT_BYTES = R * KC * (int)sizeof(E);
 constexpr int OFF_XS = LATHE_RING ? W * S * SLOT_BYTES : 0;
 constexpr int OFF_PART = OFF_XS + up16(M * K * (int)sizeof(E));
-constexpr int OFF_BARS = OFF_PART + up16(PAIRS * R * M * (SP + 1) * 4);
+constexpr int OFF_BARS = OFF_PART + up16(PART * 4);
 constexpr int OFF_RED = OFF_BARS + (LATHE_RING ? up16(W * S * 8) : 0);
 constexpr int GEMV_SMEM = OFF_RED + up16(W * M * 8);
 static_assert(K % VEC == 0 && KC % (32 * VEC) == 0, "K must be whole 16-byte vectors");
@@ -219,14 +229,27 @@ LATHE_NAME(const E* w, const E* x, const E* delta, const E* gamma, const E* add,
   float* part = reinterpret_cast<float*>(smem + OFF_PART);
   float* red = reinterpret_cast<float*>(smem + OFF_RED);
   const int tid = threadIdx.x, warp = __shfl_sync(~0u, tid >> 5, 0), lane = tid & 31;
-  const int p0 = (int)((u64)blockIdx.x * GROUPS / G), p1 = (int)((u64)(blockIdx.x + 1) * GROUPS / G);
-  const u32 units = (u32)(p1 - p0) * NCH;
+  const int q0 = (int)((u64)blockIdx.x * REM / G), q1 = (int)((u64)(blockIdx.x + 1) * REM / G);
+  const u32 units = (u32)(q1 - q0) * NCH;
   const u32 u0 = (u32)warp * units / W, u1 = (u32)(warp + 1) * units / W;
-  const int count = (int)(u1 - u0);
+  const int count = ROUNDS * NCH + (int)(u1 - u0);
+  const int rest = ROUNDS * G * W + q0;         // first of the CTA's remaining groups
+  // Row group of local index j: whole groups first, then the remaining ones.
+  auto group_of = [&](int j) { return j < FULL ? ((j / W) * G + (int)blockIdx.x) * W + j % W : rest + j - FULL; };
   pdl_launch();
 
-  // Cursor of the loads: group lp, chunk lc.
-  int lp = p0 + (int)(u0 / NCH), lc = (int)(u0 % NCH);
+  // Cursor of the loads: round lt, group lp, chunk lc.
+  int lt = 0, lp = blockIdx.x * W + warp, lc = 0;
+  if (ROUNDS == 0) { lp = rest + (int)(u0 / NCH); lc = (int)(u0 % NCH); }
+  auto step = [&] {
+    if (++lc == NCH) {
+      lc = 0;
+      ++lt;
+      if (lt < ROUNDS) lp += G * W;
+      else if (lt == ROUNDS) { lp = rest + (int)(u0 / NCH); lc = (int)(u0 % NCH); }
+      else ++lp;
+    }
+  };
 #if LATHE_RING
   const u32 ring = smem_addr(smem) + warp * S * SLOT_BYTES;
   const u32 bars = smem_addr(smem + OFF_BARS) + warp * S * 8;
@@ -244,7 +267,7 @@ LATHE_NAME(const E* w, const E* x, const E* delta, const E* gamma, const E* add,
       for (int r = 0; r < R; ++r)
         bulk_load(ring + s * SLOT_BYTES + r * KC * sizeof(E), w + (i64)group_row(lp, r) * K + lc * KC, bytes, bars + s * 8, policy);
     }
-    if (++lc == NCH) { lc = 0; ++lp; }
+    step();
   };
 #pragma unroll 1
   for (int s = 0; s < S && s < count; ++s) issue(s);
@@ -259,7 +282,7 @@ LATHE_NAME(const E* w, const E* x, const E* delta, const E* gamma, const E* add,
         if (!TAIL || k < K) b[r][i] = ld_stream(w + (i64)group_row(lp, r) * K + k);
         else b[r][i] = make_uint4(0, 0, 0, 0);
       }
-    if (++lc == NCH) { lc = 0; ++lp; }
+    step();
   };
 #pragma unroll
   for (int s = 0; s < S; ++s)
@@ -274,22 +297,18 @@ LATHE_NAME(const E* w, const E* x, const E* delta, const E* gamma, const E* add,
     gm[i] = (KV % T == 0 || v < KV) ? ld16(gamma + v * VEC) : make_uint4(0, 0, 0, 0);
   }
 #endif
-  const int rows = (p1 - p0) * R;
-  for (int i = tid; i < rows * M * (SP + 1); i += T) part[i] = 0.0f;
+  const int rows = (FULL + q1 - q0) * R;
+  for (int i = PART2 + tid; i < PART_ADD; i += T) part[i] = 0.0f;
 
-#if LATHE_EPI == 1 || LATHE_EPI == 2
-  __syncthreads();
-#endif
   pdl_wait();
   prologue(x, delta, gamma, sum, xs, red, gm);
 #if LATHE_EPI == 1 || LATHE_EPI == 2
 #pragma unroll 1
   for (int j = tid; j < rows; j += T) {
-    const int n = p0 * R + j;
+    const int n = group_of(j / R) * R + j % R;
     if (N % R == 0 || n < N)
 #pragma unroll
-      for (int m = 0; m < M; ++m)
-        part[(j * M + m) * (SP + 1) + SP] = to_f32(add[LATHE_EPI == 1 ? (i64)n : (i64)m * N + n]);
+      for (int m = 0; m < M; ++m) part[PART_ADD + j * M + m] = to_f32(add[LATHE_EPI == 1 ? (i64)n : (i64)m * N + n]);
   }
 #endif
 #if LATHE_PRO == 0
@@ -298,8 +317,10 @@ LATHE_NAME(const E* w, const E* x, const E* delta, const E* gamma, const E* add,
   __syncthreads();
 
   // Main loop over this warp's chunks.
-  int cp = p0 + (int)(u0 / NCH), cc = (int)(u0 % NCH);
-  bool whole = cc == 0;
+  // Cursor: local group cj (its sums go to part), chunk cc; `whole`: this warp began the group.
+  int ct = 0, cj = warp, cc = 0;
+  bool whole = true;
+  if (ROUNDS == 0) { cj = (int)(u0 / NCH); cc = (int)(u0 % NCH); whole = cc == 0; }
   float acc[R][M][2];
 #pragma unroll
   for (int r = 0; r < R; ++r)
@@ -308,8 +329,11 @@ LATHE_NAME(const E* w, const E* x, const E* delta, const E* gamma, const E* add,
 
   auto flush = [&](bool end_of_range) {
     if (++cc == NCH || end_of_range) {
-      const int first = whole ? warp : (int)(((u32)(cp - p0) * NCH + 1) * W - 1) / (int)units;
-      float* dst = part + (cp - p0) * R * M * (SP + 1) + (warp - first);
+      // Sums of whole groups stand alone; a remaining group has a column for each warp that shares it.
+      const bool full = ct < ROUNDS;
+      const int first = whole ? warp : (int)(((u32)(cj - FULL) * NCH + 1) * W - 1) / (int)units;
+      const int stride = full ? 1 : SP;
+      float* dst = part + (full ? cj * R * M : PART2 + (cj - FULL) * R * M * SP + (warp - first));
 #pragma unroll
       for (int m = 0; m < M; ++m) {
         if (R % 2 == 0) {
@@ -321,19 +345,24 @@ LATHE_NAME(const E* w, const E* x, const E* delta, const E* gamma, const E* add,
             keep += __shfl_xor_sync(~0u, (lane & 16) ? a0 : a1, 16);
 #pragma unroll
             for (int o = 8; o; o >>= 1) keep += __shfl_xor_sync(~0u, keep, o);
-            if ((lane & 15) == 0) dst[((r + (lane >> 4)) * M + m) * (SP + 1)] = keep;
+            if ((lane & 15) == 0) dst[((r + (lane >> 4)) * M + m) * stride] = keep;
           }
         } else {
 #pragma unroll
           for (int r = 0; r < R; ++r) {
             const float v = warp_sum(acc[r][m][0] + acc[r][m][1]);
-            if (lane == 0) dst[(r * M + m) * (SP + 1)] = v;
+            if (lane == 0) dst[(r * M + m) * stride] = v;
           }
         }
 #pragma unroll
         for (int r = 0; r < R; ++r) acc[r][m][0] = acc[r][m][1] = 0.0f;
       }
-      cc = 0; ++cp; whole = true;
+      cc = 0;
+      whole = true;
+      ++ct;
+      if (ct < ROUNDS) cj += W;
+      else if (ct == ROUNDS) { cj = FULL + (int)(u0 / NCH); cc = (int)(u0 % NCH); whole = cc == 0; }
+      else ++cj;
     }
   };
 
@@ -382,21 +411,23 @@ LATHE_NAME(const E* w, const E* x, const E* delta, const E* gamma, const E* add,
   __syncthreads();
 
   // Epilogue: partial sums in a fixed order, one thread an output.
-  auto total = [&](int j, int m) {
+  auto total = [&](int j, int m) {  // local row j
     float t = 0.0f;
+    if (j < FULL * R) {
+      t = part[j * M + m];
+    } else {
 #pragma unroll
-    for (int q = 0; q < SP; ++q) t += part[(j * M + m) * (SP + 1) + q];
-#if LATHE_EPI == 1 || LATHE_EPI == 2
-    t += part[(j * M + m) * (SP + 1) + SP];
-#endif
+      for (int q = 0; q < SP; ++q) t += part[PART2 + ((j - FULL * R) * M + m) * SP + q];
+    }
+    if (ADDEND) t += part[PART_ADD + j * M + m];
     return t;
   };
 #if LATHE_EPI == 3
 #pragma unroll
   for (int m = 0; m < M; ++m)
-    for (int j = tid; j < p1 - p0; j += T) {
+    for (int j = tid; j < rows / 2; j += T) {
       const float g = total(2 * j, m), u = total(2 * j + 1, m);
-      reinterpret_cast<E*>(y)[(i64)m * (N / 2) + p0 + j] = from_f32<E>(LATHE_MAP(LATHE_ACT(g) * u));
+      reinterpret_cast<E*>(y)[(i64)m * (N / 2) + group_of(j)] = from_f32<E>(LATHE_MAP(LATHE_ACT(g) * u));
     }
 #elif LATHE_EPI == 4
   u64* redk = reinterpret_cast<u64*>(red);
@@ -404,7 +435,7 @@ LATHE_NAME(const E* w, const E* x, const E* delta, const E* gamma, const E* add,
   for (int m = 0; m < M; ++m) {
     u64 key = 0;
     for (int j = tid; j < rows; j += T) {
-      const int n = p0 * R + j;
+      const int n = group_of(j / R) * R + j % R;
       if (N % R == 0 || n < N) {
         const float v = total(j, m);
         const u64 k = argmax_key(LATHE_MAP(v), n);
@@ -434,7 +465,7 @@ LATHE_NAME(const E* w, const E* x, const E* delta, const E* gamma, const E* add,
 #pragma unroll
   for (int m = 0; m < M; ++m)
     for (int j = tid; j < rows; j += T) {
-      const int n = p0 * R + j;
+      const int n = group_of(j / R) * R + j % R;
       if (N % R == 0 || n < N) {
         const float t = total(j, m);
         const float v = LATHE_MAP(t);

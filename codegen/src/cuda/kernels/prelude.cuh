@@ -157,6 +157,11 @@ DEV void mbar_wait(u32 bar, u32 parity) {
   asm volatile("{.reg .pred P; W%=: mbarrier.try_wait.parity.shared::cta.b64 P, [%0], %1; @!P bra W%=;}"
                ::"r"(bar), "r"(parity) : "memory");
 }
+// The same for barriers that other CTAs of the cluster complete.
+DEV void mbar_wait_cluster(u32 bar, u32 parity) {
+  asm volatile("{.reg .pred P; W%=: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 P, [%0], %1; @!P bra W%=;}"
+               ::"r"(bar), "r"(parity) : "memory");
+}
 DEV u64 policy_evict_first() {
   u64 p;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(p));
@@ -167,6 +172,22 @@ DEV void bulk_load(u32 dst, const void* src, u32 bytes, u32 bar, u64 policy) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
                ::"r"(dst), "l"(src), "r"(bytes), "r"(bar), "l"(policy) : "memory");
 }
+// Thread-block clusters: rank-local shared address of another CTA, remote stores that complete on its mbarrier.
+DEV u32 map_rank(u32 addr, u32 rank) {
+  u32 r;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(addr), "r"(rank));
+  return r;
+}
+DEV void st_async4(u32 addr, float4 v, u32 bar) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1,%2,%3,%4}, [%5];"
+               ::"r"(addr), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(bar) : "memory");
+}
+DEV void st_async(u32 addr, float v, u32 bar) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];"
+               ::"r"(addr), "r"(__float_as_uint(v)), "r"(bar) : "memory");
+}
+DEV void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+DEV void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 // True in one lane of a converged warp.
 DEV bool elect_one() {
   u32 r;

@@ -81,13 +81,34 @@ DEV u64 threshold(Shared& sh, u64 low, u64 target, Key key_of, Mass mass_of) {
     if (tid < 256) { sh.mass[tid] = 0; sh.count[tid] = 0; }
     __syncthreads();
 #pragma unroll 1
-    for (int i = tid; i < V; i += T) {
-      const u64 key = key_of(i);
-      if (key == 0 || key < low) continue;
-      if (shift < 56 && (key >> (shift + 8)) != (prefix >> (shift + 8))) continue;
+    for (int base = 0; base < V; base += T) {
+      const int i = base + tid;
+      const u64 key = i < V ? key_of(i) : 0;
       const int digit = (int)(key >> shift) & 255;
-      atomicAdd(&sh.count[digit], 1u);
-      if (MASS) atomicAdd(&sh.mass[digit], mass_of(i));
+      bool active = key != 0 && key >= low && (shift == 56 || (key >> (shift + 8)) == (prefix >> (shift + 8)));
+      const u64 mass = MASS && active ? mass_of(i) : 0;
+      // The leading digits of floats take few values: lanes with the same digit add up first.
+#pragma unroll 1
+      for (int round = 0; round < 4; ++round) {
+        const u32 any = __ballot_sync(~0u, active);
+        if (!any) break;
+        const int lead = __ffs(any) - 1;
+        const bool same = active && digit == __shfl_sync(~0u, digit, lead);
+        const u32 group = __ballot_sync(~0u, same);
+        u64 sum = same ? mass : 0;
+        if (MASS)
+#pragma unroll
+          for (int o = 16; o; o >>= 1) sum += __shfl_xor_sync(~0u, sum, o);
+        if ((tid & 31) == lead) {
+          atomicAdd(&sh.count[digit], (u32)__popc(group));
+          if (MASS) atomicAdd(&sh.mass[digit], sum);
+        }
+        active = active && !same;
+      }
+      if (active) {
+        atomicAdd(&sh.count[digit], 1u);
+        if (MASS) atomicAdd(&sh.mass[digit], mass);
+      }
     }
     __syncthreads();
     if (tid < 32) {
