@@ -93,7 +93,8 @@ DEV u64 threshold(Shared& sh, u64 low, u64 target, Key key_of, Mass mass_of) {
         const u32 any = __ballot_sync(~0u, active);
         if (!any) break;
         const int lead = __ffs(any) - 1;
-        const bool same = active && digit == __shfl_sync(~0u, digit, lead);
+        const int lead_digit = __shfl_sync(~0u, digit, lead);
+        const bool same = active && digit == lead_digit;
         const u32 group = __ballot_sync(~0u, same);
         u64 sum = same ? mass : 0;
         if (MASS)
