@@ -89,7 +89,7 @@ DEV u64 threshold(Shared& sh, u64 low, u64 target, Key key_of, Mass mass_of) {
       const u64 mass = MASS && active ? mass_of(i) : 0;
       // The leading digits of floats take few values: lanes with the same digit add up first.
 #pragma unroll 1
-      for (int round = 0; round < 4; ++round) {
+      for (int round = 0; MASS && shift >= 48 && round < 4; ++round) {
         const u32 any = __ballot_sync(~0u, active);
         if (!any) break;
         const int lead = __ffs(any) - 1;
@@ -97,12 +97,11 @@ DEV u64 threshold(Shared& sh, u64 low, u64 target, Key key_of, Mass mass_of) {
         const bool same = active && digit == lead_digit;
         const u32 group = __ballot_sync(~0u, same);
         u64 sum = same ? mass : 0;
-        if (MASS)
 #pragma unroll
-          for (int o = 16; o; o >>= 1) sum += __shfl_xor_sync(~0u, sum, o);
+        for (int o = 16; o; o >>= 1) sum += __shfl_xor_sync(~0u, sum, o);
         if ((tid & 31) == lead) {
           atomicAdd(&sh.count[digit], (u32)__popc(group));
-          if (MASS) atomicAdd(&sh.mass[digit], sum);
+          atomicAdd(&sh.mass[digit], sum);
         }
         active = active && !same;
       }
