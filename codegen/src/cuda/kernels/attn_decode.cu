@@ -14,10 +14,13 @@
 //   LATHE_PREFETCH 1 (with FUSED and PDL): kv_lens, block_table and older cache rows are read before
 //                  griddepcontrol.wait. Only where no kernel of the same PDL chain before this one writes them (the
 //                  step state advances in the last kernel of a graph). Default 0.
-//   LATHE_CLUSTER  0 (default): stream-K over all items, for batches | 1, 2, 4, 8: that many CTAs, one cluster, share
-//                  an item and merge through distributed shared memory: no prefix sums, no global round trip; for
-//                  few items (batch * HKV * CLUSTER up to about 2 CTAs a multiprocessor).
-//   LATHE_NT       16-token groups a warp takes at a time (default 1; 2 for D <= 64); LATHE_STAGES ring depth a warp
+//   LATHE_CLUSTER  0 (default): stream-K, a fixed grid cuts all tiles into equal ranges whatever the lengths | 1, 2, 4,
+//                  8: that many CTAs, one cluster, share an item (sequence, kv head) and merge through distributed
+//                  shared memory: no prefix sums, no global round trip. Measured on an H100: 1..8 is faster almost
+//                  everywhere; take the largest power of two <= 8 with batch * HKV * CLUSTER <= 132 (at least 1), and
+//                  2 instead of 1 for contexts above 1k at 256 < batch * HKV <= 512. 0 is for few items of very unequal
+//                  or very long contexts (one sequence above about 16k tokens).
+//   LATHE_NT       16-token groups a warp takes at a time (default 1; 2 for D <= 64 and batches, with STAGES 2); LATHE_STAGES ring depth a warp
 //                  (default 3); LATHE_MAXB largest batch of the bucket (prefix sums; CLUSTER 0 only).
 // Parameters (unused ones may be null)
 //   const E* q (FUSED: qkv), const E* bias [(HQ+2HKV)D], const E* qnorm [D], const E* knorm [D] (permuted like the

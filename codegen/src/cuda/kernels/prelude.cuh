@@ -172,6 +172,10 @@ DEV void bulk_load(u32 dst, const void* src, u32 bytes, u32 bar, u64 policy) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
                ::"r"(dst), "l"(src), "r"(bytes), "r"(bar), "l"(policy) : "memory");
 }
+// Brings bytes (a multiple of 16) at a 16-byte aligned address into L2.
+DEV void bulk_prefetch(const void* src, u32 bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(src), "r"(bytes) : "memory");
+}
 // Thread-block clusters: rank-local shared address of another CTA, remote stores that complete on its mbarrier.
 DEV u32 map_rank(u32 addr, u32 rank) {
   u32 r;
