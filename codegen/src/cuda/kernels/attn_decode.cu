@@ -20,8 +20,8 @@
 //                  everywhere; take the largest power of two <= 8 with batch * HKV * CLUSTER <= 132 (at least 1), and
 //                  2 instead of 1 for contexts above 1k at 256 < batch * HKV <= 512. 0 is for few items of very unequal
 //                  or very long contexts (one sequence above about 16k tokens).
-//   LATHE_NT       16-token groups a warp takes at a time (default 1; 2 for D <= 64 and batches, with STAGES 2); LATHE_STAGES ring depth a warp
-//                  (default 3); LATHE_MAXB largest batch of the bucket (prefix sums; CLUSTER 0 only).
+//   LATHE_NT       16-token groups a warp takes at a time (default 1; 2 for D <= 64 and batches, with STAGES 2).
+//   LATHE_STAGES   ring depth a warp, at least 2 (default 3). LATHE_MAXB largest batch of the bucket (CLUSTER 0 only).
 // Parameters (unused ones may be null)
 //   const E* q (FUSED: qkv), const E* bias [(HQ+2HKV)D], const E* qnorm [D], const E* knorm [D] (permuted like the
 //   heads), const float* cos, const float* sin [max_pos, D/2], E* cache, const i32* block_table [B, max_pages],
@@ -33,10 +33,11 @@
 //   4*D + up16(4*(MAXB+1)) + 64 + (CLUSTER > 1 ? CLUSTER*P*4 : 0), P = GQ*(D+2) rounded up to 4;
 //   ws = grid * 2 * P floats, 16-byte aligned.
 //   f32 (plain): block 128, grid = batch * HKV, smem = 4*GQ*D + 16*GQ*(D+2), no ws or counters.
-// Parallelisation (CLUSTER 0): the 64*NT-token tiles of all (sequence, kv head) items form one list, cut into equal contiguous
-// ranges, one a CTA, whatever the lengths (stream-K). Each of 4 warps owns 16*NT tokens of a tile with a ring of cp.async
-// stages that runs across item boundaries, and its own online softmax; q heads of a kv head are the 16 rows of
-// mma.m16n8k16. Items cut by a range border leave partial (O, m, l) in ws; the last CTA to arrive merges them.
+// Parallelisation (CLUSTER 0): the 64*NT-token tiles of all (sequence, kv head) items form one list, cut into equal
+// contiguous ranges, one a CTA, whatever the lengths (stream-K). Each of 4 warps owns 16*NT tokens of a tile with a
+// ring of cp.async stages that runs across item boundaries, and its own online softmax; q heads of a kv head are the
+// 16 rows of mma.m16n8k16. Items cut by a range border leave partial (O, m, l) in ws; the last CTA to arrive merges
+// them. With CLUSTER > 1 the partials go by st.async to the first CTA of the cluster instead.
 #ifndef LATHE_SOFTCAP
 #define LATHE_SOFTCAP 0.0f
 #endif

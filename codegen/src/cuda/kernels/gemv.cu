@@ -7,6 +7,7 @@
 //                  relies on it for its row ranges; every CTA takes an equal share of row groups.
 //   LATHE_PRO      0 none: h = x | 1 RMSNorm: h = norm(x) * gamma | 2 add + RMSNorm: s = E(x + delta), written to
 //                  `sum` once (spread over the CTAs), h = norm(s) * gamma. `sum` must not alias x or delta.
+//                  PRO 1 and 2 need M * ceil(K / VEC / (32 * WARPS)) <= 16 (K <= 8192 at M = 4), else norm.cu first.
 //   LATHE_EPS      f32 literal, for PRO 1, 2.
 //   LATHE_GAMMA(w) f32 expression of the norm weight, default (w); Gemma: (1.0f + (w)).
 //   LATHE_NORM_F32 0 (default): h = E(E(s * rstd) * gamma), HF Llama rounding | 1: h = E(s * rstd * gamma).
@@ -123,6 +124,7 @@ static_assert(LATHE_EPI != 3 || (R == 2 && N % 16 == 0), "SwiGLU needs row pairs
 constexpr int KV = K / VEC;                     // 16-byte vectors of an activation row
 constexpr int NV = (KV + T - 1) / T;            // of which a thread holds this many
 constexpr bool TAIL = K % KC != 0;
+static_assert(LATHE_PRO == 0 || M * NV <= 16, "norm prologue keeps its rows in registers: use norm.cu for longer ones");
 
 // Row r of row group p.
 DEV int group_row(int p, int r) {
