@@ -1,6 +1,7 @@
 //! Times the CPU kernels: medians with bandwidth and arithmetic rates for the shapes of small language models.
 //!
-//! `cargo run --release -p lathe-runtime --example cpu_bench [-- FILTER]` prints the lines that contain FILTER.
+//! `cargo run --release -p lathe-runtime --example cpu_bench [-- [--single] [FILTER]]` prints the lines that contain
+//! FILTER; `--single` uses one thread, whose processor time is then the whole cost.
 //! Weights rotate through copies larger than the last-level cache where a shape is smaller than it, as the
 //! layers of a model do.
 
@@ -26,12 +27,14 @@ impl Bench {
         if !name.contains(&self.filter) {
             return;
         }
-        let mut seconds = Vec::new();
+        let (mut seconds, mut cpu) = (Vec::new(), Vec::new());
         let start = Instant::now();
         for i in 0.. {
+            let on_cpu = thread_seconds();
             let call = Instant::now();
             run(i);
             seconds.push(call.elapsed().as_secs_f64());
+            cpu.push(thread_seconds() - on_cpu);
             if i >= 8 && start.elapsed().as_secs_f64() > 0.6 {
                 break;
             }
@@ -39,15 +42,28 @@ impl Bench {
         seconds.sort_by(f64::total_cmp);
         let median = seconds[seconds.len() / 2];
         let best = seconds[0];
+        cpu.sort_by(f64::total_cmp);
+        let own = cpu[cpu.len() / 2];
         println!(
-            "{name:<58} {:>10.1} us  best {:>10.1} us {:>8.1} GB/s {:>8.1} GFLOP/s  (median of {})",
+            "{name:<58} {:>10.1} us  best {:>10.1} us  cpu {:>10.1} us {:>8.1} GB/s {:>8.1} GFLOP/s  (median of {})",
             median * 1e6,
             best * 1e6,
+            own * 1e6,
             bytes / median / 1e9,
             flop / median / 1e9,
             seconds.len()
         );
     }
+}
+
+/// Seconds this thread has run, where the system tells; on a busy machine the time that other programs did not take.
+fn thread_seconds() -> f64 {
+    let stat = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+    stat.split(' ')
+        .next()
+        .and_then(|ns| ns.parse::<f64>().ok())
+        .unwrap_or(f64::NAN)
+        / 1e9
 }
 
 /// Values in -0.5..0.5 from a linear congruential sequence.
@@ -288,8 +304,13 @@ fn bench_attention<E: Elem>(bench: &Bench, model: &Model, rows: usize, context: 
 }
 
 fn main() {
+    let mut args: Vec<String> = std::env::args().skip(1).collect();
+    if args.first().is_some_and(|a| a == "--single") {
+        pool::set_threads(1);
+        args.remove(0);
+    }
     let bench = Bench {
-        filter: std::env::args().nth(1).unwrap_or_default(),
+        filter: args.pop().unwrap_or_default(),
     };
     println!("{:?}, {} threads", Isa::detected(), pool::threads());
 
