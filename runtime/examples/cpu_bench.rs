@@ -13,6 +13,7 @@ use lathe_runtime::cpu::kernels::attention::{AttentionArgs, AttentionSpec, atten
 use lathe_runtime::cpu::kernels::linear::{Epilogue, LinearArgs, LinearSpec, Prologue, linear};
 use lathe_runtime::cpu::kernels::rope::{RopeAppend, rope_append};
 use lathe_runtime::cpu::kernels::{CacheShape, Elem, Isa, StepMeta, norm, pool};
+use lathe_runtime::cpu::pages::PageBuffer;
 
 /// Bytes of weights a benchmark walks through, more than the last-level caches of common machines.
 const WORKING_SET: usize = 192 << 20;
@@ -67,18 +68,18 @@ fn thread_seconds() -> f64 {
 }
 
 /// Values in -0.5..0.5 from a linear congruential sequence.
-fn values<E: Elem>(len: usize) -> Vec<E> {
+fn values<E: Elem>(len: usize) -> PageBuffer<E> {
+    let mut buffer = PageBuffer::zeroed(len).expect("the memory is there");
     let mut state = 12345u32;
-    (0..len)
-        .map(|_| {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            E::from_f32((state >> 8) as f32 / (1 << 24) as f32 - 0.5)
-        })
-        .collect()
+    for value in buffer.iter_mut() {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        *value = E::from_f32((state >> 8) as f32 / (1 << 24) as f32 - 0.5);
+    }
+    buffer
 }
 
 fn bench_linear<E: Elem>(bench: &Bench, label: &str, m: usize, n: usize, k: usize, fused: bool) {
-    let copies = if m <= 16 {
+    let copies = if m <= 16 && !label.ends_with("hot") {
         (WORKING_SET / (n * k * size_of::<E>())).clamp(1, 400)
     } else {
         1
@@ -232,7 +233,7 @@ fn bench_attention<E: Elem>(bench: &Bench, model: &Model, rows: usize, context: 
     } else {
         1
     };
-    let mut caches: Vec<Vec<E>> = (0..layers)
+    let mut caches: Vec<PageBuffer<E>> = (0..layers)
         .map(|_| values::<E>(pages * shape.page_len()))
         .collect();
     let positions: Vec<i32> = (context - rows..context).map(|p| p as i32).collect();
@@ -359,6 +360,8 @@ fn main() {
         bench_linear::<bf16>(&bench, label, 1, n, k, false);
         bench_linear::<bf16>(&bench, label, 8, n, k, false);
     }
+    bench_linear::<bf16>(&bench, "o hot", 1, 576, 576, false);
+    bench_linear::<bf16>(&bench, "o hot", 8, 576, 576, false);
     bench_linear::<bf16>(&bench, "gate_up fused", 1, 3072, 576, true);
     for (label, n, k) in billion {
         for m in [1, 8] {

@@ -230,7 +230,8 @@ unsafe fn row_tiles<D: Dot<E>, E, const N: usize>(
             // Equal tiles rather than full ones and a small rest.
             let rows = (b.m - m).div_ceil(tiles - t);
             // The tiles share out the prefetch of N rows, so that memory is busy while they compute.
-            let ahead = distance + t * N / tiles..distance + (t + 1) * N / tiles;
+            let rows_ahead = t * N / tiles..(t + 1) * N / tiles;
+            let ahead = Ahead::new(b, n + distance, rows_ahead, from, width, D::STEP);
             let (x, x_stride) = if b.x_packed {
                 (b.x.wrapping_add(b.m * from + m * width), width)
             } else {
@@ -273,8 +274,47 @@ struct Place<E> {
     n: usize,
     /// Its span; later spans add to c.
     k: std::ops::Range<usize>,
-    /// Rows of w to prefetch, from the tile's first.
-    ahead: std::ops::Range<usize>,
+    ahead: Ahead<E>,
+}
+
+/// What a tile prefetches: in each step `count` vectors from `next`, `stride` elements apart.
+struct Ahead<E> {
+    next: *const E,
+    count: usize,
+    stride: usize,
+    advance: usize,
+}
+
+impl<E> Ahead<E> {
+    /// Elements `from..from + width` of `rows` of w, counted from row `first`.
+    #[inline(always)]
+    fn new(
+        b: &Block<E>,
+        first: usize,
+        rows: std::ops::Range<usize>,
+        from: usize,
+        width: usize,
+        step: usize,
+    ) -> Ahead<E> {
+        let next = b.w.wrapping_add((first + rows.start) * b.w_stride + from);
+        let count = rows.len();
+        if width == b.w_stride {
+            // Whole contiguous rows: in the order of addresses, which the hardware then runs ahead of by itself.
+            Ahead {
+                next,
+                count,
+                stride: step,
+                advance: count * step,
+            }
+        } else {
+            Ahead {
+                next,
+                count,
+                stride: b.w_stride,
+                advance: step,
+            }
+        }
+    }
 }
 
 /// # Safety
@@ -290,7 +330,7 @@ unsafe fn tile<D: Dot<E>, E, const M: usize, const N: usize>(b: &Block<E>, place
         m,
         n,
         k: span,
-        ahead,
+        mut ahead,
     } = place;
     let w = b.w.wrapping_add(n * b.w_stride);
     let mut acc = [[D::zero(); N]; M];
@@ -302,9 +342,10 @@ unsafe fn tile<D: Dot<E>, E, const M: usize, const N: usize>(b: &Block<E>, place
             for j in 1..N {
                 wv[j] = D::load(w.add(j * b.w_stride + k));
             }
-            for j in ahead.clone() {
-                D::prefetch(w.wrapping_add(j * b.w_stride + k));
+            for j in 0..ahead.count {
+                D::prefetch(ahead.next.wrapping_add(j * ahead.stride));
             }
+            ahead.next = ahead.next.wrapping_add(ahead.advance);
             for i in 0..M {
                 let xv = D::load(x.add(i * x_stride + k - span.start));
                 for j in 0..N {
