@@ -1,6 +1,7 @@
 //! Times the CPU kernels: medians with bandwidth and arithmetic rates for the shapes of small language models.
 //!
-//! `cargo run --release -p lathe-runtime --example cpu_bench [-- FILTER]` prints the lines that contain FILTER.
+//! `cargo run --release -p lathe-runtime --example cpu_bench [-- [--single] [FILTER]]` prints the lines that contain
+//! FILTER; `--single` uses one thread, whose processor time is then the whole cost.
 //! Weights rotate through copies larger than the last-level cache where a shape is smaller than it, as the
 //! layers of a model do.
 
@@ -12,6 +13,7 @@ use lathe_runtime::cpu::kernels::attention::{AttentionArgs, AttentionSpec, atten
 use lathe_runtime::cpu::kernels::linear::{Epilogue, LinearArgs, LinearSpec, Prologue, linear};
 use lathe_runtime::cpu::kernels::rope::{RopeAppend, rope_append};
 use lathe_runtime::cpu::kernels::{CacheShape, Elem, Isa, StepMeta, norm, pool};
+use lathe_runtime::cpu::pages::PageBuffer;
 
 /// Bytes of weights a benchmark walks through, more than the last-level caches of common machines.
 const WORKING_SET: usize = 192 << 20;
@@ -26,12 +28,14 @@ impl Bench {
         if !name.contains(&self.filter) {
             return;
         }
-        let mut seconds = Vec::new();
+        let (mut seconds, mut cpu) = (Vec::new(), Vec::new());
         let start = Instant::now();
         for i in 0.. {
+            let on_cpu = thread_seconds();
             let call = Instant::now();
             run(i);
             seconds.push(call.elapsed().as_secs_f64());
+            cpu.push(thread_seconds() - on_cpu);
             if i >= 8 && start.elapsed().as_secs_f64() > 0.6 {
                 break;
             }
@@ -39,10 +43,13 @@ impl Bench {
         seconds.sort_by(f64::total_cmp);
         let median = seconds[seconds.len() / 2];
         let best = seconds[0];
+        cpu.sort_by(f64::total_cmp);
+        let own = cpu[cpu.len() / 2];
         println!(
-            "{name:<58} {:>10.1} us  best {:>10.1} us {:>8.1} GB/s {:>8.1} GFLOP/s  (median of {})",
+            "{name:<58} {:>10.1} us  best {:>10.1} us  cpu {:>10.1} us {:>8.1} GB/s {:>8.1} GFLOP/s  (median of {})",
             median * 1e6,
             best * 1e6,
+            own * 1e6,
             bytes / median / 1e9,
             flop / median / 1e9,
             seconds.len()
@@ -50,19 +57,29 @@ impl Bench {
     }
 }
 
+/// Seconds this thread has run, where the system tells; on a busy machine the time that other programs did not take.
+fn thread_seconds() -> f64 {
+    let stat = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+    stat.split(' ')
+        .next()
+        .and_then(|ns| ns.parse::<f64>().ok())
+        .unwrap_or(f64::NAN)
+        / 1e9
+}
+
 /// Values in -0.5..0.5 from a linear congruential sequence.
-fn values<E: Elem>(len: usize) -> Vec<E> {
+fn values<E: Elem>(len: usize) -> PageBuffer<E> {
+    let mut buffer = PageBuffer::zeroed(len).expect("the memory is there");
     let mut state = 12345u32;
-    (0..len)
-        .map(|_| {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            E::from_f32((state >> 8) as f32 / (1 << 24) as f32 - 0.5)
-        })
-        .collect()
+    for value in buffer.iter_mut() {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        *value = E::from_f32((state >> 8) as f32 / (1 << 24) as f32 - 0.5);
+    }
+    buffer
 }
 
 fn bench_linear<E: Elem>(bench: &Bench, label: &str, m: usize, n: usize, k: usize, fused: bool) {
-    let copies = if m <= 16 {
+    let copies = if m <= 16 && !label.ends_with("hot") {
         (WORKING_SET / (n * k * size_of::<E>())).clamp(1, 400)
     } else {
         1
@@ -216,7 +233,7 @@ fn bench_attention<E: Elem>(bench: &Bench, model: &Model, rows: usize, context: 
     } else {
         1
     };
-    let mut caches: Vec<Vec<E>> = (0..layers)
+    let mut caches: Vec<PageBuffer<E>> = (0..layers)
         .map(|_| values::<E>(pages * shape.page_len()))
         .collect();
     let positions: Vec<i32> = (context - rows..context).map(|p| p as i32).collect();
@@ -288,8 +305,13 @@ fn bench_attention<E: Elem>(bench: &Bench, model: &Model, rows: usize, context: 
 }
 
 fn main() {
+    let mut args: Vec<String> = std::env::args().skip(1).collect();
+    if args.first().is_some_and(|a| a == "--single") {
+        pool::set_threads(1);
+        args.remove(0);
+    }
     let bench = Bench {
-        filter: std::env::args().nth(1).unwrap_or_default(),
+        filter: args.pop().unwrap_or_default(),
     };
     println!("{:?}, {} threads", Isa::detected(), pool::threads());
 
@@ -338,6 +360,8 @@ fn main() {
         bench_linear::<bf16>(&bench, label, 1, n, k, false);
         bench_linear::<bf16>(&bench, label, 8, n, k, false);
     }
+    bench_linear::<bf16>(&bench, "o hot", 1, 576, 576, false);
+    bench_linear::<bf16>(&bench, "o hot", 8, 576, 576, false);
     bench_linear::<bf16>(&bench, "gate_up fused", 1, 3072, 576, true);
     for (label, n, k) in billion {
         for m in [1, 8] {

@@ -1,3 +1,4 @@
 //! The CPU device.
 
 pub mod kernels;
+pub mod pages;
