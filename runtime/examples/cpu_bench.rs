@@ -103,7 +103,7 @@ fn bench_linear<E: Elem>(bench: &Bench, label: &str, m: usize, n: usize, k: usiz
             Prologue::None
         },
         weight_offset: 0.0,
-        epilogue: if fused && n % 16 == 0 {
+        epilogue: if fused && n.is_multiple_of(16) {
             Epilogue::SwiGlu
         } else {
             Epilogue::None

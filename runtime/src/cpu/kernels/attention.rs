@@ -75,7 +75,7 @@ pub fn attention<E: Elem>(
         out,
     } = args;
     let unsupported = |what: String| Err(KernelError::Unsupported { kernel: NAME, what });
-    if head_dim == 0 || head_dim % 16 != 0 {
+    if head_dim == 0 || !head_dim.is_multiple_of(16) {
         return unsupported(format!("a head of {head_dim}, not a multiple of 16"));
     }
     if spec.groups == 0 {
