@@ -1,6 +1,6 @@
 //! Paged attention of any mix of prefill and decode rows, by online softmax.
 //!
-//! **Order of one row's sums.** Positions are cut at absolute multiples of [`BLOCK`] into blocks and of [`PART`]
+//! **Order of one row's sums.** Positions are cut at absolute multiples of 32 into blocks and of 512
 //! into parts. Within a part, blocks are added in ascending order with one running maximum; the parts' results are
 //! merged in ascending order. Both cuts depend on the position alone, so a row's result does not depend on the
 //! page size, on how the sequence was cut into steps, on the other rows, or on the threads. A block or a part in
