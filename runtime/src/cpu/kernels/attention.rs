@@ -1,6 +1,6 @@
 //! Paged attention of any mix of prefill and decode rows, by online softmax.
 //!
-//! **Order of one row's sums.** Positions are cut at absolute multiples of [`BLOCK`] into blocks and of [`PART`]
+//! **Order of one row's sums.** Positions are cut at absolute multiples of 32 into blocks and of 512
 //! into parts. Within a part, blocks are added in ascending order with one running maximum; the parts' results are
 //! merged in ascending order. Both cuts depend on the position alone, so a row's result does not depend on the
 //! page size, on how the sequence was cut into steps, on the other rows, or on the threads. A block or a part in
@@ -75,7 +75,7 @@ pub fn attention<E: Elem>(
         out,
     } = args;
     let unsupported = |what: String| Err(KernelError::Unsupported { kernel: NAME, what });
-    if head_dim == 0 || head_dim % 16 != 0 {
+    if head_dim == 0 || !head_dim.is_multiple_of(16) {
         return unsupported(format!("a head of {head_dim}, not a multiple of 16"));
     }
     if spec.groups == 0 {

@@ -208,7 +208,7 @@ unsafe fn all_columns<D: Dot<E>, E>(b: &Block<E>, k: std::ops::Range<usize>, spa
 }
 
 /// Bytes of w between a load and the prefetch that is issued with it, where a tile's rows are shorter.
-const AHEAD_BYTES: usize = 24 << 10;
+const AHEAD_BYTES: usize = 16 << 10;
 
 /// # Safety
 /// As `all_columns`, and n + N <= b.n.
