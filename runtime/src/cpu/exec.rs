@@ -8,6 +8,7 @@ use super::kernels::rope::{RopeAppend, rope_append};
 use super::kernels::rows::{argmax, embed};
 use super::kernels::{Elem, KernelError, StepMeta};
 use super::memory::Layout;
+use super::pages::PageBuffer;
 use super::plain;
 use crate::sampling::sample;
 use crate::step::{StepBatch, StepError, StepOutput};
@@ -28,7 +29,7 @@ pub(super) struct Run<'a, E> {
     pub(super) base: *mut u8,
     pub(super) env: SymEnv,
     pub(super) inputs: &'a Inputs<'a>,
-    pub(super) caches: &'a mut Vec<Vec<E>>,
+    pub(super) caches: &'a mut [PageBuffer<E>],
     pub(super) scratch: &'a mut Vec<E>,
 }
 

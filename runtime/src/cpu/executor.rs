@@ -3,6 +3,7 @@
 use super::exec::{Inputs, Run};
 use super::kernels::Elem;
 use super::memory::{Arena, Layout};
+use super::pages::PageBuffer;
 use crate::load::{LoadOptions, Loadable};
 use crate::step::{Capacity, Executor, StepBatch, StepError, StepKind, StepOutput, StepTime};
 use crate::weights::{WeightsError, pack::Packer};
@@ -24,6 +25,9 @@ pub enum CpuLoadError {
     /// The plan has no program that decodes with a cache.
     #[error("the plan has no step program with a KV cache")]
     NoStepProgram,
+    /// The system refuses memory.
+    #[error("the system grants no memory: {0}")]
+    Allocate(std::io::Error),
     /// Not enough memory.
     #[error(
         "{what} needs {needed:.2} GB, {available:.2} GB are available; lower the batch size or the sequence length"
@@ -75,10 +79,10 @@ pub fn run_full(
 pub(super) struct CpuExecutor<E> {
     pub(super) plan: Plan,
     pub(super) options: LoadOptions,
-    pub(super) weights: Vec<Vec<E>>,
+    pub(super) weights: Vec<PageBuffer<E>>,
     /// Cosines and sines `[max_pos, D/2]` by table and scaling.
     pub(super) rope: BTreeMap<(usize, u64), (Vec<f32>, Vec<f32>)>,
-    pub(super) caches: Vec<Vec<E>>,
+    pub(super) caches: Vec<PageBuffer<E>>,
     vocab: usize,
     arena: Arena,
     layouts: Vec<Layout>,
@@ -121,7 +125,7 @@ impl<E: Elem> CpuExecutor<E> {
         check_memory(plan.weight_bytes() + cache_bytes + arena_bytes)?;
         let mut weights = Vec::with_capacity(plan.weights.len());
         for w in &plan.weights {
-            let mut data = vec![E::default(); w.recipe.rows * w.recipe.cols];
+            let mut data = buffer::<E>(w.recipe.rows * w.recipe.cols)?;
             let packer = Packer::new(&w.recipe, model.weights)?;
             // SAFETY: E is f32 or bf16, plain bytes without padding or invalid patterns; the
             // slice covers exactly the vector's elements.
@@ -139,16 +143,14 @@ impl<E: Elem> CpuExecutor<E> {
             .iter()
             .map(|c| {
                 let row = 2 * c.kv_heads as usize * c.head_dim as usize;
-                vec![
-                    E::default();
-                    if stepped {
-                        options.pages * options.page_size * row
-                    } else {
-                        0
-                    }
-                ]
+                let tokens = if stepped {
+                    options.pages * options.page_size
+                } else {
+                    0
+                };
+                buffer(tokens * row)
             })
-            .collect();
+            .collect::<Result<Vec<_>, _>>()?;
         let rope = rope_tables(&plan, options.max_seq_len);
         Ok(CpuExecutor {
             scratch: Vec::new(),
@@ -363,6 +365,10 @@ pub(crate) fn check_batch(b: &StepBatch, o: &LoadOptions, vocab: usize) -> Resul
         return fail("a sequence longer than its pages".into());
     }
     Ok(())
+}
+
+fn buffer<E: Elem>(len: usize) -> Result<PageBuffer<E>, CpuLoadError> {
+    PageBuffer::zeroed(len).map_err(CpuLoadError::Allocate)
 }
 
 /// Compares with the memory that the system says is available, where it says so.
