@@ -4,6 +4,7 @@ pub mod cpu;
 pub mod cuda;
 pub mod load;
 pub mod sampling;
+pub mod session;
 pub mod step;
 pub mod text;
 pub mod weights;
