@@ -4,7 +4,9 @@
 
 pub mod diagnose;
 pub mod egraph;
+pub mod opt;
 pub mod pipeline;
+pub mod predict;
 pub mod region;
 pub mod rule;
 pub mod rules;

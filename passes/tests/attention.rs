@@ -9,7 +9,7 @@ use lathe_ir::{BinaryFn, DType, Graph, Node, NodeId, Op, ReduceFn, UnaryFn};
 use lathe_passes::egraph::convert::to_graph;
 use lathe_passes::egraph::cost::DeviceModel;
 use lathe_passes::egraph::extract::{extract, node_cost};
-use lathe_passes::pipeline::{CompileError, PassConfig, compile, saturate};
+use lathe_passes::pipeline::{CompileError, PassConfig, compile, terms_of};
 use lathe_passes::sample::{Build, b, n, s};
 
 const D: DType = DType::F32;
@@ -268,7 +268,7 @@ fn attention(a: &Attention) -> Graph {
 /// The cheapest full program and, if there is one, the cheapest step without and with fusion.
 fn programs(graph: &Graph) -> (Graph, Option<Graph>, Option<Graph>) {
     let config = PassConfig::new(DeviceModel::H100);
-    let terms = saturate(graph, &config).expect("saturates");
+    let terms = terms_of(graph, &config).expect("saturates");
     let ids: Vec<Id> = terms.full.iter().map(|r| r.1).collect();
     let full = extract(&terms.egraph, &ids, &|id, n| {
         node_cost(&terms.egraph, id, n, &config.general)

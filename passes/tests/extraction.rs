@@ -15,7 +15,7 @@ use lathe_ir::{BinaryFn, DType, Graph, Op, Sym, SymEnv, WeightRef};
 use lathe_passes::egraph::convert::{Choice, to_graph};
 use lathe_passes::egraph::cost::{CostPoint, DeviceModel, INFINITE};
 use lathe_passes::egraph::extract::{extract, node_cost};
-use lathe_passes::pipeline::{PassConfig, Terms, saturate};
+use lathe_passes::pipeline::{PassConfig, Terms, terms_of};
 use lathe_passes::region::{cut, whole};
 use lathe_passes::sample::{Build, b, n, s};
 use lathe_passes::{EGraph, Lang};
@@ -163,7 +163,7 @@ fn random_terms_equal_the_model() {
         ("mistral-window", Some(2), DType::BF16),
     ] {
         let m = tiny(name, window, dtype);
-        let terms = saturate(&whole(&m).templates[0], &h100).expect("saturates");
+        let terms = terms_of(&whole(&m).templates[0], &h100).expect("saturates");
         let mut distinct = std::collections::BTreeSet::new();
         for (what, roots) in [("full", &terms.full), ("step", &terms.step)] {
             let logits: Vec<_> = roots.iter().filter(|r| r.0 == "logits").cloned().collect();
@@ -349,7 +349,7 @@ fn check_optimal(
 fn check_model(name: &str, dtype: DType, device: DeviceModel) {
     let passes = PassConfig::new(device.clone());
     for template in cut(&model(name, dtype)).expect("cuts").templates {
-        let terms = saturate(&template, &passes).expect("saturates");
+        let terms = terms_of(&template, &passes).expect("saturates");
         let what = format!("{name} {dtype} {} {}", device.name, template.name);
         let ids: Vec<Id> = terms.step.iter().map(|r| r.1).collect();
         for batch in [1, 8] {
@@ -418,7 +418,7 @@ fn tuples_are_left_when_that_is_cheaper() {
     for features in [64, 128, 4096] {
         for device in [DeviceModel::H100, DeviceModel::CPU] {
             let passes = PassConfig::new(device.clone());
-            let terms = saturate(&residual_chain(features), &passes).expect("saturates");
+            let terms = terms_of(&residual_chain(features), &passes).expect("saturates");
             for batch in [1, 4, 64] {
                 let at = CostPoint::decode(batch, 512, device.clone());
                 let what = format!("{features} features on {} at batch {batch}", device.name);
@@ -433,7 +433,7 @@ fn tuples_are_left_when_that_is_cheaper() {
 #[test]
 fn the_integer_program_finds_the_optimum() {
     let passes = PassConfig::new(DeviceModel::H100);
-    let terms = saturate(&residual_chain(64), &passes).expect("saturates");
+    let terms = terms_of(&residual_chain(64), &passes).expect("saturates");
     let roots: Vec<Id> = terms.step.iter().map(|r| r.1).collect();
     let at = CostPoint::decode(1, 512, DeviceModel::H100);
     let cost = |id: Id, n: &Lang| terms.step_cost(id, n, &at);

@@ -10,7 +10,10 @@ use lathe_passes::pipeline::{PassConfig, compile_with};
 use std::fmt::Write;
 
 /// Costs are exact integers in picoseconds: shown in microseconds.
-fn micros(picoseconds: u64) -> String {
+fn micros(picoseconds: Option<u64>) -> String {
+    let Some(picoseconds) = picoseconds else {
+        return "none".to_string();
+    };
     format!(
         "{}.{:06} us",
         picoseconds / 1_000_000,

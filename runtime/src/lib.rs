@@ -1,1 +1,10 @@
-//! placeholder
+//! lathe's runtime: devices, weights, KV cache, sampling and text.
+
+pub mod cpu;
+pub mod cuda;
+pub mod load;
+pub mod sampling;
+pub mod session;
+pub mod step;
+pub mod text;
+pub mod weights;
