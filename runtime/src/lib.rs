@@ -3,6 +3,7 @@
 pub mod cpu;
 pub mod cuda;
 pub mod sampling;
+pub mod scheduler;
 pub mod step;
 pub mod text;
 pub mod weights;
