@@ -6,5 +6,6 @@
 pub mod bench;
 pub mod cli;
 pub mod cmd;
+pub mod config;
 pub mod errors;
 pub mod model_folder;

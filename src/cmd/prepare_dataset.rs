@@ -19,6 +19,7 @@ use crate::model_folder::model_folder;
 
 /// Make a benchmark dataset (JSONL).
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Options of every dataset")]
 pub struct PrepareDataset {
     /// File to write
     #[arg(
