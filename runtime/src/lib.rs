@@ -2,6 +2,7 @@
 
 pub mod cpu;
 pub mod cuda;
+pub mod interrupt;
 pub mod load;
 pub mod sampling;
 pub mod scheduler;

@@ -392,6 +392,11 @@ impl<'e> Engine<'e> {
         &self.totals
     }
 
+    /// Limits of the device.
+    pub fn capacity(&self) -> Capacity {
+        self.capacity
+    }
+
     /// The engine's clock.
     pub fn clock(&self) -> Clock {
         self.clock
