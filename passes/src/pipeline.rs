@@ -407,12 +407,7 @@ impl<'a> Template<'a> {
             .filter(|r| r.stage == stage && self.config.runs(r))
             .collect();
         let known = self.egraph.analysis.log.len();
-        let iterations = saturate(
-            &mut self.egraph,
-            &rules,
-            stage.name(),
-            &self.report.name,
-        )?;
+        let iterations = saturate(&mut self.egraph, &rules, stage.name(), &self.report.name)?;
         let mut matches = IndexMap::new();
         for applied in &self.egraph.analysis.log[known..] {
             *matches.entry(applied.rule).or_insert(0) += 1;

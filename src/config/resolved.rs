@@ -52,8 +52,14 @@ pub struct Resolved {
 }
 
 fn first<T>(yaml: Option<Given<T>>, flags: Option<Given<T>>, default: T) -> Given<T> {
-    yaml.or(flags)
-        .unwrap_or_else(|| Given::default_of(default))
+    yaml.or(flags).unwrap_or_else(|| Given::default_of(default))
+}
+
+impl Default for Resolved {
+    /// Every default.
+    fn default() -> Self {
+        Resolved::new(Options::default(), Options::default())
+    }
 }
 
 impl Resolved {

@@ -353,6 +353,7 @@ fn run_tasks<E: Elem>(tasks: Tasks<'_, E>, emit: &(impl Fn(Isa, &mut TileResult)
                     w_stride: k,
                     n: cols,
                     k,
+                    goes_on: true,
                     c,
                     c_stride: BLOCK_N,
                 };
