@@ -9,5 +9,6 @@ pub mod report;
 mod report_json;
 mod report_text;
 pub mod serve;
+pub mod sizing;
 pub mod tuning;
 pub mod warnings;

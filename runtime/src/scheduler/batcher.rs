@@ -101,6 +101,7 @@ impl Batcher {
         stats.sequences = self.batch.sequences();
         stats.tokens = self.batch.tokens_len();
         stats.prefill_tokens = stats.tokens - stats.decodes;
+        stats.context = self.batch.kv_lens.iter().map(|&n| n as u64).sum();
         stats.pages_used = self.pool.used();
         stats.running = self.running.len();
         stats.waiting = self.waiting.len();

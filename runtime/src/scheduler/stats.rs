@@ -31,6 +31,8 @@ pub struct StepStats {
     pub tokens: usize,
     /// Of these, rows of sequences that do not decode.
     pub prefill_tokens: usize,
+    /// Cached tokens of its sequences once it has run.
+    pub context: u64,
     /// Pages in use while it ran.
     pub pages_used: usize,
     /// Requests admitted and not finished when it was planned.
@@ -78,6 +80,12 @@ pub struct Totals {
     pub steps: u64,
     /// Steps in which all sequences decode.
     pub decode_steps: u64,
+    /// Sequences of these steps, summed.
+    pub decode_sequences: u64,
+    /// Cached tokens of these steps, summed.
+    pub decode_context: u64,
+    /// Sum of the periods of these steps.
+    pub decode_period_ns: u64,
     /// Token rows.
     pub tokens: u64,
     /// Tokens that requests received.
@@ -108,7 +116,12 @@ pub struct Totals {
 impl Totals {
     pub(crate) fn add(&mut self, step: &StepStats) {
         self.steps += 1;
-        self.decode_steps += u64::from(step.decodes == step.sequences);
+        if step.decodes == step.sequences {
+            self.decode_steps += 1;
+            self.decode_sequences += step.sequences as u64;
+            self.decode_context += step.context;
+            self.decode_period_ns += step.period_ns;
+        }
         self.tokens += step.tokens as u64;
         self.preemptions += step.preempted as u64;
         self.peak_sequences = self.peak_sequences.max(step.sequences);
