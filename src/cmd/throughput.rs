@@ -13,9 +13,13 @@ use super::static_batch::StaticJob;
 use crate::bench::dataset::{Dataset, ReadOptions};
 use crate::bench::serve::Load;
 use crate::cli::GlobalOptions;
-use crate::config::{Given, Options, Resolved, RuntimeKind};
+use crate::config::{Given, Options, Resolved, RuntimeKind, Source};
 use crate::errors::usage_error;
 use crate::model::{CompiledModel, WeightChoice};
+
+/// Sequences for which the decode program is chosen, unless the configuration says otherwise. It does
+/// not depend on the other flags, so that these change no token.
+const DECODE_BATCH: u32 = 64;
 
 /// Offline throughput of a dataset.
 #[derive(Debug, Args)]
@@ -78,7 +82,10 @@ impl Throughput {
         bench.check()?;
         let stop = stop_tokens(self.eos_id)?;
         let params = bench.sampling()?;
-        let resolved = Resolved::new(self.flags(), bench.yaml()?);
+        let mut resolved = Resolved::new(self.flags(), bench.yaml()?);
+        if resolved.decode_batch.source == Source::Default {
+            resolved.decode_batch.value = DECODE_BATCH;
+        }
         let serving = resolved.runtime.value == RuntimeKind::Trtllm;
         if !serving && (self.concurrency > 0 || bench.iteration_log.is_some()) {
             return Err(usage_error(
