@@ -177,6 +177,7 @@ impl Batcher {
 
     /// Admits waiting requests in order until one does not fit.
     fn admit(&mut self) {
+        let mut growth = None;
         while let Some(&slot) = self.waiting.front() {
             let budget = self.config.max_num_tokens - self.batch.tokens_len();
             if self.running.len() >= self.config.max_batch_size {
@@ -189,10 +190,12 @@ impl Batcher {
                 .policy
                 .tokens_at_admission(sequence.len(), sequence.lifetime());
             let pages = pages_for(tokens, self.page_size);
-            let running = self.running.len();
-            if rows == 0 || !self.config.policy.admits(&self.pool, pages, running) {
+            let later = pages_for(sequence.lifetime(), self.page_size) - pages;
+            let growth = growth.get_or_insert_with(|| self.growth());
+            if rows == 0 || !self.config.policy.admits(&self.pool, pages, *growth) {
                 break;
             }
+            *growth += later;
             let held = &mut self.sequences.get_mut(slot).pages;
             let allocated = self.pool.allocate(pages, held);
             debug_assert!(allocated, "invariant: the policy asked for free pages");
@@ -200,6 +203,15 @@ impl Batcher {
             self.running.push(slot);
             self.push_chunk(slot, rows);
         }
+    }
+
+    /// Pages that the running sequences may still ask for.
+    fn growth(&self) -> usize {
+        let missing = |&slot: &u32| {
+            let sequence = self.sequences.get(slot);
+            pages_for(sequence.lifetime(), self.page_size) - sequence.pages.len()
+        };
+        self.running.iter().map(missing).sum()
     }
 
     /// Adds the next `rows` rows of a sequence; its last row is sampled.

@@ -35,14 +35,15 @@ impl Policy {
         }
     }
 
-    /// Whether a request that needs `pages` pages now is admitted beside `running` sequences.
-    pub(crate) fn admits(self, pool: &PagePool, pages: usize, running: usize) -> bool {
+    /// Whether a request that needs `pages` pages now is admitted beside sequences that may still ask
+    /// for `growth` pages.
+    pub(crate) fn admits(self, pool: &PagePool, pages: usize, growth: usize) -> bool {
         /// Part of the cache that an admission leaves free for the growth of the others: without it
         /// the next step would pre-empt what this one admitted.
         const RESERVE: usize = 100;
         let reserve = match self {
-            Self::MaxUtilization if running > 0 => pool.len().div_ceil(RESERVE),
-            _ => 0,
+            Self::MaxUtilization => pool.len().div_ceil(RESERVE).min(growth),
+            Self::GuaranteedNoEvict => 0,
         };
         pool.free() >= pages + reserve
     }
@@ -89,7 +90,8 @@ mod tests {
         let pool = PagePool::new(200);
         let (keep, evict) = (Policy::GuaranteedNoEvict, Policy::MaxUtilization);
         assert!(keep.admits(&pool, 200, 5) && !keep.admits(&pool, 201, 0));
-        assert!(evict.admits(&pool, 198, 1) && !evict.admits(&pool, 199, 1));
+        assert!(evict.admits(&pool, 198, 9) && !evict.admits(&pool, 199, 9));
+        assert!(evict.admits(&pool, 199, 1) && !evict.admits(&pool, 200, 1));
         assert!(evict.admits(&pool, 200, 0));
         assert_eq!(keep.tokens_at_admission(10, 30), 30);
         assert_eq!(evict.tokens_at_admission(10, 30), 10);

@@ -317,3 +317,22 @@ fn steps_are_measured() {
     // 3 + 4 - 1 tokens are 2 pages.
     assert_eq!((totals.peak_pages, totals.peak_sequences), (8, 4));
 }
+
+/// No page is kept for the growth of sequences that have all that they will ever need.
+#[test]
+fn a_cache_that_just_suffices_is_filled() {
+    let exact = Capacity {
+        pages: 4,
+        ..capacity()
+    };
+    let requests: Vec<Request> = (0..4).map(|id| request(id, &[1, 2], 3)).collect();
+    let config = EngineConfig {
+        policy: Policy::MaxUtilization,
+        ..EngineConfig::of(&exact)
+    };
+    let outcome = run(&mut SimDevice::new(exact), config, &requests);
+    assert_eq!(
+        (outcome.totals.peak_sequences, outcome.totals.peak_pages),
+        (4, 4)
+    );
+}
