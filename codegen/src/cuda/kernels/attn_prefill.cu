@@ -1,0 +1,436 @@
+// Causal attention of a ragged batch of query chunks over the paged KV cache: prefill, chunked
+// prefill and mixed steps. Two kernels: `attn_plan` writes the work list of a step once (it is the
+// same for every layer), `attn_prefill` computes one (q tile, kv head) a CTA.
+//
+// The query heads of a kv head are packed into the rows of a tile: row r is token r / GROUP of the
+// tile and head r % GROUP of the group. S = Q K^T (wgmma, both from shared memory), softmax in
+// registers, O += P V with P in registers. The next block's S is computed while the softmax of this
+// one runs. Blocks of keys are walked from the last to the first, so masked ones come first.
+//
+// Defines
+//   D         head size, a multiple of 8 up to 256; padded to DP = 64, 128 or 256 by zero fill
+//   GROUP     query heads of a kv head, 1..64 NWG
+//   NWG       consumer warpgroups: 1 2 3; a tile has 64 NWG rows and TQ = 64 NWG / GROUP tokens
+//   BN        keys of a block, 64 or 128 (64 for D > 128)
+//   KV_STAGES ring slots of K and of V
+//   PAGE_BOX  rows of a TMA box of the cache: min(page_size, 64); 8 16 32 64
+//   CAUSAL    1; 0 attends to the whole cache of the sequence
+//   WINDOW    1: only the last `window` positions, the query's own included
+//   SOFTCAP   1: logits are softcap * tanh(logit / softcap)
+//   PINGPONG  1: two warpgroups take turns at the tensor cores
+//   PDL       1: griddepcontrol.wait before anything is read, launch_dependents at start
+// Derived (the glue computes the same)
+//   TQ = 64 NWG / GROUP (integer division), DP
+//   smem bytes = 2 DP (64 NWG + 2 KV_STAGES BN) + 32 KV_STAGES + 16
+//
+// attn_plan(const int *cu_seqlens, const int *kv_lens, int2 *work, int *count, int *cost, int B,
+//           int min_q_len, int window)
+//   work   out: (sequence, first token of the tile inside the chunk), longest first
+//   count  out: number of entries, at most max_items
+//   cost   workspace, max_items ints
+//   max_items = floor((T + B (TQ - 1)) / TQ) for T tokens: a bound that needs only the maxima
+//   Sequences with fewer than min_q_len new tokens are left out (1 takes all): a mixed step can give
+//   its decode rows to the decode kernel.
+//   Launch: one block of 1024 threads, smem bytes = 4 (B + 1) + 128.
+// attn_prefill(TensorMap q, TensorMap kv, void *out, const int *cu_seqlens, const int *kv_lens,
+//              const int *block_table, const int2 *work, const int *count, int Hkv, int page_size,
+//              int max_pages, int ldo, float scale, int window, float softcap)
+//   TensorMap q    bf16 {D, Hq, T}, strides {2 D, 2 ldq}, box {64, GROUP, TQ}, 128B swizzle; may
+//                  point into the packed QKV rows
+//   TensorMap kv   bf16 {D, pages * 2 * Hkv * page_size}, stride {2 D}, box {64, PAGE_BOX}, 128B
+//                  swizzle: the layer's whole cache [page][2][kv_head][token][D]
+//   out            bf16 [T, Hq D], row stride ldo elements, heads in natural order
+//   cu_seqlens i32 [B + 1], kv_lens i32 [B] (with this step's tokens), block_table i32 [B, max_pages]
+//   page_size a multiple of PAGE_BOX, or one page a sequence
+//   Query i of a chunk has position kv_len - q_len + i.
+//   Launch: block 128 (NWG + 1), grid x = max_items * Hkv; CTAs beyond *count * Hkv exit.
+
+#define DP (D <= 64 ? 64 : D <= 128 ? 128 : 256)
+#define BM (64 * NWG)
+#define TQ (BM / GROUP)
+#define CONSUMER_REGS (NWG == 3 ? 160 : 232)
+#define PRODUCER_REGS (NWG == 3 ? 32 : 40)
+
+#define NEG_INF __uint_as_float(0xff800000u)
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr int Q_BYTES = BM * DP * 2;
+constexpr int KV_BYTES = BN * DP * 2;
+constexpr int K_OFFSET = Q_BYTES;
+constexpr int V_OFFSET = K_OFFSET + KV_STAGES * KV_BYTES;
+constexpr int BAR_OFFSET = V_OFFSET + KV_STAGES * KV_BYTES;
+
+// Range of key blocks that a tile whose tokens have positions [first, last] needs.
+struct Blocks {
+    int lo, hi;
+};
+
+DEVICE Blocks key_blocks(int first, int last, int kv_len, int window) {
+    int end = CAUSAL ? last + 1 : kv_len;
+    int begin = WINDOW ? max(0, first - window + 1) : 0;
+    return {begin / BN, (end + BN - 1) / BN};
+}
+
+extern "C" __global__ void __launch_bounds__(1024)
+    attn_plan(const int *cu_seqlens, const int *kv_lens, int2 *work, int *count, int *cost, int B,
+              int min_q_len, int window) {
+    extern __shared__ int prefix[];  // [B + 1] tiles of the sequences before, then 32 warp sums
+    int *sums = prefix + B + 1;
+    const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+    pdl_launch();
+    pdl_wait();
+    if (tid == 0) prefix[0] = 0;
+    int carry = 0;
+    for (int first = 0; first < B; first += 1024) {
+        int b = first + tid;
+        int n = 0;
+        if (b < B) {
+            int len = cu_seqlens[b + 1] - cu_seqlens[b];
+            if (len >= min_q_len) n = (len + TQ - 1) / TQ;
+        }
+        for (int o = 1; o < 32; o *= 2) {
+            int v = __shfl_up_sync(0xffffffffu, n, o);
+            if (lane >= o) n += v;
+        }
+        if (lane == 31) sums[warp] = n;
+        __syncthreads();
+        int before = carry;
+        for (int i = 0; i < 32; ++i) {
+            if (i < warp) before += sums[i];
+            carry += sums[i];
+        }
+        if (b < B) prefix[b + 1] = before + n;
+        __syncthreads();
+    }
+    const int items = prefix[B];
+    if (tid == 0) *count = items;
+    // Item i: its sequence by bisection; `cost` = key blocks.
+    for (int i = tid; i < items; i += 1024) {
+        int lo = 0, hi = B;
+        while (hi - lo > 1) {
+            int mid = (lo + hi) / 2;
+            if (prefix[mid] <= i) lo = mid; else hi = mid;
+        }
+        int len = cu_seqlens[lo + 1] - cu_seqlens[lo];
+        int tok = (i - prefix[lo]) * TQ;
+        int first = kv_lens[lo] - len + tok;
+        Blocks r = key_blocks(first, first + min(TQ, len - tok) - 1, kv_lens[lo], window);
+        cost[i] = r.hi - r.lo;
+    }
+    __syncthreads();
+    // Stable counting rank: few hundred items, once a step.
+    for (int i = tid; i < items; i += 1024) {
+        int c = cost[i], rank = 0;
+        for (int j = 0; j < items; ++j) {
+            int o = cost[j];
+            rank += o > c || (o == c && j < i);
+        }
+        int lo = 0, hi = B;
+        while (hi - lo > 1) {
+            int mid = (lo + hi) / 2;
+            if (prefix[mid] <= i) lo = mid; else hi = mid;
+        }
+        work[rank] = make_int2(lo, (i - prefix[lo]) * TQ);
+    }
+}
+
+// State of one thread's two rows (g and g + 8 of its warp's 16): running maximum of the raw logits and
+// the thread's share of the sum.
+struct Softmax {
+    float m[2], l[2];
+};
+
+// Masks S of block `j`, updates the running maximum and sum, leaves P in s; scale[] is the factor for O.
+template <bool MASK>
+DEVICE void softmax_step(float (&s)[BN / 2], Softmax &st, float (&scale)[2], int j, const int (&pos)[2],
+                         int t, int window, float scale_log2, float cap_in, float softcap) {
+#if SOFTCAP
+    // tanh(x) = 1 - 2 / (1 + e^2x)
+#pragma unroll
+    for (int i = 0; i < BN / 2; ++i)
+        s[i] = softcap - 2.0f * softcap * __fdividef(1.0f, 1.0f + exp2_approx(s[i] * cap_in));
+#endif
+    if (MASK) {
+        const int col = j * BN + 2 * t;
+#pragma unroll
+        for (int i = 0; i < BN / 2; ++i) {
+            const int c = col + (i / 4) * 8 + i % 2;
+            const int p = pos[(i / 2) % 2];
+            bool out = c > p;
+            if (WINDOW) out = out || c <= p - window;
+            if (out) s[i] = NEG_INF;
+        }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        float mx = s[2 * h];
+#pragma unroll
+        for (int i = 0; i < BN / 8; ++i) mx = fmaxf(mx, fmaxf(s[4 * i + 2 * h], s[4 * i + 2 * h + 1]));
+        mx = fmaxf(mx, __shfl_xor_sync(0xffffffffu, mx, 1));
+        mx = fmaxf(mx, __shfl_xor_sync(0xffffffffu, mx, 2));
+        float m = fmaxf(st.m[h], mx);
+        // A row may have no key in this block: exp2(-inf - 0) = 0, never inf - inf.
+        float safe = MASK && m == NEG_INF ? 0.0f : m;
+        float sub = safe * scale_log2;
+        scale[h] = exp2_approx(st.m[h] * scale_log2 - sub);
+        st.m[h] = m;
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < BN / 8; ++i) {
+            float a = exp2_approx(s[4 * i + 2 * h] * scale_log2 - sub);
+            float b = exp2_approx(s[4 * i + 2 * h + 1] * scale_log2 - sub);
+            s[4 * i + 2 * h] = a;
+            s[4 * i + 2 * h + 1] = b;
+            sum += a + b;
+        }
+        st.l[h] = st.l[h] * scale[h] + sum;
+    }
+}
+
+DEVICE void pack_p(u32 (&p)[BN / 4], const float (&s)[BN / 2]) {
+#pragma unroll
+    for (int i = 0; i < BN / 4; ++i) p[i] = bf16x2_pack(s[2 * i], s[2 * i + 1]);
+}
+
+DEVICE void issue_qk(float (&s)[BN / 2], u64 q, u64 k) {
+#pragma unroll
+    for (int i = 0; i < DP / 16; ++i)
+        wgmma_ss(s, q + (i / 4) * (BM * 8) + 2 * (i % 4), k + (i / 4) * (BN * 8) + 2 * (i % 4), i > 0);
+}
+
+DEVICE void issue_pv(float (&o)[DP / 2], const u32 (&p)[BN / 4], u64 v, int acc) {
+#pragma unroll
+    for (int i = 0; i < BN / 16; ++i)
+        wgmma_rs_t(o, p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3], v + 128 * i, i > 0 || acc);
+}
+
+// Everything of a consumer warpgroup that the block loop changes.
+struct Loop {
+    RingPos k, v;   // next K block and the V block of P
+    u32 k_full, k_empty, v_full, v_empty, k_base, v_base;
+    u64 q;
+    u32 wg, tid;
+    int pos[2], t, window;
+    float scale_log2, cap_in, softcap;
+};
+
+// One step: S of block j beside O += P V of block j + 1, then the softmax of block j.
+template <bool MASK>
+DEVICE void step(Loop &c, int j, float (&o)[DP / 2], u32 (&p)[BN / 4], Softmax &st, int acc) {
+    float s[BN / 2];
+    float scale[2];
+    mbar_wait(c.k_full + 8 * c.k.slot, c.k.phase);
+#if PINGPONG
+    named_sync(2 + c.wg, 256);
+#endif
+    wgmma_fence();
+    issue_qk(s, c.q, wgmma_desc(c.k_base + c.k.slot * KV_BYTES));
+    wgmma_commit();
+    issue_pv(o, p, wgmma_desc(c.v_base + c.v.slot * KV_BYTES, BN * 128), acc);
+    wgmma_commit();
+#if PINGPONG
+    named_arrive(3 - c.wg, 256);
+#endif
+    wgmma_wait<1>();
+    wgmma_pin(s);
+    if (c.tid == 0) mbar_arrive(c.k_empty + 8 * c.k.slot);
+    ring_next<KV_STAGES>(c.k);
+    softmax_step<MASK>(s, st, scale, j, c.pos, c.t, c.window, c.scale_log2, c.cap_in, c.softcap);
+    // This wait belongs to the next step; between the softmax and wait 0 it keeps ptxas from
+    // moving the exponentials behind the end of P V.
+    const u32 used = c.v.slot;
+    ring_next<KV_STAGES>(c.v);
+    mbar_wait(c.v_full + 8 * c.v.slot, c.v.phase);
+    wgmma_wait<0>();
+    wgmma_pin(o);
+    if (c.tid == 0) mbar_arrive(c.v_empty + 8 * used);
+#pragma unroll
+    for (int i = 0; i < DP / 2; ++i) o[i] *= scale[(i / 2) % 2];
+    pack_p(p, s);
+}
+
+extern "C" __global__ void __launch_bounds__(128 * (NWG + 1), 1)
+    attn_prefill(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap kv, char *out,
+                 const int *cu_seqlens, const int *kv_lens, const int *block_table, const int2 *work,
+                 const int *count, int Hkv, int page_size, int max_pages, int ldo, float scale,
+                 int window, float softcap) {
+    extern __shared__ __align__(1024) unsigned char smem[];
+    const u32 base = smem_u32(smem);
+    const u32 k_full = base + BAR_OFFSET, k_empty = k_full + 8 * KV_STAGES;
+    const u32 v_full = k_empty + 8 * KV_STAGES, v_empty = v_full + 8 * KV_STAGES;
+    const u32 q_full = v_empty + 8 * KV_STAGES;
+    const u32 wg = warpgroup_index();
+
+    pdl_launch();
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < KV_STAGES; ++s) {
+            mbar_init(k_full + 8 * s, 1);
+            mbar_init(v_full + 8 * s, 1);
+            mbar_init(k_empty + 8 * s, NWG);
+            mbar_init(v_empty + 8 * s, NWG);
+        }
+        mbar_init(q_full, 1);
+        mbar_init_fence();
+    }
+    pdl_wait();
+    __syncthreads();
+    const int item = blockIdx.x / Hkv;
+    const int head = blockIdx.x - item * Hkv;
+    if (item >= *count) return;
+    const int2 unit = work[item];
+    const int q_begin = cu_seqlens[unit.x], q_len = cu_seqlens[unit.x + 1] - q_begin;
+    const int kv_len = kv_lens[unit.x];
+    const int first = kv_len - q_len + unit.y;  // position of the tile's first token
+    const int last = min(first + TQ, kv_len) - 1;
+    const Blocks range = key_blocks(first, last, kv_len, window);
+
+    if (wg == NWG) {
+        if (NWG > 1) regs_dec<PRODUCER_REGS>();
+        if (warp_index() == 4 * NWG && elect_one()) {
+            mbar_expect_tx(q_full, TQ * GROUP * DP * 2);
+            for (int p = 0; p < DP / 64; ++p)
+                tma_load_3d(base + p * BM * 128, &q, q_full, 64 * p, head * GROUP, q_begin + unit.y);
+            const int *pages = block_table + size_t(unit.x) * max_pages;
+            const int last_box = (kv_len - 1) / PAGE_BOX * PAGE_BOX;
+            auto load = [&](u32 dst, u32 bar, int block, int which) {
+                mbar_expect_tx(bar, KV_BYTES);
+#pragma unroll
+                for (int i = 0; i < BN / PAGE_BOX; ++i) {
+                    // Beyond the sequence's end its last box again: masked, but readable.
+                    int pos = min(block * BN + i * PAGE_BOX, last_box);
+                    int page = pos / page_size;
+                    int row = ((pages[page] * 2 + which) * Hkv + head) * page_size + pos -
+                              page * page_size;
+#pragma unroll
+                    for (int p = 0; p < DP / 64; ++p)
+                        tma_load_2d(dst + p * BN * 128 + i * PAGE_BOX * 128, &kv, bar, 64 * p, row);
+                }
+            };
+            RingPos k{0, 0}, v{0, 0};
+            // The order of use: K of a block one step before its V.
+            for (int j = range.hi - 1; j >= range.lo - 1; --j) {
+                if (j >= range.lo) {
+                    mbar_wait(k_empty + 8 * k.slot, k.phase ^ 1);
+                    load(base + K_OFFSET + k.slot * KV_BYTES, k_full + 8 * k.slot, j, 0);
+                    ring_next<KV_STAGES>(k);
+                }
+                if (j + 1 < range.hi) {
+                    mbar_wait(v_empty + 8 * v.slot, v.phase ^ 1);
+                    load(base + V_OFFSET + v.slot * KV_BYTES, v_full + 8 * v.slot, j + 1, 1);
+                    ring_next<KV_STAGES>(v);
+                }
+            }
+        }
+        return;
+    }
+    if (NWG > 1) regs_inc<CONSUMER_REGS>();
+    const u32 tid = threadIdx.x % 128;
+    const u32 lane = tid % 32;
+    const u32 warp = __shfl_sync(0xffffffffu, tid / 32, 0);
+    const u32 row = 64 * wg + 16 * warp + lane / 4;
+
+    Loop c;
+    c.k = c.v = RingPos{0, 0};
+    c.k_full = k_full;
+    c.k_empty = k_empty;
+    c.v_full = v_full;
+    c.v_empty = v_empty;
+    c.k_base = base + K_OFFSET;
+    c.v_base = base + V_OFFSET;
+    c.q = wgmma_desc(base + wg * 8192);
+    c.wg = wg;
+    c.tid = tid;
+    // Rows beyond the chunk repeat its last position: they cost nothing and are not stored.
+    c.pos[0] = CAUSAL ? min(int(first + row / GROUP), kv_len - 1) : kv_len - 1;
+    c.pos[1] = CAUSAL ? min(int(first + (row + 8) / GROUP), kv_len - 1) : kv_len - 1;
+    c.t = lane % 4;
+    c.window = window;
+    c.scale_log2 = SOFTCAP ? LOG2E : scale * LOG2E;
+    c.cap_in = SOFTCAP ? 2.0f * LOG2E * scale / softcap : 0.0f;
+    c.softcap = softcap;
+
+    float o[DP / 2];
+    u32 p[BN / 4];
+    Softmax st{{NEG_INF, NEG_INF}, {0.0f, 0.0f}};
+    int j = range.hi - 1;
+    mbar_wait(q_full, 0);
+#if PINGPONG
+    if (wg == 1) named_arrive(2, 256);  // warpgroup 0 goes first
+#endif
+    {
+        float s[BN / 2];
+        float unused[2];
+        mbar_wait(k_full, 0);
+        wgmma_fence();
+        issue_qk(s, c.q, wgmma_desc(c.k_base));
+        wgmma_commit();
+        wgmma_wait<0>();
+        wgmma_pin(s);
+        if (tid == 0) mbar_arrive(k_empty);
+        ring_next<KV_STAGES>(c.k);
+        softmax_step<true>(s, st, unused, j, c.pos, c.t, window, c.scale_log2, c.cap_in, softcap);
+        pack_p(p, s);
+    }
+    mbar_wait(v_full, 0);
+    if (range.hi * BN > kv_len) {
+        // The cache behind the sequence's end may hold anything, and 0 * NaN is NaN.
+        const int from = kv_len - (range.hi - 1) * BN;
+        for (int i = threadIdx.x; i < (BN - from) * (DP / 64) * 8; i += BM * 2) {
+            int chunk = i % 8, r = i / 8 % (BN - from), panel = i / 8 / (BN - from);
+            u32 a = c.v_base + panel * BN * 128 + (from + r) * 128 + chunk * 16;
+            asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(a), "r"(0) : "memory");
+        }
+        fence_async_smem();
+        named_sync(1, BM * 2);
+    }
+    // Blocks below `full_below` need no causal mask for any row of this warpgroup; blocks from
+    // `full_from` on none at the window's start.
+    const int pos_min = CAUSAL ? min(int(first + 64 * wg / GROUP), kv_len - 1) : kv_len - 1;
+    const int full_below = max((pos_min + 1) / BN, range.lo);
+    const int full_from = WINDOW ? min((max(last - window + 1, 0) + BN - 1) / BN, full_below) : range.lo;
+    int acc = 0;
+    for (--j; j >= full_below; --j, acc = 1) step<true>(c, j, o, p, st, acc);
+    for (; j >= full_from; --j, acc = 1) step<false>(c, j, o, p, st, acc);
+#if WINDOW
+    for (; j >= range.lo; --j, acc = 1) step<true>(c, j, o, p, st, acc);
+#endif
+    wgmma_fence();
+    issue_pv(o, p, wgmma_desc(c.v_base + c.v.slot * KV_BYTES, BN * 128), acc);
+    wgmma_commit();
+    wgmma_wait<0>();
+    wgmma_pin(o);
+
+    float inv[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        float l = st.l[h];
+        l += __shfl_xor_sync(0xffffffffu, l, 1);
+        l += __shfl_xor_sync(0xffffffffu, l, 2);
+        inv[h] = l > 0.0f ? 1.0f / l : 0.0f;
+    }
+    // O through this warpgroup's rows of Q, which it has finished reading, then whole rows.
+    named_sync(4 + wg, 128);
+    const u32 stage = base + wg * 8192;
+    const u32 st_row = 16 * warp + lane % 16;
+#pragma unroll
+    for (int b = 0; b < DP / 8; b += 2) {
+        u32 chunk = (b % 8 + lane / 16) ^ (st_row % 8);
+        stmatrix_x4(stage + (b / 8) * (BM * 128) + st_row * 128 + chunk * 16,
+                    bf16x2_pack(o[4 * b] * inv[0], o[4 * b + 1] * inv[0]),
+                    bf16x2_pack(o[4 * b + 2] * inv[1], o[4 * b + 3] * inv[1]),
+                    bf16x2_pack(o[4 * b + 4] * inv[0], o[4 * b + 5] * inv[0]),
+                    bf16x2_pack(o[4 * b + 6] * inv[1], o[4 * b + 7] * inv[1]));
+    }
+    __syncwarp();
+#pragma unroll 4
+    for (int i = lane; i < 16 * (DP / 8); i += 32) {
+        const u32 chunk = i % (DP / 8), r = 16 * warp + i / (DP / 8);
+        const u32 tile_row = 64 * wg + r;
+        const int tok = unit.y + tile_row / GROUP;
+        if (tile_row >= TQ * GROUP || tok >= q_len || 8 * chunk >= D) continue;
+        u32 v[4];
+        ld_shared_v4(stage + chunk / 8 * (BM * 128) + r * 128 + ((chunk % 8) ^ (r % 8)) * 16, v);
+        st_global_v4(out + 2 * (size_t(q_begin + tok) * ldo + (head * GROUP + tile_row % GROUP) * D +
+                                8 * chunk),
+                     v[0], v[1], v[2], v[3]);
+    }
+}
