@@ -1,13 +1,13 @@
 // Causal attention of a ragged batch of query chunks over the paged KV cache: prefill, chunked
-// prefill and mixed steps. Two kernels: `attn_plan` writes the work list of a step once (it is the
-// same for every layer), `attn_prefill` computes one (q tile, kv head) a CTA.
+// prefill and mixed steps. A CTA computes one (q tile, kv head) of the step's work list, which
+// attn_plan.cu writes (once a step: it is the same for every layer).
 //
 // The query heads of a kv head are packed into the rows of a tile: row r is token r / GROUP of the
 // tile and head r % GROUP of the group. S = Q K^T (wgmma, both from shared memory), softmax in
 // registers, O += P V with P in registers. The next block's S is computed while the softmax of this
 // one runs. Blocks of keys are walked from the last to the first, so masked ones come first.
 //
-// Defines
+// Source: defines, prelude.cuh, hopper.cuh, this file. Defines (with LATHE_NAME, LATHE_DTYPE 1)
 //   D         head size, a multiple of 8 up to 256; padded to DP = 64, 128 or 256 by zero fill
 //   GROUP     query heads of a kv head, 1..64 NWG
 //   NWG       consumer warpgroups: 1 2 3; a tile has 64 NWG rows and TQ = 64 NWG / GROUP tokens
@@ -18,21 +18,12 @@
 //   WINDOW    1: only the last `window` positions, the query's own included
 //   SOFTCAP   1: logits are softcap * tanh(logit / softcap)
 //   PINGPONG  1: two warpgroups take turns at the tensor cores
-//   PDL       1: griddepcontrol.wait before anything is read, launch_dependents at start
+//   LATHE_PDL       1: griddepcontrol.wait before anything is read, launch_dependents at start
 // Derived (the glue computes the same)
 //   TQ = 64 NWG / GROUP (integer division), DP
 //   smem bytes = 2 DP (64 NWG + 2 KV_STAGES BN) + 32 KV_STAGES + 16
 //
-// attn_plan(const int *cu_seqlens, const int *kv_lens, int2 *work, int *count, int *cost, int B,
-//           int min_q_len, int window)
-//   work   out: (sequence, first token of the tile inside the chunk), longest first
-//   count  out: number of entries, at most max_items
-//   cost   workspace, max_items ints
-//   max_items = floor((T + B (TQ - 1)) / TQ) for T tokens: a bound that needs only the maxima
-//   Sequences with fewer than min_q_len new tokens are left out (1 takes all): a mixed step can give
-//   its decode rows to the decode kernel.
-//   Launch: one block of 1024 threads, smem bytes = 4 (B + 1) + 128.
-// attn_prefill(TensorMap q, TensorMap kv, void *out, const int *cu_seqlens, const int *kv_lens,
+// Parameters (TensorMap q, TensorMap kv, void *out, const int *cu_seqlens, const int *kv_lens,
 //              const int *block_table, const int2 *work, const int *count, int Hkv, int page_size,
 //              int max_pages, int ldo, float scale, int window, float softcap)
 //   TensorMap q    bf16 {D, Hq, T}, strides {2 D, 2 ldq}, box {64, GROUP, TQ}, 128B swizzle; may
@@ -43,7 +34,9 @@
 //   cu_seqlens i32 [B + 1], kv_lens i32 [B] (with this step's tokens), block_table i32 [B, max_pages]
 //   page_size a multiple of PAGE_BOX, or one page a sequence
 //   Query i of a chunk has position kv_len - q_len + i.
-//   Launch: block 128 (NWG + 1), grid x = max_items * Hkv; CTAs beyond *count * Hkv exit.
+//   work, count: of attn_plan with this TQ
+// Launch: block 128 (NWG + 1), grid x = max_items * Hkv with max_items = floor((T + B (TQ - 1)) / TQ),
+// a bound that needs only the maxima; CTAs beyond *count * Hkv exit. No workspace.
 
 #define DP (D <= 64 ? 64 : D <= 128 ? 128 : 256)
 #define BM (64 * NWG)
@@ -51,7 +44,6 @@
 #define CONSUMER_REGS (NWG == 3 ? 160 : 232)
 #define PRODUCER_REGS (NWG == 3 ? 32 : 40)
 
-#define NEG_INF __uint_as_float(0xff800000u)
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr int Q_BYTES = BM * DP * 2;
 constexpr int KV_BYTES = BN * DP * 2;
@@ -64,73 +56,10 @@ struct Blocks {
     int lo, hi;
 };
 
-DEVICE Blocks key_blocks(int first, int last, int kv_len, int window) {
+DEV Blocks key_blocks(int first, int last, int kv_len, int window) {
     int end = CAUSAL ? last + 1 : kv_len;
     int begin = WINDOW ? max(0, first - window + 1) : 0;
     return {begin / BN, (end + BN - 1) / BN};
-}
-
-extern "C" __global__ void __launch_bounds__(1024)
-    attn_plan(const int *cu_seqlens, const int *kv_lens, int2 *work, int *count, int *cost, int B,
-              int min_q_len, int window) {
-    extern __shared__ int prefix[];  // [B + 1] tiles of the sequences before, then 32 warp sums
-    int *sums = prefix + B + 1;
-    const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
-    pdl_launch();
-    pdl_wait();
-    if (tid == 0) prefix[0] = 0;
-    int carry = 0;
-    for (int first = 0; first < B; first += 1024) {
-        int b = first + tid;
-        int n = 0;
-        if (b < B) {
-            int len = cu_seqlens[b + 1] - cu_seqlens[b];
-            if (len >= min_q_len) n = (len + TQ - 1) / TQ;
-        }
-        for (int o = 1; o < 32; o *= 2) {
-            int v = __shfl_up_sync(0xffffffffu, n, o);
-            if (lane >= o) n += v;
-        }
-        if (lane == 31) sums[warp] = n;
-        __syncthreads();
-        int before = carry;
-        for (int i = 0; i < 32; ++i) {
-            if (i < warp) before += sums[i];
-            carry += sums[i];
-        }
-        if (b < B) prefix[b + 1] = before + n;
-        __syncthreads();
-    }
-    const int items = prefix[B];
-    if (tid == 0) *count = items;
-    // Item i: its sequence by bisection; `cost` = key blocks.
-    for (int i = tid; i < items; i += 1024) {
-        int lo = 0, hi = B;
-        while (hi - lo > 1) {
-            int mid = (lo + hi) / 2;
-            if (prefix[mid] <= i) lo = mid; else hi = mid;
-        }
-        int len = cu_seqlens[lo + 1] - cu_seqlens[lo];
-        int tok = (i - prefix[lo]) * TQ;
-        int first = kv_lens[lo] - len + tok;
-        Blocks r = key_blocks(first, first + min(TQ, len - tok) - 1, kv_lens[lo], window);
-        cost[i] = r.hi - r.lo;
-    }
-    __syncthreads();
-    // Stable counting rank: few hundred items, once a step.
-    for (int i = tid; i < items; i += 1024) {
-        int c = cost[i], rank = 0;
-        for (int j = 0; j < items; ++j) {
-            int o = cost[j];
-            rank += o > c || (o == c && j < i);
-        }
-        int lo = 0, hi = B;
-        while (hi - lo > 1) {
-            int mid = (lo + hi) / 2;
-            if (prefix[mid] <= i) lo = mid; else hi = mid;
-        }
-        work[rank] = make_int2(lo, (i - prefix[lo]) * TQ);
-    }
 }
 
 // State of one thread's two rows (g and g + 8 of its warp's 16): running maximum of the raw logits and
@@ -141,7 +70,7 @@ struct Softmax {
 
 // Masks S of block `j`, updates the running maximum and sum, leaves P in s; scale[] is the factor for O.
 template <bool MASK>
-DEVICE void softmax_step(float (&s)[BN / 2], Softmax &st, float (&scale)[2], int j, const int (&pos)[2],
+DEV void softmax_step(float (&s)[BN / 2], Softmax &st, float (&scale)[2], int j, const int (&pos)[2],
                          int t, int window, float scale_log2, float cap_in, float softcap) {
 #if SOFTCAP
     // tanh(x) = 1 - 2 / (1 + e^2x)
@@ -186,18 +115,18 @@ DEVICE void softmax_step(float (&s)[BN / 2], Softmax &st, float (&scale)[2], int
     }
 }
 
-DEVICE void pack_p(u32 (&p)[BN / 4], const float (&s)[BN / 2]) {
+DEV void pack_p(u32 (&p)[BN / 4], const float (&s)[BN / 2]) {
 #pragma unroll
-    for (int i = 0; i < BN / 4; ++i) p[i] = bf16x2_pack(s[2 * i], s[2 * i + 1]);
+    for (int i = 0; i < BN / 4; ++i) p[i] = pack_bf16(s[2 * i], s[2 * i + 1]);
 }
 
-DEVICE void issue_qk(float (&s)[BN / 2], u64 q, u64 k) {
+DEV void issue_qk(float (&s)[BN / 2], u64 q, u64 k) {
 #pragma unroll
     for (int i = 0; i < DP / 16; ++i)
         wgmma_ss(s, q + (i / 4) * (BM * 8) + 2 * (i % 4), k + (i / 4) * (BN * 8) + 2 * (i % 4), i > 0);
 }
 
-DEVICE void issue_pv(float (&o)[DP / 2], const u32 (&p)[BN / 4], u64 v, int acc) {
+DEV void issue_pv(float (&o)[DP / 2], const u32 (&p)[BN / 4], u64 v, int acc) {
 #pragma unroll
     for (int i = 0; i < BN / 16; ++i)
         wgmma_rs_t(o, p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3], v + 128 * i, i > 0 || acc);
@@ -215,7 +144,7 @@ struct Loop {
 
 // One step: S of block j beside O += P V of block j + 1, then the softmax of block j.
 template <bool MASK>
-DEVICE void step(Loop &c, int j, float (&o)[DP / 2], u32 (&p)[BN / 4], Softmax &st, int acc) {
+DEV void step(Loop &c, int j, float (&o)[DP / 2], u32 (&p)[BN / 4], Softmax &st, int acc) {
     float s[BN / 2];
     float scale[2];
     mbar_wait(c.k_full + 8 * c.k.slot, c.k.phase);
@@ -249,12 +178,12 @@ DEVICE void step(Loop &c, int j, float (&o)[DP / 2], u32 (&p)[BN / 4], Softmax &
 }
 
 extern "C" __global__ void __launch_bounds__(128 * (NWG + 1), 1)
-    attn_prefill(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap kv, char *out,
+    LATHE_NAME(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap kv, char *out,
                  const int *cu_seqlens, const int *kv_lens, const int *block_table, const int2 *work,
                  const int *count, int Hkv, int page_size, int max_pages, int ldo, float scale,
                  int window, float softcap) {
     extern __shared__ __align__(1024) unsigned char smem[];
-    const u32 base = smem_u32(smem);
+    const u32 base = smem_addr(smem);
     const u32 k_full = base + BAR_OFFSET, k_empty = k_full + 8 * KV_STAGES;
     const u32 v_full = k_empty + 8 * KV_STAGES, v_empty = v_full + 8 * KV_STAGES;
     const u32 q_full = v_empty + 8 * KV_STAGES;
@@ -286,13 +215,13 @@ extern "C" __global__ void __launch_bounds__(128 * (NWG + 1), 1)
     if (wg == NWG) {
         if (NWG > 1) regs_dec<PRODUCER_REGS>();
         if (warp_index() == 4 * NWG && elect_one()) {
-            mbar_expect_tx(q_full, TQ * GROUP * DP * 2);
+            mbar_expect(q_full, TQ * GROUP * DP * 2);
             for (int p = 0; p < DP / 64; ++p)
                 tma_load_3d(base + p * BM * 128, &q, q_full, 64 * p, head * GROUP, q_begin + unit.y);
             const int *pages = block_table + size_t(unit.x) * max_pages;
             const int last_box = (kv_len - 1) / PAGE_BOX * PAGE_BOX;
             auto load = [&](u32 dst, u32 bar, int block, int which) {
-                mbar_expect_tx(bar, KV_BYTES);
+                mbar_expect(bar, KV_BYTES);
 #pragma unroll
                 for (int i = 0; i < BN / PAGE_BOX; ++i) {
                     // Beyond the sequence's end its last box again: masked, but readable.
@@ -415,10 +344,10 @@ extern "C" __global__ void __launch_bounds__(128 * (NWG + 1), 1)
     for (int b = 0; b < DP / 8; b += 2) {
         u32 chunk = (b % 8 + lane / 16) ^ (st_row % 8);
         stmatrix_x4(stage + (b / 8) * (BM * 128) + st_row * 128 + chunk * 16,
-                    bf16x2_pack(o[4 * b] * inv[0], o[4 * b + 1] * inv[0]),
-                    bf16x2_pack(o[4 * b + 2] * inv[1], o[4 * b + 3] * inv[1]),
-                    bf16x2_pack(o[4 * b + 4] * inv[0], o[4 * b + 5] * inv[0]),
-                    bf16x2_pack(o[4 * b + 6] * inv[1], o[4 * b + 7] * inv[1]));
+                    pack_bf16(o[4 * b] * inv[0], o[4 * b + 1] * inv[0]),
+                    pack_bf16(o[4 * b + 2] * inv[1], o[4 * b + 3] * inv[1]),
+                    pack_bf16(o[4 * b + 4] * inv[0], o[4 * b + 5] * inv[0]),
+                    pack_bf16(o[4 * b + 6] * inv[1], o[4 * b + 7] * inv[1]));
     }
     __syncwarp();
 #pragma unroll 4

@@ -3,7 +3,7 @@
 // warpgroups multiply (wgmma, 64 rows each) and store through shared memory while the producer
 // already loads the next tile. Clusters share tiles by multicast.
 //
-// Defines
+// Source: defines, prelude.cuh, hopper.cuh, this file. Defines (with LATHE_NAME, LATHE_DTYPE 1)
 //   BN        columns (rows of W) of a tile, 8..256: 64 96 128 160 192 224 256 have wrappers;
 //             a multiple of 8 CLUSTER_M, of 32 with EPI_SWIGLU, of 16 otherwise
 //   CWG       consumer warpgroups, 1 2 3; a tile has BM = 64 CWG rows (of A)
@@ -13,7 +13,7 @@
 //   GROUP_M   cluster rows walked together before the next columns (L2 reuse), >= 1
 //   EPI       EPI_NONE EPI_BIAS EPI_RESIDUAL EPI_BIAS_RESIDUAL EPI_SWIGLU
 //   OUT_F32   1: f32 output by plain stores (EPI_NONE and EPI_BIAS), 0: bf16
-//   PDL       1: griddepcontrol.wait before the first dependent access, launch_dependents at start
+//   LATHE_PDL       1: griddepcontrol.wait before the first dependent access, launch_dependents at start
 // Derived (the glue computes the same)
 //   OBN = EPI_SWIGLU ? BN / 2 : BN    output columns of a tile
 //   PW  = 64 if OBN % 64 == 0, else 32 if OBN % 32 == 0, else 16   columns of a store panel
@@ -61,7 +61,7 @@ struct Tile {
 };
 
 // Tile of this CTA in cluster tile `idx`: groups of GROUP_M cluster rows, walked row first.
-DEVICE Tile tile_at(int idx, int rows, int cols, u32 rank) {
+DEV Tile tile_at(int idx, int rows, int cols, u32 rank) {
     int width = GROUP_M * cols;
     int group = idx / width;
     int first = group * GROUP_M;
@@ -72,7 +72,7 @@ DEVICE Tile tile_at(int idx, int rows, int cols, u32 rank) {
     return {int(cm * CLUSTER_M + rank % CLUSTER_M) * BM, int(cn * CLUSTER_N + rank / CLUSTER_M) * BN};
 }
 
-DEVICE void load_w(u32 slot, u32 bar, const TensorMap *w, int k, int n, u32 rank) {
+DEV void load_w(u32 slot, u32 bar, const TensorMap *w, int k, int n, u32 rank) {
     u32 dst = slot + A_BYTES;
     if (CLUSTER_M == 1) {
         tma_load_2d(dst, w, bar, k, n);
@@ -84,7 +84,7 @@ DEVICE void load_w(u32 slot, u32 bar, const TensorMap *w, int k, int n, u32 rank
     }
 }
 
-DEVICE void load_a(u32 slot, u32 bar, const TensorMap *a, int k, int m, u32 rank) {
+DEV void load_a(u32 slot, u32 bar, const TensorMap *a, int k, int m, u32 rank) {
     if (CLUSTER_N == 1) {
         tma_load_2d(slot, a, bar, k, m);
     } else {
@@ -98,7 +98,7 @@ DEVICE void load_a(u32 slot, u32 bar, const TensorMap *a, int k, int m, u32 rank
 }
 
 // Loads of one output panel's residual: two u32 (bf16 pairs, rows g and g + 8) for each 8 columns.
-DEVICE void load_residual(u32 (&r)[PW / 4], const char *residual, int ldr, int row, int col, int M,
+DEV void load_residual(u32 (&r)[PW / 4], const char *residual, int ldr, int row, int col, int M,
                           int n_out) {
 #pragma unroll
     for (int b = 0; b < PW / 8; ++b) {
@@ -110,11 +110,11 @@ DEVICE void load_residual(u32 (&r)[PW / 4], const char *residual, int ldr, int r
 }
 
 extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), 1)
-    gemm(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap w,
+    LATHE_NAME(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap w,
          const __grid_constant__ TensorMap c, float *c_f32, const char *bias, const char *residual,
          int M, int N, int K, int ldr) {
     extern __shared__ __align__(1024) unsigned char smem[];
-    const u32 base = smem_u32(smem);
+    const u32 base = smem_addr(smem);
     const u32 full = base + BAR_OFFSET;  // full[s], then empty[s]
     const u32 empty = full + 8 * STAGES;
     const u32 wg = warpgroup_index();
@@ -149,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), 1)
             if (first_tile < tiles) {
                 Tile t = tile_at(first_tile, rows, cols, rank);
                 for (int s = 0; s < early; ++s) {
-                    mbar_expect_tx(full + 8 * s, STAGE_BYTES);
+                    mbar_expect(full + 8 * s, STAGE_BYTES);
                     load_w(base + s * STAGE_BYTES, full + 8 * s, &w, 64 * s, t.n, rank);
                 }
             }
@@ -162,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), 1)
                     u32 bar = full + 8 * r.slot;
                     if (idx != first_tile || k >= early) {
                         mbar_wait(empty + 8 * r.slot, r.phase ^ 1);
-                        mbar_expect_tx(bar, STAGE_BYTES);
+                        mbar_expect(bar, STAGE_BYTES);
                         load_w(slot, bar, &w, 64 * k, t.n, rank);
                     }
                     load_a(slot, bar, &a, 64 * k, t.m, rank);
@@ -246,16 +246,16 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), 1)
                     const int cc = col + p * PW + 8 * b;
                     if (HAS_BIAS && cc < N) {
                         u32 v = ld_global_u32(bias + 2 * size_t(cc));
-                        o[4 * b] += bf16x2_lo(v);
-                        o[4 * b + 1] += bf16x2_hi(v);
-                        o[4 * b + 2] += bf16x2_lo(v);
-                        o[4 * b + 3] += bf16x2_hi(v);
+                        o[4 * b] += bf16_lo(v);
+                        o[4 * b + 1] += bf16_hi(v);
+                        o[4 * b + 2] += bf16_lo(v);
+                        o[4 * b + 3] += bf16_hi(v);
                     }
                     if (HAS_RESIDUAL) {
-                        o[4 * b] += bf16x2_lo(res[2 * b]);
-                        o[4 * b + 1] += bf16x2_hi(res[2 * b]);
-                        o[4 * b + 2] += bf16x2_lo(res[2 * b + 1]);
-                        o[4 * b + 3] += bf16x2_hi(res[2 * b + 1]);
+                        o[4 * b] += bf16_lo(res[2 * b]);
+                        o[4 * b + 1] += bf16_hi(res[2 * b]);
+                        o[4 * b + 2] += bf16_lo(res[2 * b + 1]);
+                        o[4 * b + 3] += bf16_hi(res[2 * b + 1]);
                     }
                 }
                 if (HAS_RESIDUAL && p + 1 < PANELS)
@@ -281,10 +281,10 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), 1)
                 for (int b = 0; b < PW / 8; b += 2) {
                     u32 off = st_off + b * 16;
                     off ^= ((off >> 7) & (PW / 8 - 1)) << 4;
-                    stmatrix_x4(buf + off, bf16x2_pack(o[4 * b], o[4 * b + 1]),
-                                bf16x2_pack(o[4 * b + 2], o[4 * b + 3]),
-                                bf16x2_pack(o[4 * b + 4], o[4 * b + 5]),
-                                bf16x2_pack(o[4 * b + 6], o[4 * b + 7]));
+                    stmatrix_x4(buf + off, pack_bf16(o[4 * b], o[4 * b + 1]),
+                                pack_bf16(o[4 * b + 2], o[4 * b + 3]),
+                                pack_bf16(o[4 * b + 4], o[4 * b + 5]),
+                                pack_bf16(o[4 * b + 6], o[4 * b + 7]));
                 }
                 fence_async_smem();
                 named_sync(1 + wg, 128);

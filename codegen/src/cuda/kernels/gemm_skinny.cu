@@ -7,7 +7,7 @@
 // the parts in order (so the result is deterministic) and runs the epilogue. A part is the first
 // thing its CTA does and the sum the last, so waits are short.
 //
-// Defines
+// Source: defines, prelude.cuh, hopper.cuh, this file. Defines (with LATHE_NAME, LATHE_DTYPE 1)
 //   NT        tokens the kernel can take: 8 16 24 32 48 64 96 128
 //   CWG       consumer warpgroups, 1 or 2; ROWS = 64 CWG rows of W a tile
 //   KP        64-wide k panels of a ring slot; BK = 64 KP
@@ -16,7 +16,7 @@
 //   EPI       EPI_NONE EPI_BIAS EPI_RESIDUAL EPI_BIAS_RESIDUAL EPI_SWIGLU EPI_ARGMAX
 //   OUT_F32   1: f32 output, 0: bf16
 //   EVICT_FIRST  1: weights pass through L2 with evict-first priority
-//   PDL       1: the ring's weights are requested before griddepcontrol.wait
+//   LATHE_PDL       1: the ring's weights are requested before griddepcontrol.wait
 // Derived (the glue computes the same)
 //   FEAT = EPI_SWIGLU ? 32 : 64       output features of a warpgroup's tile
 //   TC   = NT if NT <= 32, 32 if NT % 32 == 0, else 16   tokens staged at once
@@ -59,11 +59,11 @@ constexpr int STAGING_BYTES = TC * STAGING_STRIDE * 4;
 constexpr int BAR_OFFSET = STAGES * STAGE_BYTES + CWG * STAGING_BYTES;
 
 // First unit of CTA `i`.
-DEVICE int unit_start(int i, int units) {
+DEV int unit_start(int i, int units) {
     return int(u64(units) * u32(i) / gridDim.x);
 }
 
-DEVICE void load_w(u32 slot, const TensorMap *w, u32 bar, int step, int row, u64 policy) {
+DEV void load_w(u32 slot, const TensorMap *w, u32 bar, int step, int row, u64 policy) {
 #pragma unroll
     for (int p = 0; p < KP; ++p) {
 #if EVICT_FIRST
@@ -74,40 +74,34 @@ DEVICE void load_w(u32 slot, const TensorMap *w, u32 bar, int step, int row, u64
     }
 }
 
-DEVICE void load_x(u32 slot, const TensorMap *x, u32 bar, int step) {
+DEV void load_x(u32 slot, const TensorMap *x, u32 bar, int step) {
 #pragma unroll
     for (int p = 0; p < KP; ++p)
         tma_load_2d(slot + W_BYTES + p * NT * 128, x, bar, (step * KP + p) * 64, 0);
 }
 
-DEVICE u32 ld_acquire(const u32 *p) {
+DEV u32 ld_acquire(const u32 *p) {
     u32 v;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
     return v;
 }
 
-DEVICE u32 ld_relaxed(const u32 *p) {
+DEV u32 ld_relaxed(const u32 *p) {
     u32 v;
     asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
     return v;
 }
 
-DEVICE void st_release(u32 *p, u32 v) {
+DEV void st_release(u32 *p, u32 v) {
     asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 
-// Maps a float to a u32 in the same order.
-DEVICE u32 ordered_bits(float x) {
-    u32 u = __float_as_uint(x);
-    return u ^ (u >> 31 ? 0xffffffffu : 0x80000000u);
-}
-
 extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), MIN_CTAS)
-    gemm_skinny(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, char *out,
+    LATHE_NAME(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, char *out,
                 const char *bias, const char *residual, float *partial, u32 *flags, u64 *best,
                 int T, int N, int K, int ldo, int ldr) {
     extern __shared__ __align__(1024) unsigned char smem[];
-    const u32 base = smem_u32(smem);
+    const u32 base = smem_addr(smem);
     const u32 full = base + BAR_OFFSET;  // full[s], then empty[s]
     const u32 empty = full + 8 * STAGES;
     const u32 wg = warpgroup_index();
@@ -131,12 +125,12 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), MIN_CTAS)
         if (warp_index() == 4 * CWG && elect_one()) {
             tma_prefetch_map(&w);
             tma_prefetch_map(&x);
-            u64 policy = l2_evict_first();
+            u64 policy = policy_evict_first();
             const int early = min(end - begin, STAGES);
             int tile = begin / steps;
             int step = begin - tile * steps;
             for (int s = 0, t = tile, k = step; s < early; ++s) {
-                mbar_expect_tx(full + 8 * s, STAGE_BYTES);
+                mbar_expect(full + 8 * s, STAGE_BYTES);
                 load_w(base + s * STAGE_BYTES, &w, full + 8 * s, k, t * ROWS, policy);
                 if (++k == steps) k = 0, ++t;
             }
@@ -147,7 +141,7 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), MIN_CTAS)
                 u32 bar = full + 8 * r.slot;
                 if (u >= early) {
                     mbar_wait(empty + 8 * r.slot, r.phase ^ 1);
-                    mbar_expect_tx(bar, STAGE_BYTES);
+                    mbar_expect(bar, STAGE_BYTES);
                     load_w(slot, &w, bar, step, tile * ROWS, policy);
                 }
                 load_x(slot, &x, bar, step);
@@ -215,12 +209,7 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), MIN_CTAS)
         for (int c = blockIdx.x + 1; c < gridDim.x && unit_start(c, units) < tile_end; ++c) {
             if (tid == 0) {
                 u32 *flag = flags + c * CWG + wg;
-#ifdef SPIN_LIMIT
-                for (u32 n = 0; ld_relaxed(flag) == 0; ++n)
-                    if (n > SPIN_LIMIT) asm volatile("trap;");
-#else
                 while (ld_relaxed(flag) == 0) {}
-#endif
                 ld_acquire(flag);
                 *flag = 0;
             }
@@ -257,15 +246,14 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), MIN_CTAS)
         if (EPI == EPI_ARGMAX) {
             // Largest (value, lowest index) of each token as one ordered integer.
             const u32 r0 = row + 16 * warp + g;
-            const float neg_inf = __uint_as_float(0xff800000u);
 #pragma unroll
             for (int b = 0; b < NT / 8; ++b) {
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
-                    // Rows beyond N lose against any row before them.
-                    float v0 = r0 < N ? d[4 * b + e] : neg_inf;
-                    float v1 = r0 + 8 < N ? d[4 * b + 2 + e] : neg_inf;
-                    u64 key = u64(ordered_bits(fmaxf(v0, v1))) << 32 | ~(v1 > v0 ? r0 + 8 : r0);
+                    // Rows beyond N are no candidates.
+                    float v0 = r0 < N ? d[4 * b + e] : NEG_INF;
+                    float v1 = r0 + 8 < N ? d[4 * b + 2 + e] : NEG_INF;
+                    u64 key = argmax_key(fmaxf(v0, v1), v1 > v0 ? r0 + 8 : r0);
 #pragma unroll
                     for (int m = 4; m < 32; m *= 2) {
                         u64 other = __shfl_xor_sync(0xffffffffu, key, m);
@@ -308,23 +296,23 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), MIN_CTAS)
                                  : "=r"(q[0]), "=r"(q[1]), "=r"(q[2]), "=r"(q[3])
                                  : "l"(residual + 2 * (size_t(token) * ldr + n))
                                  : "memory");
-                    v0.x += bf16x2_lo(q[0]);
-                    v0.y += bf16x2_hi(q[0]);
-                    v0.z += bf16x2_lo(q[1]);
-                    v0.w += bf16x2_hi(q[1]);
-                    v1.x += bf16x2_lo(q[2]);
-                    v1.y += bf16x2_hi(q[2]);
-                    v1.z += bf16x2_lo(q[3]);
-                    v1.w += bf16x2_hi(q[3]);
+                    v0.x += bf16_lo(q[0]);
+                    v0.y += bf16_hi(q[0]);
+                    v0.z += bf16_lo(q[1]);
+                    v0.w += bf16_hi(q[1]);
+                    v1.x += bf16_lo(q[2]);
+                    v1.y += bf16_hi(q[2]);
+                    v1.z += bf16_lo(q[3]);
+                    v1.w += bf16_hi(q[3]);
                 }
                 if (OUT_F32) {
                     float4 *o = reinterpret_cast<float4 *>(out + 4 * (size_t(token) * ldo + n));
                     o[0] = v0;
                     o[1] = v1;
                 } else {
-                    st_global_v4(out + 2 * (size_t(token) * ldo + n), bf16x2_pack(v0.x, v0.y),
-                                 bf16x2_pack(v0.z, v0.w), bf16x2_pack(v1.x, v1.y),
-                                 bf16x2_pack(v1.z, v1.w));
+                    st_global_v4(out + 2 * (size_t(token) * ldo + n), pack_bf16(v0.x, v0.y),
+                                 pack_bf16(v0.z, v0.w), pack_bf16(v1.x, v1.y),
+                                 pack_bf16(v1.z, v1.w));
                 }
             }
         }
@@ -347,7 +335,7 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), MIN_CTAS)
         named_sync(1 + wg, 128);
         if (*is_last && tid < T) {
             u64 key = atomicExch(best + tid, 0ull);
-            reinterpret_cast<int *>(out)[tid] = int(~u32(key));
+            reinterpret_cast<int *>(out)[tid] = int(argmax_index(key));
         }
     }
 }

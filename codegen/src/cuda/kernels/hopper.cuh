@@ -3,111 +3,35 @@
 //
 // Every wrapper is `asm volatile` with a "memory" clobber: the order of these instructions in the
 // source is the order in which they must run. Shared addresses are 32-bit (`smem_u32`).
-//
-// Optional defines
-//   SPIN_LIMIT n   a wait on an mbarrier or a flag that fails n times traps (debugging a hang)
-
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned short u16;
+// Follows prelude.cuh, which has the types, mbar_*, elect_one and the launch-order wrappers.
 
 // A CUtensorMap, passed by value as a `const __grid_constant__` parameter.
 struct alignas(64) TensorMap {
     u64 opaque[16];
 };
 
-#define DEVICE __device__ __forceinline__
-
-DEVICE u32 smem_u32(const void *p) {
-    return static_cast<u32>(__cvta_generic_to_shared(p));
-}
-
 // Index of the calling thread's warpgroup as a warp-uniform value: keeps descriptors and branches
 // in uniform registers.
-DEVICE u32 warpgroup_index() {
+DEV u32 warpgroup_index() {
     return __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
 }
 
-DEVICE u32 warp_index() {
+DEV u32 warp_index() {
     return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
 }
 
-// True in one lane of a converged warp, always the same one.
-DEVICE bool elect_one() {
-    u32 is;
-    asm volatile("{.reg .pred P; elect.sync _|P, 0xffffffff; selp.u32 %0, 1, 0, P;}"
-                 : "=r"(is)::"memory");
-    return is != 0;
-}
-
-// bf16 pair from two floats, round to nearest even; `lo` is the element at the lower address.
-DEVICE u32 bf16x2_pack(float lo, float hi) {
-    u32 r;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
-    return r;
-}
-
-DEVICE float bf16x2_lo(u32 x) { return __uint_as_float(x << 16); }
-DEVICE float bf16x2_hi(u32 x) { return __uint_as_float(x & 0xffff0000u); }
-
-DEVICE float exp2_approx(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 // x * sigmoid(x). exp2 overflows to inf for very negative x, and x / inf is the right limit.
-DEVICE float silu_f32(float x) {
+DEV float silu_f32(float x) {
     return __fdividef(x, 1.0f + exp2_approx(-1.4426950408889634f * x));
 }
 
 // ---------------------------------------------------------------------------------- mbarrier --
 
-DEVICE void mbar_init(u32 bar, u32 arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
-}
-
-// Makes initialised barriers visible to the copy engine and the cluster; one thread, then a barrier.
-DEVICE void mbar_init_fence() {
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-
-DEVICE void mbar_expect_tx(u32 bar, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
-                 : "memory");
-}
-
-DEVICE void mbar_arrive(u32 bar) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-}
-
 // Arrives on the barrier at the same offset in CTA `rank` of the cluster.
-DEVICE void mbar_arrive_cluster(u32 bar, u32 rank) {
+DEV void mbar_arrive_cluster(u32 bar, u32 rank) {
     asm volatile("{.reg .b32 r; mapa.shared::cluster.u32 r, %0, %1;\n"
                  "mbarrier.arrive.shared::cluster.b64 _, [r];}" ::"r"(bar), "r"(rank)
                  : "memory");
-}
-
-DEVICE bool mbar_try_wait(u32 bar, u32 parity) {
-    u32 done;
-    asm volatile("{.reg .pred P; mbarrier.try_wait.parity.shared::cta.b64 P, [%1], %2;\n"
-                 "selp.u32 %0, 1, 0, P;}"
-                 : "=r"(done)
-                 : "r"(bar), "r"(parity)
-                 : "memory");
-    return done != 0;
-}
-
-// Blocks until the phase of the given parity is over.
-DEVICE void mbar_wait(u32 bar, u32 parity) {
-#ifdef SPIN_LIMIT
-    for (u32 n = 0; !mbar_try_wait(bar, parity); ++n)
-        if (n > SPIN_LIMIT) asm volatile("trap;");
-#else
-    asm volatile("{.reg .pred P;\nW%=: mbarrier.try_wait.parity.shared::cta.b64 P, [%0], %1;\n"
-                 "@!P bra W%=;}" ::"r"(bar), "r"(parity)
-                 : "memory");
-#endif
 }
 
 // Position in a ring of `n` slots: `slot`, and the parity of its current phase.
@@ -116,7 +40,7 @@ struct RingPos {
     u32 phase;
 };
 
-template <int STAGES_> DEVICE void ring_next(RingPos &r) {
+template <int STAGES_> DEV void ring_next(RingPos &r) {
     if (++r.slot == STAGES_) {
         r.slot = 0;
         r.phase ^= 1;
@@ -125,38 +49,26 @@ template <int STAGES_> DEVICE void ring_next(RingPos &r) {
 
 // --------------------------------------------------------------------------------------- TMA --
 
-DEVICE void tma_prefetch_map(const TensorMap *map) {
+DEV void tma_prefetch_map(const TensorMap *map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-DEVICE u64 l2_evict_first() {
-    u64 p;
-    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(p));
-    return p;
-}
-
-DEVICE u64 l2_evict_last() {
-    u64 p;
-    asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(p));
-    return p;
-}
-
 // Copies the map's box at (x, y), x innermost, to shared memory; completes on `bar`.
-DEVICE void tma_load_2d(u32 dst, const TensorMap *map, u32 bar, int x, int y) {
+DEV void tma_load_2d(u32 dst, const TensorMap *map, u32 bar, int x, int y) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
                  " [%0], [%1, {%3, %4}], [%2];" ::"r"(dst),
                  "l"(map), "r"(bar), "r"(x), "r"(y)
                  : "memory");
 }
 
-DEVICE void tma_load_2d_hint(u32 dst, const TensorMap *map, u32 bar, int x, int y, u64 policy) {
+DEV void tma_load_2d_hint(u32 dst, const TensorMap *map, u32 bar, int x, int y, u64 policy) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
                  ".L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(dst),
                  "l"(map), "r"(bar), "r"(x), "r"(y), "l"(policy)
                  : "memory");
 }
 
-DEVICE void tma_load_3d(u32 dst, const TensorMap *map, u32 bar, int x, int y, int z) {
+DEV void tma_load_3d(u32 dst, const TensorMap *map, u32 bar, int x, int y, int z) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
                  " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(dst),
                  "l"(map), "r"(bar), "r"(x), "r"(y), "r"(z)
@@ -165,7 +77,7 @@ DEVICE void tma_load_3d(u32 dst, const TensorMap *map, u32 bar, int x, int y, in
 
 // The same to every CTA of the cluster in `mask`, at the same offset, each completing on its own
 // barrier at the offset of `bar`.
-DEVICE void tma_load_2d_multicast(u32 dst, const TensorMap *map, u32 bar, int x, int y, u16 mask) {
+DEV void tma_load_2d_multicast(u32 dst, const TensorMap *map, u32 bar, int x, int y, u16 mask) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
                  ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(dst),
                  "l"(map), "r"(bar), "r"(x), "r"(y), "h"(mask)
@@ -173,88 +85,74 @@ DEVICE void tma_load_2d_multicast(u32 dst, const TensorMap *map, u32 bar, int x,
 }
 
 // Stores a shared box to global memory; elements outside the tensor are dropped.
-DEVICE void tma_store_2d(const TensorMap *map, u32 src, int x, int y) {
+DEV void tma_store_2d(const TensorMap *map, u32 src, int x, int y) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];"
                  ::"l"(map), "r"(src), "r"(x), "r"(y)
                  : "memory");
 }
 
-DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+DEV void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 // Waits until at most N of this thread's bulk stores still read shared memory.
-template <int N> DEVICE void bulk_wait_read() {
+template <int N> DEV void bulk_wait_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
 }
 
 // Orders this thread's ordinary shared-memory accesses before later ones of TMA and wgmma.
-DEVICE void fence_async_smem() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+DEV void fence_async_smem() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// ------------------------------------------------------------------- barriers, launch, cluster --
+// --------------------------------------------------------------------------- barriers, cluster --
 
 // Named barrier `id` (1..15) of `threads` threads.
-DEVICE void named_sync(u32 id, u32 threads) {
+DEV void named_sync(u32 id, u32 threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-DEVICE void named_arrive(u32 id, u32 threads) {
+DEV void named_arrive(u32 id, u32 threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Waits until the grids that this one depends on have finished and their writes are visible.
-DEVICE void pdl_wait() {
-#if PDL
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-// Lets the dependent grid start (it still waits for this one's end in its own pdl_wait).
-DEVICE void pdl_launch() {
-#if PDL
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-DEVICE u32 cluster_rank() {
+DEV u32 cluster_rank() {
     u32 r;
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
     return r;
 }
 
 // All threads of all CTAs of the cluster. Orders nothing but barrier initialisation.
-DEVICE void cluster_sync() {
+DEV void cluster_sync() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" :::
                      "memory");
 }
 
-template <int N> DEVICE void regs_inc() {
+template <int N> DEV void regs_inc() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N) : "memory");
 }
 
-template <int N> DEVICE void regs_dec() {
+template <int N> DEV void regs_dec() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N) : "memory");
 }
 
 // ------------------------------------------------------------------------- ldmatrix, stmatrix --
 
-DEVICE void stmatrix_x4(u32 addr, u32 r0, u32 r1, u32 r2, u32 r3) {
+DEV void stmatrix_x4(u32 addr, u32 r0, u32 r1, u32 r2, u32 r3) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(addr),
                  "r"(r0), "r"(r1), "r"(r2), "r"(r3)
                  : "memory");
 }
 
-DEVICE void ld_shared_v4(u32 addr, u32 (&v)[4]) {
+DEV void ld_shared_v4(u32 addr, u32 (&v)[4]) {
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
                  : "r"(addr)
                  : "memory");
 }
 
-DEVICE void st_global_v4(void *p, u32 a, u32 b, u32 c, u32 d) {
+DEV void st_global_v4(void *p, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(a), "r"(b), "r"(c), "r"(d)
                  : "memory");
 }
 
-DEVICE u32 ld_global_u32(const void *p) {
+DEV u32 ld_global_u32(const void *p) {
     u32 v;
     asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
     return v;
@@ -268,20 +166,20 @@ DEVICE u32 ld_global_u32(const void *p) {
 //   MN-major  panels of [k][64 bf16] `panel_bytes` apart; k16 step +2048 bytes
 // The upper word is constant, the lower is the address (18 bits: a CTA's cluster rank is above) in
 // 16-byte units, so an offset of b bytes may be added as b / 16.
-DEVICE u64 wgmma_desc(u32 addr, u32 panel_bytes = 16) {
+DEV u64 wgmma_desc(u32 addr, u32 panel_bytes = 16) {
     u32 lo = ((addr & 0x3ffffu) >> 4) | ((panel_bytes >> 4) << 16);
     return (u64(0x40000040u) << 32) | lo;
 }
 
-DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int N> DEVICE void wgmma_wait() {
+DEV void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEV void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N> DEV void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
 // Pins accumulators between a wait and their first use: the wait itself names no registers, so the
 // compiler could move arithmetic on them above it (and ptxas would then serialise the wgmmas).
-template <int N> DEVICE void wgmma_pin(float (&d)[N]) {
+template <int N> DEV void wgmma_pin(float (&d)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
@@ -312,7 +210,7 @@ template <int N> DEVICE void wgmma_pin(float (&d)[N]) {
 // 8b + 2(l%4) + e) and d[4b+2+e] = the same 8 rows further down. The overload is chosen by the
 // length N / 2 of d.
 #define WGMMA_SS(N, STR, OPS, A, B, P)                                                          \
-    DEVICE void wgmma_ss(float(&d)[N / 2], u64 a, u64 b, int acc) {                             \
+    DEV void wgmma_ss(float(&d)[N / 2], u64 a, u64 b, int acc) {                             \
         asm volatile("{.reg .pred p; setp.ne.b32 p, " P ", 0;\n"                                \
                      "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" STR "}, " A   \
                      ", " B ", p, 1, 1, 0, 0;}"                                                 \
@@ -342,7 +240,7 @@ WGMMA_SS(256, WG_D64 WG_S64 WG_S80 WG_S96 WG_S112, WG_OPS256, "%128", "%129", "%
 
 // The same with A in registers (four bf16 pairs a thread) and B MN-major ([k][N] in shared memory).
 #define WGMMA_RS_T(N, STR, OPS, A0, A1, A2, A3, B, P)                                            \
-    DEVICE void wgmma_rs_t(float(&d)[N / 2], u32 a0, u32 a1, u32 a2, u32 a3, u64 b, int acc) {  \
+    DEV void wgmma_rs_t(float(&d)[N / 2], u32 a0, u32 a1, u32 a2, u32 a3, u64 b, int acc) {  \
         asm volatile("{.reg .pred p; setp.ne.b32 p, " P ", 0;\n"                                \
                      "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" STR "}, {" A0 \
                      "," A1 "," A2 "," A3 "}, " B ", p, 1, 1, 1;}"                              \
