@@ -4,8 +4,9 @@
 // Parameters, in order
 //   const int *cu_seqlens   i32 [B + 1], row ranges of the sequences
 //   const int *kv_lens      i32 [B], keys of a sequence with this step's tokens
-//   int2 *work              out: (sequence, first token of the tile inside the chunk)
-//   int *count              out: entries written, at most max_items
+//   int4 *work              out: two int4 an entry: (sequence, first token of the tile inside the
+//                           chunk, first row of the chunk, its length), (keys of the sequence, 0, 0, 0)
+//   int *count              out: [2] entries written, at most max_items; keys of their sequences
 //   int B, int TQ
 //   int min_q_len           sequences with fewer new tokens are left out (1 takes all): a mixed step
 //                           can give its decode rows to the decode kernel
@@ -15,7 +16,7 @@
 // max_items = floor((T + B (TQ - 1)) / TQ) for T new tokens.
 
 extern "C" __global__ void __launch_bounds__(1024)
-    LATHE_NAME(const int *cu_seqlens, const int *kv_lens, int2 *work, int *count, int B, int TQ,
+    LATHE_NAME(const int *cu_seqlens, const int *kv_lens, int4 *work, int *count, int B, int TQ,
                int min_q_len, int causal, int window) {
     extern __shared__ int prefix[];  // [B + 1] tiles of the sequences before
     int *sums = prefix + B + 1;      // [32] of the warps
@@ -47,7 +48,11 @@ extern "C" __global__ void __launch_bounds__(1024)
         __syncthreads();
     }
     const int items = prefix[B];
-    if (tid == 0) *count = items;
+    if (tid == 0) {
+        count[0] = items;
+        count[1] = 0;
+    }
+    __syncthreads();
 
     // The sequence of item i: the last one whose tiles start at or before i.
     auto sequence_of = [&](int i) {
@@ -65,6 +70,7 @@ extern "C" __global__ void __launch_bounds__(1024)
         const int tok = (i - prefix[b]) * TQ;
         const int first = kv_lens[b] - len + tok;
         const int end = causal ? first + min(TQ, len - tok) : kv_lens[b];
+        if (tok == 0) atomicAdd(count + 1, kv_lens[b]);
         cost[i] = end - (window > 0 ? max(0, first - window + 1) : 0);
     }
     __syncthreads();
@@ -75,6 +81,8 @@ extern "C" __global__ void __launch_bounds__(1024)
 #pragma unroll 8
         for (int j = 0; j < items; ++j) rank += cost[j] > c || (cost[j] == c && j < i);
         const int b = sequence_of(i);
-        work[rank] = make_int2(b, (i - prefix[b]) * TQ);
+        const int begin = cu_seqlens[b];
+        work[2 * rank] = make_int4(b, (i - prefix[b]) * TQ, begin, cu_seqlens[b + 1] - begin);
+        work[2 * rank + 1] = make_int4(kv_lens[b], 0, 0, 0);
     }
 }

@@ -12,7 +12,7 @@
 //             tile); product <= 8; BM a multiple of 8 CLUSTER_N
 //   GROUP_M   cluster rows walked together before the next columns (L2 reuse), >= 1
 //   EPI       EPI_NONE EPI_BIAS EPI_RESIDUAL EPI_BIAS_RESIDUAL EPI_SWIGLU
-//   OUT_F32   1: f32 output by plain stores (EPI_NONE and EPI_BIAS), 0: bf16
+//   OUT_F32   1: f32 output by plain stores (no residual), 0: bf16
 //   LATHE_PDL       1: griddepcontrol.wait before the first dependent access, launch_dependents at start
 // Derived (the glue computes the same)
 //   OBN = EPI_SWIGLU ? BN / 2 : BN    output columns of a tile
@@ -23,10 +23,11 @@
 //   TensorMap w    bf16 {K, N}, stride {2 K},   box {64, BN / CLUSTER_M}, 128B swizzle
 //   TensorMap c    bf16 {N', M}, stride {2 ldc}, box {PW, 64}, swizzle 128B / 64B / 32B for PW 64 /
 //                  32 / 16 (N' = N / 2 with EPI_SWIGLU, else N); any valid map if OUT_F32
+//   TensorMap r    the residual, bf16 {N', M}, stride {2 ldr}, box {PW, BM}, swizzle like c; may alias
+//                  c's memory; any valid map without a residual
 //   void *c_f32    f32 output, row stride N elements (OUT_F32), else null
 //   const void *bias       bf16 [N], packed like the rows of W, or null
-//   const void *residual   bf16 [M, N'], row stride ldr, or null; may alias c
-//   int M, N, K, ldr       N and K multiples of 8, any M >= 1; all maps zero fill out of bounds
+//   int M, N, K            N and K multiples of 8, any M >= 1; all maps zero fill out of bounds
 // Launch: block 128 (CWG + 1), cluster (CLUSTER_M CLUSTER_N, 1, 1), grid x = min(tiles, clusters
 // that fit) * cluster size, with tiles = ceil(ceil(M / BM) / CLUSTER_M) ceil(ceil(N / BN) /
 // CLUSTER_N) and clusters that fit from cuOccupancyMaxActiveClusters (66 of 2, 32 of 4 on an H100).
@@ -54,6 +55,9 @@ constexpr int W_BYTES = BN * 128;
 constexpr int STAGE_BYTES = A_BYTES + W_BYTES;
 constexpr int PANEL_BYTES = 64 * PW * 2;
 constexpr int PANELS = OBN / PW;
+// The residual tile travels through the ring behind the tile's last k step, as panels of BM rows.
+constexpr int RES_BYTES = BM * PW * 2;
+constexpr int RES_PER_SLOT = STAGE_BYTES / RES_BYTES;
 constexpr int BAR_OFFSET = STAGES * STAGE_BYTES + CWG * 2 * PANEL_BYTES;
 
 struct Tile {
@@ -97,22 +101,10 @@ DEV void load_a(u32 slot, u32 bar, const TensorMap *a, int k, int m, u32 rank) {
     }
 }
 
-// Loads of one output panel's residual: two u32 (bf16 pairs, rows g and g + 8) for each 8 columns.
-DEV void load_residual(u32 (&r)[PW / 4], const char *residual, int ldr, int row, int col, int M,
-                          int n_out) {
-#pragma unroll
-    for (int b = 0; b < PW / 8; ++b) {
-        bool in = col + 8 * b < n_out;
-        const char *p = residual + 2 * (size_t(row) * ldr + col + 8 * b);
-        r[2 * b] = in && row < M ? ld_global_u32(p) : 0;
-        r[2 * b + 1] = in && row + 8 < M ? ld_global_u32(p + 16 * size_t(ldr)) : 0;
-    }
-}
-
 extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), 1)
     LATHE_NAME(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap w,
-         const __grid_constant__ TensorMap c, float *c_f32, const char *bias, const char *residual,
-         int M, int N, int K, int ldr) {
+         const __grid_constant__ TensorMap c, const __grid_constant__ TensorMap r, float *c_f32,
+         const char *bias, int M, int N, int K) {
     extern __shared__ __align__(1024) unsigned char smem[];
     const u32 base = smem_addr(smem);
     const u32 full = base + BAR_OFFSET;  // full[s], then empty[s]
@@ -154,19 +146,29 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), 1)
                 }
             }
             pdl_wait();
-            RingPos r{0, 0};
+            RingPos pos{0, 0};
             for (int idx = first_tile; idx < tiles; idx += tile_stride) {
                 Tile t = tile_at(idx, rows, cols, rank);
                 for (int k = 0; k < steps; ++k) {
-                    u32 slot = base + r.slot * STAGE_BYTES;
-                    u32 bar = full + 8 * r.slot;
+                    u32 slot = base + pos.slot * STAGE_BYTES;
+                    u32 bar = full + 8 * pos.slot;
                     if (idx != first_tile || k >= early) {
-                        mbar_wait(empty + 8 * r.slot, r.phase ^ 1);
+                        mbar_wait(empty + 8 * pos.slot, pos.phase ^ 1);
                         mbar_expect(bar, STAGE_BYTES);
                         load_w(slot, bar, &w, 64 * k, t.n, rank);
                     }
                     load_a(slot, bar, &a, 64 * k, t.m, rank);
-                    ring_next<STAGES>(r);
+                    ring_next<STAGES>(pos);
+                }
+                for (int p = 0; HAS_RESIDUAL && p < PANELS; p += RES_PER_SLOT) {
+                    const int n = min(RES_PER_SLOT, PANELS - p);
+                    mbar_wait(empty + 8 * pos.slot, pos.phase ^ 1);
+                    mbar_expect(full + 8 * pos.slot, n * RES_BYTES);
+                    for (int i = 0; i < n; ++i)
+                        tma_load_2d(base + pos.slot * STAGE_BYTES + i * RES_BYTES, &r,
+                                    full + 8 * pos.slot,
+                                    (EPI == EPI_SWIGLU ? t.n / 2 : t.n) + (p + i) * PW, t.m);
+                    ring_next<STAGES>(pos);
                 }
             }
         }
@@ -177,7 +179,6 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), 1)
         const u32 tid = threadIdx.x % 128;
         const u32 lane = tid % 32;
         const u32 warp = __shfl_sync(0xffffffffu, tid / 32, 0);
-        const int n_out = EPI == EPI_SWIGLU ? N / 2 : N;
         const u32 staging = base + STAGES * STAGE_BYTES + wg * 2 * PANEL_BYTES;
         // stmatrix row address of this lane inside a panel, before the swizzle of its chunk.
         const u32 st_row = 16 * warp + lane % 16;
@@ -187,21 +188,26 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), 1)
                                          : rank % CLUSTER_M +
                                                CLUSTER_M * (tid - CLUSTER_M +
                                                             (tid - CLUSTER_M >= rank / CLUSTER_M));
-        RingPos r{0, 0};
-        RingPos freed{0, 0};
+        auto release = [&](u32 slot) {
+            if (CLUSTER == 1) {
+                if (tid == 0) mbar_arrive(empty + 8 * slot);
+            } else if (tid < CLUSTER_M + CLUSTER_N - 1) {
+                mbar_arrive_cluster(empty + 8 * slot, peer);
+            }
+        };
+        RingPos pos{0, 0};
         u32 store = 0;  // panels stored so far, modulo 2
         for (int idx = first_tile; idx < tiles; idx += tile_stride) {
             Tile t = tile_at(idx, rows, cols, rank);
             const int row = t.m + 64 * wg + 16 * warp + lane / 4;
             const int out_n = EPI == EPI_SWIGLU ? t.n / 2 : t.n;
             const int col = out_n + 2 * (lane % 4);
-            u32 res[PW / 4];
-            if (HAS_RESIDUAL) load_residual(res, residual, ldr, row, col, M, n_out);
 
             float d[BN / 2];
+            u32 last = 0;
             for (int k = 0; k < steps; ++k) {
-                u32 slot = base + r.slot * STAGE_BYTES;
-                mbar_wait(full + 8 * r.slot, r.phase);
+                u32 slot = base + pos.slot * STAGE_BYTES;
+                mbar_wait(full + 8 * pos.slot, pos.phase);
                 u64 da = wgmma_desc(slot + wg * 8192);
                 u64 dw = wgmma_desc(slot + A_BYTES);
                 wgmma_fence();
@@ -211,27 +217,19 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), 1)
                 if (k > 0) {
                     // The previous step's reads are over: free its slot while this one runs.
                     wgmma_wait<1>();
-                    if (CLUSTER == 1) {
-                        if (tid == 0) mbar_arrive(empty + 8 * freed.slot);
-                    } else if (tid < CLUSTER_M + CLUSTER_N - 1) {
-                        mbar_arrive_cluster(empty + 8 * freed.slot, peer);
-                    }
-                    ring_next<STAGES>(freed);
+                    release(last);
                 }
-                ring_next<STAGES>(r);
+                last = pos.slot;
+                ring_next<STAGES>(pos);
             }
             wgmma_wait<0>();
             wgmma_pin(d);
-            if (CLUSTER == 1) {
-                if (tid == 0) mbar_arrive(empty + 8 * freed.slot);
-            } else if (tid < CLUSTER_M + CLUSTER_N - 1) {
-                mbar_arrive_cluster(empty + 8 * freed.slot, peer);
-            }
-            ring_next<STAGES>(freed);
+            release(last);
 
 #pragma unroll
             for (int p = 0; p < PANELS; ++p) {
                 float o[PW / 2];
+                if (HAS_RESIDUAL && p % RES_PER_SLOT == 0) mbar_wait(full + 8 * pos.slot, pos.phase);
 #pragma unroll
                 for (int b = 0; b < PW / 8; ++b) {
 #pragma unroll
@@ -252,14 +250,17 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), 1)
                         o[4 * b + 3] += bf16_hi(v);
                     }
                     if (HAS_RESIDUAL) {
-                        o[4 * b] += bf16_lo(res[2 * b]);
-                        o[4 * b + 1] += bf16_hi(res[2 * b]);
-                        o[4 * b + 2] += bf16_lo(res[2 * b + 1]);
-                        o[4 * b + 3] += bf16_hi(res[2 * b + 1]);
+                        u32 off = (64 * wg + 16 * warp + lane / 4) * (PW * 2) + b * 16 + lane % 4 * 4;
+                        const u32 panel = base + pos.slot * STAGE_BYTES + p % RES_PER_SLOT * RES_BYTES;
+                        // Rows g and g + 8 are a multiple of the swizzle's period apart.
+                        off ^= ((off >> 7) & (PW / 8 - 1)) << 4;
+                        u32 v0 = ld_shared_u32(panel + off), v1 = ld_shared_u32(panel + off + 16 * PW);
+                        o[4 * b] += bf16_lo(v0);
+                        o[4 * b + 1] += bf16_hi(v0);
+                        o[4 * b + 2] += bf16_lo(v1);
+                        o[4 * b + 3] += bf16_hi(v1);
                     }
                 }
-                if (HAS_RESIDUAL && p + 1 < PANELS)
-                    load_residual(res, residual, ldr, row, col + (p + 1) * PW, M, n_out);
                 if (OUT_F32) {
 #pragma unroll
                     for (int b = 0; b < PW / 8; ++b) {
@@ -277,6 +278,10 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), 1)
                 u32 buf = staging + store * PANEL_BYTES;
                 if (tid == 0) bulk_wait_read<1>();
                 named_sync(1 + wg, 128);
+                if (HAS_RESIDUAL && (p % RES_PER_SLOT == RES_PER_SLOT - 1 || p == PANELS - 1)) {
+                    release(pos.slot);
+                    ring_next<STAGES>(pos);
+                }
 #pragma unroll
                 for (int b = 0; b < PW / 8; b += 2) {
                     u32 off = st_off + b * 16;

@@ -13,6 +13,7 @@
 //   KP        64-wide k panels of a ring slot; BK = 64 KP
 //   STAGES    ring slots
 //   MIN_CTAS  CTAs of an SM that registers must allow (2: the next kernel may start beside this one)
+//   TRIGGER   ring slots before its last load at which a CTA lets the next grid start
 //   EPI       EPI_NONE EPI_BIAS EPI_RESIDUAL EPI_BIAS_RESIDUAL EPI_SWIGLU EPI_ARGMAX
 //   OUT_F32   1: f32 output, 0: bf16
 //   EVICT_FIRST  1: weights pass through L2 with evict-first priority
@@ -106,7 +107,6 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), MIN_CTAS)
     const u32 empty = full + 8 * STAGES;
     const u32 wg = warpgroup_index();
 
-    pdl_launch();
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; ++s) {
             mbar_init(full + 8 * s, 1);
@@ -136,7 +136,10 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), MIN_CTAS)
             }
             pdl_wait();
             RingPos r{0, 0};
+            // The next grid should start to fill its own ring just as this one's loads run out.
+            const int trigger = max(end - begin - 1 - TRIGGER, 0);
             for (int u = 0; u < end - begin; ++u) {
+                if (u == trigger) pdl_launch();
                 u32 slot = base + r.slot * STAGE_BYTES;
                 u32 bar = full + 8 * r.slot;
                 if (u >= early) {

@@ -152,6 +152,12 @@ DEV void st_global_v4(void *p, u32 a, u32 b, u32 c, u32 d) {
                  : "memory");
 }
 
+DEV u32 ld_shared_u32(u32 addr) {
+    u32 v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(addr) : "memory");
+    return v;
+}
+
 DEV u32 ld_global_u32(const void *p) {
     u32 v;
     asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
