@@ -15,16 +15,23 @@
 // Launch: one block of 1024 threads, smem bytes = 4 (B + 1 + max_items) + 128, with
 // max_items = floor((T + B (TQ - 1)) / TQ) for T new tokens.
 
+constexpr int BUCKETS = 1024;
+
 extern "C" __global__ void __launch_bounds__(1024)
     LATHE_NAME(const int *cu_seqlens, const int *kv_lens, int4 *work, int *count, int B, int TQ,
                int min_q_len, int causal, int window) {
     extern __shared__ int prefix[];  // [B + 1] tiles of the sequences before
     int *sums = prefix + B + 1;      // [32] of the warps
     int *cost = sums + 32;           // [max_items] keys that a tile reads
+    __shared__ int bucket[BUCKETS], max_cost;
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
     pdl_launch();
     pdl_wait();
-    if (tid == 0) prefix[0] = 0;
+    bucket[tid] = 0;
+    if (tid == 0) {
+        prefix[0] = 0;
+        max_cost = 0;
+    }
     int carry = 0;
     for (int first = 0; first < B; first += 1024) {
         const int b = first + tid;
@@ -64,6 +71,7 @@ extern "C" __global__ void __launch_bounds__(1024)
         }
         return lo;
     };
+    int my_max = 0;
     for (int i = tid; i < items; i += 1024) {
         const int b = sequence_of(i);
         const int len = cu_seqlens[b + 1] - cu_seqlens[b];
@@ -72,14 +80,28 @@ extern "C" __global__ void __launch_bounds__(1024)
         const int end = causal ? first + min(TQ, len - tok) : kv_lens[b];
         if (tok == 0) atomicAdd(count + 1, kv_lens[b]);
         cost[i] = end - (window > 0 ? max(0, first - window + 1) : 0);
+        my_max = max(my_max, cost[i]);
     }
     __syncthreads();
-    // Rank by (cost descending, item ascending).
+    // Counting sort into BUCKETS classes of cost, the dearest first; the order inside a class is free.
+    atomicMax(&max_cost, my_max);
+    __syncthreads();
+    const int top = max(max_cost, 1);
+    auto bucket_of = [&](int c) { return BUCKETS - 1 - int((long long)c * (BUCKETS - 1) / top); };
+    for (int i = tid; i < items; i += 1024) atomicAdd(&bucket[bucket_of(cost[i])], 1);
+    __syncthreads();
+    int n = bucket[tid], before = n;
+    for (int o = 1; o < 32; o *= 2) {
+        int v = __shfl_up_sync(~0u, before, o);
+        if (lane >= o) before += v;
+    }
+    if (lane == 31) sums[warp] = before;
+    __syncthreads();
+    for (int i = 0; i < warp; ++i) before += sums[i];
+    bucket[tid] = before - n;
+    __syncthreads();
     for (int i = tid; i < items; i += 1024) {
-        const int c = cost[i];
-        int rank = 0;
-#pragma unroll 8
-        for (int j = 0; j < items; ++j) rank += cost[j] > c || (cost[j] == c && j < i);
+        const int rank = atomicAdd(&bucket[bucket_of(cost[i])], 1);
         const int b = sequence_of(i);
         const int begin = cu_seqlens[b];
         work[2 * rank] = make_int4(b, (i - prefix[b]) * TQ, begin, cu_seqlens[b + 1] - begin);

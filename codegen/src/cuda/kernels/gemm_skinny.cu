@@ -13,7 +13,6 @@
 //   KP        64-wide k panels of a ring slot; BK = 64 KP
 //   STAGES    ring slots
 //   MIN_CTAS  CTAs of an SM that registers must allow (2: the next kernel may start beside this one)
-//   TRIGGER   ring slots before its last load at which a CTA lets the next grid start
 //   EPI       EPI_NONE EPI_BIAS EPI_RESIDUAL EPI_BIAS_RESIDUAL EPI_SWIGLU EPI_ARGMAX
 //   OUT_F32   1: f32 output, 0: bf16
 //   EVICT_FIRST  1: weights pass through L2 with evict-first priority
@@ -29,10 +28,10 @@
 //                           EPI_ARGMAX: i32 [T], the lowest index of the largest f32 logit
 //   const void *bias        bf16 [N], packed like the rows of W, or null
 //   const void *residual    bf16 [T, N'], row stride ldr, or null; may alias out
-//   float *partial          workspace, gridDim.x * ROWS * NT floats
-//   u32 *flags              workspace, gridDim.x * CWG + 1 words, zero before the first launch;
-//                           every launch leaves them zero
-//   u64 *best               EPI_ARGMAX: workspace, NT words under the rule of flags; else null
+//   float *partial          workspace, gridDim.x * ROWS * NT floats, all bytes 0xff before the first
+//                           launch; every launch leaves them so
+//   u64 *best               EPI_ARGMAX: workspace, NT + 1 words, zero before the first launch; every
+//                           launch leaves them zero; else null
 //   int T, N, K, ldo, ldr   N a multiple of 8 (16 with EPI_SWIGLU), K of 8; maps zero fill
 // Launch: block 128 (CWG + 1), no cluster, grid x = min(SMs, ceil(N / ROWS) * ceil(K / BK)). All CTAs
 // must be resident together. Two launches that may overlap need separate workspaces.
@@ -81,25 +80,33 @@ DEV void load_x(u32 slot, const TensorMap *x, u32 bar, int step) {
         tma_load_2d(slot + W_BYTES + p * NT * 128, x, bar, (step * KP + p) * 64, 0);
 }
 
-DEV u32 ld_acquire(const u32 *p) {
-    u32 v;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+// The parts of a tile need no flags: a word that holds EMPTY, a NaN that no arithmetic produces, has
+// not been written yet.
+#define EMPTY 0xffffffffu
+
+DEV bool is_empty(float x) { return __float_as_uint(x) == EMPTY; }
+
+DEV float4 ld_relaxed(const float4 *p) {
+    float4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "l"(p)
+                 : "memory");
     return v;
 }
 
-DEV u32 ld_relaxed(const u32 *p) {
-    u32 v;
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-    return v;
-}
+// A part's word: never EMPTY.
+DEV float not_empty(float x) { return is_empty(x) ? __uint_as_float(0x7fffffffu) : x; }
 
-DEV void st_release(u32 *p, u32 v) {
-    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+DEV void st_relaxed(float4 *p, float x, float y, float z, float w) {
+    asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(x), "f"(y),
+                 "f"(z), "f"(w)
+                 : "memory");
 }
 
 extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), MIN_CTAS)
     LATHE_NAME(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, char *out,
-                const char *bias, const char *residual, float *partial, u32 *flags, u64 *best,
+                const char *bias, const char *residual, float *partial, u64 *best,
                 int T, int N, int K, int ldo, int ldr) {
     extern __shared__ __align__(1024) unsigned char smem[];
     const u32 base = smem_addr(smem);
@@ -107,6 +114,7 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), MIN_CTAS)
     const u32 empty = full + 8 * STAGES;
     const u32 wg = warpgroup_index();
 
+    pdl_launch();
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; ++s) {
             mbar_init(full + 8 * s, 1);
@@ -136,10 +144,7 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), MIN_CTAS)
             }
             pdl_wait();
             RingPos r{0, 0};
-            // The next grid should start to fill its own ring just as this one's loads run out.
-            const int trigger = max(end - begin - 1 - TRIGGER, 0);
             for (int u = 0; u < end - begin; ++u) {
-                if (u == trigger) pdl_launch();
                 u32 slot = base + r.slot * STAGE_BYTES;
                 u32 bar = full + 8 * r.slot;
                 if (u >= early) {
@@ -174,6 +179,10 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), MIN_CTAS)
         const int tile_end = tile_begin + steps;
         const int stop = min(end, tile_end);
         const bool owner = u == tile_begin;
+        if (HAS_RESIDUAL && owner && tid < T && tile * ROWS + 64 * wg < N)
+            asm volatile("prefetch.global.L1 [%0];" ::"l"(
+                             residual + 2 * (size_t(tid) * ldr + tile * ROWS + 64 * wg))
+                         : "memory");
 
         float d[NT / 2];
         for (int k = u; k < stop; ++k) {
@@ -204,31 +213,37 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), MIN_CTAS)
             float4 *p = parts + size_t(blockIdx.x) * PART;
 #pragma unroll
             for (int b = 0; b < NT / 8; ++b)
-                p[b * 128] = make_float4(d[4 * b], d[4 * b + 1], d[4 * b + 2], d[4 * b + 3]);
-            named_sync(1 + wg, 128);
-            if (tid == 0) st_release(flags + blockIdx.x * CWG + wg, 1);
+                st_relaxed(p + b * 128, not_empty(d[4 * b]), not_empty(d[4 * b + 1]),
+                           not_empty(d[4 * b + 2]), not_empty(d[4 * b + 3]));
             continue;
         }
         for (int c = blockIdx.x + 1; c < gridDim.x && unit_start(c, units) < tile_end; ++c) {
-            if (tid == 0) {
-                u32 *flag = flags + c * CWG + wg;
-                while (ld_relaxed(flag) == 0) {}
-                ld_acquire(flag);
-                *flag = 0;
-            }
-            named_sync(1 + wg, 128);
-            const float4 *p = parts + size_t(c) * PART;
+            // Every thread takes the words that its counterpart wrote, as soon as they are there, and
+            // leaves them empty for the next launch.
+            float4 *p = parts + size_t(c) * PART;
+            constexpr int BATCH = NT / 8 < 8 ? NT / 8 : NT % 64 == 0 ? 8 : NT / 16 % 2 == 0 ? 4 : 2;
+            static_assert(NT / 8 % BATCH == 0, "");
 #pragma unroll
-            for (int b = 0; b < NT / 8; ++b) {
-                float4 v;
-                asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
-                             : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                             : "l"(p + b * 128)
-                             : "memory");
-                d[4 * b] += v.x;
-                d[4 * b + 1] += v.y;
-                d[4 * b + 2] += v.z;
-                d[4 * b + 3] += v.w;
+            for (int b = 0; b < NT / 8; b += BATCH) {
+                float4 v[BATCH];
+                bool empty;
+                do {
+                    empty = false;
+#pragma unroll
+                    for (int i = 0; i < BATCH; ++i) {
+                        v[i] = ld_relaxed(p + (b + i) * 128);
+                        empty |= is_empty(v[i].x) | is_empty(v[i].y) | is_empty(v[i].z) | is_empty(v[i].w);
+                    }
+                } while (empty);
+                const float e = __uint_as_float(EMPTY);
+#pragma unroll
+                for (int i = 0; i < BATCH; ++i) {
+                    st_relaxed(p + (b + i) * 128, e, e, e, e);
+                    d[4 * (b + i)] += v[i].x;
+                    d[4 * (b + i) + 1] += v[i].y;
+                    d[4 * (b + i) + 2] += v[i].z;
+                    d[4 * (b + i) + 3] += v[i].w;
+                }
             }
         }
 
@@ -328,7 +343,7 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), MIN_CTAS)
         named_sync(1 + wg, 128);
         if (tid == 0) {
             __threadfence();
-            u32 *count = flags + gridDim.x * CWG;
+            u32 *count = reinterpret_cast<u32 *>(best + NT);
             *is_last = atomicAdd(count, 1) == gridDim.x * CWG - 1;
             if (*is_last) {
                 __threadfence();
