@@ -283,57 +283,57 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), MIN_CTAS)
             }
         } else {
 #pragma unroll
-        for (int c = 0; c < NT / TC; ++c) {
-            named_sync(1 + wg, 128);  // the staging of the chunk before is read
+            for (int c = 0; c < NT / TC; ++c) {
+                named_sync(1 + wg, 128);  // the staging of the chunk before is read
 #pragma unroll
-            for (int i = 0; i < TC / 8; ++i) {
-                const int b = c * (TC / 8) + i;
-                float *s = staging + (8 * i + 2 * t) * STAGING_STRIDE;
-                if (EPI == EPI_SWIGLU) {
-                    s += 8 * warp + g;
-                    s[0] = silu_f32(d[4 * b]) * d[4 * b + 2];
-                    s[STAGING_STRIDE] = silu_f32(d[4 * b + 1]) * d[4 * b + 3];
-                } else {
-                    s += 16 * warp + g;
-                    s[0] = d[4 * b];
-                    s[8] = d[4 * b + 2];
-                    s[STAGING_STRIDE] = d[4 * b + 1];
-                    s[STAGING_STRIDE + 8] = d[4 * b + 3];
+                for (int i = 0; i < TC / 8; ++i) {
+                    const int b = c * (TC / 8) + i;
+                    float *s = staging + (8 * i + 2 * t) * STAGING_STRIDE;
+                    if (EPI == EPI_SWIGLU) {
+                        s += 8 * warp + g;
+                        s[0] = silu_f32(d[4 * b]) * d[4 * b + 2];
+                        s[STAGING_STRIDE] = silu_f32(d[4 * b + 1]) * d[4 * b + 3];
+                    } else {
+                        s += 16 * warp + g;
+                        s[0] = d[4 * b];
+                        s[8] = d[4 * b + 2];
+                        s[STAGING_STRIDE] = d[4 * b + 1];
+                        s[STAGING_STRIDE + 8] = d[4 * b + 3];
+                    }
+                }
+                named_sync(1 + wg, 128);
+                for (int i = tid; i < TC * (FEAT / 8); i += 128) {
+                    const int in = i / (FEAT / 8), token = c * TC + in;
+                    const int f = i % (FEAT / 8) * 8, n = tile * (FEAT * CWG) + FEAT * wg + f;
+                    if (token >= T || n >= n_out) continue;
+                    const float4 *s = reinterpret_cast<const float4 *>(staging + in * STAGING_STRIDE + f);
+                    float4 v0 = s[0], v1 = s[1];
+                    if (HAS_RESIDUAL) {
+                        u32 q[4];
+                        asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                                     : "=r"(q[0]), "=r"(q[1]), "=r"(q[2]), "=r"(q[3])
+                                     : "l"(residual + 2 * (size_t(token) * ldr + n))
+                                     : "memory");
+                        v0.x += bf16_lo(q[0]);
+                        v0.y += bf16_hi(q[0]);
+                        v0.z += bf16_lo(q[1]);
+                        v0.w += bf16_hi(q[1]);
+                        v1.x += bf16_lo(q[2]);
+                        v1.y += bf16_hi(q[2]);
+                        v1.z += bf16_lo(q[3]);
+                        v1.w += bf16_hi(q[3]);
+                    }
+                    if (OUT_F32) {
+                        float4 *o = reinterpret_cast<float4 *>(out + 4 * (size_t(token) * ldo + n));
+                        o[0] = v0;
+                        o[1] = v1;
+                    } else {
+                        st_global_v4(out + 2 * (size_t(token) * ldo + n), pack_bf16(v0.x, v0.y),
+                                     pack_bf16(v0.z, v0.w), pack_bf16(v1.x, v1.y),
+                                     pack_bf16(v1.z, v1.w));
+                    }
                 }
             }
-            named_sync(1 + wg, 128);
-            for (int i = tid; i < TC * (FEAT / 8); i += 128) {
-                const int in = i / (FEAT / 8), token = c * TC + in;
-                const int f = i % (FEAT / 8) * 8, n = tile * (FEAT * CWG) + FEAT * wg + f;
-                if (token >= T || n >= n_out) continue;
-                const float4 *s = reinterpret_cast<const float4 *>(staging + in * STAGING_STRIDE + f);
-                float4 v0 = s[0], v1 = s[1];
-                if (HAS_RESIDUAL) {
-                    u32 q[4];
-                    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                                 : "=r"(q[0]), "=r"(q[1]), "=r"(q[2]), "=r"(q[3])
-                                 : "l"(residual + 2 * (size_t(token) * ldr + n))
-                                 : "memory");
-                    v0.x += bf16_lo(q[0]);
-                    v0.y += bf16_hi(q[0]);
-                    v0.z += bf16_lo(q[1]);
-                    v0.w += bf16_hi(q[1]);
-                    v1.x += bf16_lo(q[2]);
-                    v1.y += bf16_hi(q[2]);
-                    v1.z += bf16_lo(q[3]);
-                    v1.w += bf16_hi(q[3]);
-                }
-                if (OUT_F32) {
-                    float4 *o = reinterpret_cast<float4 *>(out + 4 * (size_t(token) * ldo + n));
-                    o[0] = v0;
-                    o[1] = v1;
-                } else {
-                    st_global_v4(out + 2 * (size_t(token) * ldo + n), pack_bf16(v0.x, v0.y),
-                                 pack_bf16(v0.z, v0.w), pack_bf16(v1.x, v1.y),
-                                 pack_bf16(v1.z, v1.w));
-                }
-            }
-        }
         }
     }
 
