@@ -19,8 +19,8 @@
 //   PW  = 64 if OBN % 64 == 0, else 32 if OBN % 32 == 0, else 16   columns of a store panel
 //   smem bytes = STAGES * (BM + BN) * 128 + CWG * 2 * 128 * PW + 16 * STAGES + 16
 // Parameters, in order
-//   TensorMap a    bf16 {K, M}, stride {2 lda}, box {64, BM / CLUSTER_N}, 128B swizzle
-//   TensorMap w    bf16 {K, N}, stride {2 K},   box {64, BN / CLUSTER_M}, 128B swizzle
+//   TensorMap a    bf16 {K, M}, stride {2 lda}, box {64, a_box}, 128B swizzle
+//   TensorMap w    bf16 {K, N}, stride {2 K},   box {64, w_box}, 128B swizzle
 //   TensorMap c    bf16 {N', M}, stride {2 ldc}, box {PW, 64}, swizzle 128B / 64B / 32B for PW 64 /
 //                  32 / 16 (N' = N / 2 with EPI_SWIGLU, else N); any valid map if OUT_F32
 //   TensorMap r    the residual, bf16 {N', M}, stride {2 ldr}, box {PW, BM}, swizzle like c; may alias
@@ -28,6 +28,9 @@
 //   void *c_f32    f32 output, row stride N elements (OUT_F32), else null
 //   const void *bias       bf16 [N], packed like the rows of W, or null
 //   int M, N, K            N and K multiples of 8, any M >= 1; all maps zero fill out of bounds
+//   int a_box, w_box       rows of a TMA box of A and W: multiples of 8 that divide BM / CLUSTER_N and
+//                          BN / CLUSTER_M; the largest ones with no box far out of bounds, that is
+//                          round_up(M, a_box) == round_up(M, 16), and N likewise
 // Launch: block 128 (CWG + 1), cluster (CLUSTER_M CLUSTER_N, 1, 1), grid x = min(tiles, clusters
 // that fit) * cluster size, with tiles = ceil(ceil(M / BM) / CLUSTER_M) ceil(ceil(N / BN) /
 // CLUSTER_N) and clusters that fit from cuOccupancyMaxActiveClusters (66 of 2, 32 of 4 on an H100).
@@ -76,35 +79,45 @@ DEV Tile tile_at(int idx, int rows, int cols, u32 rank) {
     return {int(cm * CLUSTER_M + rank % CLUSTER_M) * BM, int(cn * CLUSTER_N + rank / CLUSTER_M) * BN};
 }
 
-DEV void load_w(u32 slot, u32 bar, const TensorMap *w, int k, int n, u32 rank) {
-    u32 dst = slot + A_BYTES;
-    if (CLUSTER_M == 1) {
-        tma_load_2d(dst, w, bar, k, n);
-    } else {
-        u32 part = rank % CLUSTER_M;
-        u32 mask = ((1u << CLUSTER_M) - 1) << (rank - part);
-        tma_load_2d_multicast(dst + part * (W_BYTES / CLUSTER_M), w, bar, k,
-                              n + part * (BN / CLUSTER_M), u16(mask));
+// Rows of a tile that are fetched: whole boxes, none that lies beyond `limit`. A box that is out of bounds
+// costs TMA more time than one that is not, and rows that are not fetched only reach outputs that are
+// not stored.
+DEV int fetched_rows(int limit, int start, int tile, int box) {
+    const int n = min(limit - start, tile);
+    return n <= 0 ? 0 : (n + box - 1) / box * box;
+}
+
+DEV void load_w(u32 slot, u32 bar, const TensorMap *w, int k, int n, int rows, int box, u32 rank) {
+    const u32 dst = slot + A_BYTES;
+    const u32 part = rank % CLUSTER_M;
+    const u32 mask = ((1u << CLUSTER_M) - 1) << (rank - part);
+    const int end = min(rows, int(part + 1) * (BN / CLUSTER_M));
+    for (int r = part * (BN / CLUSTER_M); r < end; r += box) {
+        if (CLUSTER_M == 1)
+            tma_load_2d(dst + r * 128, w, bar, k, n + r);
+        else
+            tma_load_2d_multicast(dst + r * 128, w, bar, k, n + r, u16(mask));
     }
 }
 
-DEV void load_a(u32 slot, u32 bar, const TensorMap *a, int k, int m, u32 rank) {
-    if (CLUSTER_N == 1) {
-        tma_load_2d(slot, a, bar, k, m);
-    } else {
-        u32 part = rank / CLUSTER_M;
-        u32 mask = 0;
+DEV void load_a(u32 slot, u32 bar, const TensorMap *a, int k, int m, int rows, int box, u32 rank) {
+    const u32 part = rank / CLUSTER_M;
+    u32 mask = 0;
 #pragma unroll
-        for (int j = 0; j < CLUSTER_N; ++j) mask |= 1u << (rank % CLUSTER_M + j * CLUSTER_M);
-        tma_load_2d_multicast(slot + part * (A_BYTES / CLUSTER_N), a, bar, k,
-                              m + part * (BM / CLUSTER_N), u16(mask));
+    for (int j = 0; j < CLUSTER_N; ++j) mask |= 1u << (rank % CLUSTER_M + j * CLUSTER_M);
+    const int end = min(rows, int(part + 1) * (BM / CLUSTER_N));
+    for (int r = part * (BM / CLUSTER_N); r < end; r += box) {
+        if (CLUSTER_N == 1)
+            tma_load_2d(slot + r * 128, a, bar, k, m + r);
+        else
+            tma_load_2d_multicast(slot + r * 128, a, bar, k, m + r, u16(mask));
     }
 }
 
 extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), 1)
     LATHE_NAME(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap w,
          const __grid_constant__ TensorMap c, const __grid_constant__ TensorMap r, float *c_f32,
-         const char *bias, int M, int N, int K) {
+         const char *bias, int M, int N, int K, int a_box, int w_box) {
     extern __shared__ __align__(1024) unsigned char smem[];
     const u32 base = smem_addr(smem);
     const u32 full = base + BAR_OFFSET;  // full[s], then empty[s]
@@ -140,24 +153,28 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), 1)
             const int early = min(steps, STAGES);
             if (first_tile < tiles) {
                 Tile t = tile_at(first_tile, rows, cols, rank);
+                const int w_rows = fetched_rows(N, t.n, BN, w_box);
+                const int bytes = (fetched_rows(M, t.m, BM, a_box) + w_rows) * 128;
                 for (int s = 0; s < early; ++s) {
-                    mbar_expect(full + 8 * s, STAGE_BYTES);
-                    load_w(base + s * STAGE_BYTES, full + 8 * s, &w, 64 * s, t.n, rank);
+                    mbar_expect(full + 8 * s, bytes);
+                    load_w(base + s * STAGE_BYTES, full + 8 * s, &w, 64 * s, t.n, w_rows, w_box, rank);
                 }
             }
             pdl_wait();
             RingPos pos{0, 0};
             for (int idx = first_tile; idx < tiles; idx += tile_stride) {
                 Tile t = tile_at(idx, rows, cols, rank);
+                const int a_rows = fetched_rows(M, t.m, BM, a_box);
+                const int w_rows = fetched_rows(N, t.n, BN, w_box);
                 for (int k = 0; k < steps; ++k) {
                     u32 slot = base + pos.slot * STAGE_BYTES;
                     u32 bar = full + 8 * pos.slot;
                     if (idx != first_tile || k >= early) {
                         mbar_wait(empty + 8 * pos.slot, pos.phase ^ 1);
-                        mbar_expect(bar, STAGE_BYTES);
-                        load_w(slot, bar, &w, 64 * k, t.n, rank);
+                        mbar_expect(bar, (a_rows + w_rows) * 128);
+                        load_w(slot, bar, &w, 64 * k, t.n, w_rows, w_box, rank);
                     }
-                    load_a(slot, bar, &a, 64 * k, t.m, rank);
+                    load_a(slot, bar, &a, 64 * k, t.m, a_rows, a_box, rank);
                     ring_next<STAGES>(pos);
                 }
                 for (int p = 0; HAS_RESIDUAL && p < PANELS; p += RES_PER_SLOT) {

@@ -23,7 +23,7 @@
 //   smem bytes = STAGES * KP * (ROWS + NT) * 128 + CWG * TC * (FEAT + 4) * 4 + 16 * STAGES
 // Parameters, in order
 //   TensorMap w    bf16 {K, N}, stride {2 K},   box {64, ROWS}, 128B swizzle
-//   TensorMap x    bf16 {K, T}, stride {2 ldx}, box {64, NT},   128B swizzle
+//   TensorMap x    bf16 {K, T}, stride {2 ldx}, box {64, round_up(T, 8)}, 128B swizzle
 //   void *out               bf16 or f32 [T, N'], row stride ldo (N' = N / 2 with EPI_SWIGLU);
 //                           EPI_ARGMAX: i32 [T], the lowest index of the largest f32 logit
 //   const void *bias        bf16 [N], packed like the rows of W, or null
@@ -124,6 +124,8 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), MIN_CTAS)
     }
     __syncthreads();
 
+    // Rows of x beyond round_up(T, 8) are not fetched: they only reach outputs that are not stored.
+    const u32 stage_bytes = W_BYTES + KP * ((T + 7) / 8) * 1024;
     const int steps = (K + 64 * KP - 1) / (64 * KP);
     const int units = (N + ROWS - 1) / ROWS * steps;
     const int begin = unit_start(blockIdx.x, units);
@@ -138,7 +140,7 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), MIN_CTAS)
             int tile = begin / steps;
             int step = begin - tile * steps;
             for (int s = 0, t = tile, k = step; s < early; ++s) {
-                mbar_expect(full + 8 * s, STAGE_BYTES);
+                mbar_expect(full + 8 * s, stage_bytes);
                 load_w(base + s * STAGE_BYTES, &w, full + 8 * s, k, t * ROWS, policy);
                 if (++k == steps) k = 0, ++t;
             }
@@ -149,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), MIN_CTAS)
                 u32 bar = full + 8 * r.slot;
                 if (u >= early) {
                     mbar_wait(empty + 8 * r.slot, r.phase ^ 1);
-                    mbar_expect(bar, STAGE_BYTES);
+                    mbar_expect(bar, stage_bytes);
                     load_w(slot, &w, bar, step, tile * ROWS, policy);
                 }
                 load_x(slot, &x, bar, step);
