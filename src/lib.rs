@@ -1,2 +1,10 @@
-//! placeholder
+//! The program's library: command line, benchmark driver, datasets, metrics and reports.
+//!
+//! The compiler and the engine live in the member crates; this crate ties them to the user.
 #![forbid(unsafe_code)]
+
+pub mod bench;
+pub mod cli;
+pub mod cmd;
+pub mod errors;
+pub mod model_folder;

@@ -1,2 +1,83 @@
-//! placeholder
+//! lathe's tensor IR.
+//!
+//! A [`Graph`] is a list of typed operations in topological order. Importers build it from a
+//! Hugging Face configuration with primitive operations only; the e-graph passes rewrite it into
+//! composites and lowered operations; the code generator turns the result into a plan. This crate
+//! knows nothing of e-graphs, of CUDA, or of weights beyond their names and shapes.
 #![forbid(unsafe_code)]
+
+pub mod dtype;
+pub mod graph;
+pub mod import;
+pub mod infer;
+pub mod interp;
+pub mod op;
+pub mod shape;
+pub mod spec;
+pub mod text;
+pub mod verify;
+
+pub use dtype::DType;
+pub use graph::{Graph, Node, NodeId, Prov};
+pub use infer::{TypeError, infer};
+pub use op::{BinaryFn, Op, ReduceFn, UnaryFn};
+pub use shape::{Dim, Sym, SymEnv};
+pub use spec::*;
+pub use verify::{VerifyError, verify};
+
+/// The type of a value: a tensor, a KV cache, or a tuple of them.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub enum Type {
+    /// A dense tensor.
+    Tensor(TensorType),
+    /// The KV cache of one layer, of any paging: the layout is the device's business.
+    Cache,
+    /// Several values made by one operation, taken apart by [`Op::Get`].
+    Tuple(Vec<Type>),
+    /// The type of [`Op::None`], the filler of an absent optional operand.
+    None,
+}
+
+/// Element type and extents of a dense, row-major tensor.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct TensorType {
+    /// Element type.
+    pub dtype: DType,
+    /// Extents, outermost first. Rank 0 is a scalar.
+    pub shape: Vec<Dim>,
+}
+
+impl Type {
+    /// A tensor type.
+    pub fn tensor(dtype: DType, shape: impl Into<Vec<Dim>>) -> Type {
+        Type::Tensor(TensorType {
+            dtype,
+            shape: shape.into(),
+        })
+    }
+
+    /// The tensor type, or `None` for caches and tuples.
+    pub fn as_tensor(&self) -> Option<&TensorType> {
+        match self {
+            Type::Tensor(t) => Some(t),
+            _ => None,
+        }
+    }
+}
+
+impl TensorType {
+    /// Number of axes.
+    pub fn rank(&self) -> usize {
+        self.shape.len()
+    }
+
+    /// Number of elements under an assignment of the symbols.
+    pub fn elements(&self, env: &SymEnv) -> usize {
+        self.shape.iter().map(|d| d.eval(env) as usize).product()
+    }
+
+    /// Size in bytes under an assignment of the symbols.
+    pub fn bytes(&self, env: &SymEnv) -> usize {
+        self.elements(env) * self.dtype.size()
+    }
+}

@@ -1,2 +1,13 @@
-//! placeholder
+//! lathe's passes: rewrites of the naive graph in one e-graph, stage by stage, and the extraction
+//! of step programs under a cost model.
 #![forbid(unsafe_code)]
+
+pub mod egraph;
+pub mod pipeline;
+pub mod region;
+pub mod rule;
+pub mod rules;
+pub mod sample;
+
+pub use egraph::{EGraph, Lang};
+pub use rule::{Exactness, Rule, Stage};

@@ -1,0 +1,29 @@
+# make demo   a real model on this machine's CPU: download, build, chat, benchmark
+# make test   what CI runs: format, lints, tests, documentation
+# make nits   the quick part of it
+# make nvrtc  CUDA's run-time compiler from PyPI, so that `make test` compiles every generated kernel; needs no GPU
+
+CARGO ?= cargo
+PYTHON ?= python3
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+NVRTC := $(TARGET)/nvrtc
+
+.PHONY: demo test nits nvrtc
+.DEFAULT_GOAL := test
+
+demo:
+	CARGO="$(CARGO)" PYTHON="$(PYTHON)" TARGET="$(TARGET)" bash scripts/demo.sh
+
+test: nits
+	INSTA_UPDATE=no LD_LIBRARY_PATH="$(abspath $(NVRTC))/nvidia/cu13/lib$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH}" $(CARGO) test --workspace
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --quiet
+
+nits:
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --quiet -- -D warnings
+
+nvrtc: $(NVRTC)/installed
+
+$(NVRTC)/installed:
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --upgrade --target $(NVRTC) "nvidia-cuda-nvrtc==13.0.*"
+	touch $@

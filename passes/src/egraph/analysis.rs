@@ -1,0 +1,208 @@
+//! What the e-graph knows of each class: its type, constants, masks, and whether it depends on
+//! weights or positions only.
+
+use super::EGraph;
+use super::lang::Lang;
+use super::mask::{self, Fact, Operand};
+use egg::{Analysis, DidMerge, Id};
+use lathe_ir::{Op, Prov, Type, infer};
+
+/// Facts about one e-class.
+#[derive(Clone, Debug)]
+pub enum Data {
+    /// A payload leaf.
+    Payload(Op),
+    /// A value.
+    Value(Value),
+}
+
+/// Facts about a value.
+#[derive(Clone, Debug)]
+pub struct Value {
+    /// Its type. All members of a class have the same.
+    pub ty: Type,
+    /// The value of all its elements, if they are one known constant.
+    pub konst: Option<f64>,
+    /// It depends on weights and constants only: computed once, at load.
+    pub weight_only: bool,
+    /// What is known of it as a mask or index.
+    pub fact: Option<Fact>,
+    /// Where it comes from, if it was imported or stands for an imported value.
+    pub prov: Option<Prov>,
+    /// Where its operands come from: stands in for values that only rules made.
+    pub near: Option<Prov>,
+}
+
+impl Value {
+    /// Where the value comes from, or else its operands.
+    pub fn origin(&self) -> Option<&Prov> {
+        self.prov.as_ref().or(self.near.as_ref())
+    }
+}
+
+/// One application of a rule: for `explain`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Applied {
+    /// The rule.
+    pub rule: &'static str,
+    /// The class that gained a form.
+    pub class: Id,
+    /// Name of the operation that was added.
+    pub op: &'static str,
+}
+
+/// The analysis with its log of applied rules.
+#[derive(Clone, Debug, Default)]
+pub struct TensorAnalysis {
+    /// Every union made by a rule, in order.
+    pub log: Vec<Applied>,
+}
+
+impl Data {
+    /// The value's facts.
+    ///
+    /// # Panics
+    /// The class is a payload (invariant: operands of operations are values).
+    pub fn value(&self) -> &Value {
+        match self {
+            Data::Value(v) => v,
+            Data::Payload(op) => panic!("invariant: payload {op:?} used as a value"),
+        }
+    }
+
+    /// The operation of a payload leaf.
+    ///
+    /// # Panics
+    /// The class is a value (invariant: the first child of a payload operation is its payload).
+    pub fn payload(&self) -> &Op {
+        match self {
+            Data::Payload(op) => op,
+            Data::Value(v) => panic!("invariant: a value of type {:?} used as a payload", v.ty),
+        }
+    }
+}
+
+/// The operation of an e-node that is not a payload.
+pub fn op_of(egraph: &EGraph, node: &Lang) -> Op {
+    match node {
+        Lang::Payload(op) => op.clone(),
+        Lang::App(name, ch) => match Op::plain(name) {
+            Some(op) => op,
+            None => egraph[ch[0]].data.payload().clone(),
+        },
+    }
+}
+
+impl Analysis<Lang> for TensorAnalysis {
+    type Data = Data;
+
+    fn make(egraph: &mut EGraph, node: &Lang, _id: Id) -> Data {
+        if let Lang::Payload(op) = node {
+            return Data::Payload(op.clone());
+        }
+        let op = op_of(egraph, node);
+        let operands: Vec<&Value> = node
+            .operands()
+            .iter()
+            .map(|&c| egraph[c].data.value())
+            .collect();
+        let types: Vec<&Type> = operands.iter().map(|v| &v.ty).collect();
+        let ty = infer(&op, &types)
+            .unwrap_or_else(|e| panic!("invariant: rules add only well-typed terms: {e}"));
+        let konst = constant(&op, &operands);
+        let weight_only = match &op {
+            Op::Weight { .. } => true,
+            Op::Pack(_) => true,
+            op if op.is_leaf() => false,
+            Op::Get(_) | Op::Win(_) | Op::Select => false,
+            _ => {
+                operands.iter().any(|v| v.weight_only)
+                    && operands
+                        .iter()
+                        .all(|v| v.weight_only || v.konst.is_some() || v.ty == Type::None)
+            }
+        };
+        let fact = fact(&op, &operands, &ty);
+        // A projection is named after its weight, all else after its first operand in a layer.
+        let near = operands
+            .iter()
+            .filter(|v| v.weight_only)
+            .find_map(|v| v.origin())
+            .or_else(|| {
+                let mut origins = operands.iter().filter_map(|v| v.origin());
+                origins.find(|p| p.layer.is_some())
+            })
+            .or_else(|| operands.iter().find_map(|v| v.origin()))
+            .cloned();
+        Data::Value(Value {
+            ty,
+            konst,
+            weight_only,
+            fact,
+            prov: None,
+            near,
+        })
+    }
+
+    fn merge(&mut self, a: &mut Data, b: Data) -> DidMerge {
+        match (a, b) {
+            (Data::Payload(x), Data::Payload(y)) => {
+                assert_eq!(*x, y, "invariant: payload leaves are never united");
+                DidMerge(false, false)
+            }
+            (Data::Value(x), Data::Value(y)) => {
+                assert_eq!(
+                    x.ty, y.ty,
+                    "invariant: a rule may unite only values of one type"
+                );
+                let konst = merge_option(&mut x.konst, y.konst);
+                let fact = merge_option(&mut x.fact, y.fact);
+                let prov = merge_option(&mut x.prov, y.prov);
+                let weight = DidMerge(
+                    y.weight_only && !x.weight_only,
+                    x.weight_only && !y.weight_only,
+                );
+                x.weight_only |= y.weight_only;
+                // A stand-in is for readers only: no reason to look at the users again.
+                if x.near.is_none() {
+                    x.near = y.near;
+                }
+                konst | fact | prov | weight
+            }
+            _ => panic!("invariant: payload leaves are never united with values"),
+        }
+    }
+}
+
+fn merge_option<T: PartialEq>(a: &mut Option<T>, b: Option<T>) -> DidMerge {
+    match (&a, &b) {
+        (None, Some(_)) => {
+            *a = b;
+            DidMerge(true, false)
+        }
+        (Some(_), None) => DidMerge(false, true),
+        _ => DidMerge(false, false),
+    }
+}
+
+fn constant(op: &Op, x: &[&Value]) -> Option<f64> {
+    match op {
+        Op::Const { value, .. } => Some(value.get()),
+        Op::Cast(_) | Op::Reshape(_) | Op::Expand(_) => x[0].konst,
+        Op::Unary(lathe_ir::UnaryFn::Neg) => Some(-x[0].konst?),
+        _ => None,
+    }
+}
+
+fn fact(op: &Op, x: &[&Value], ty: &Type) -> Option<Fact> {
+    let shape = &ty.as_tensor()?.shape;
+    let mut operands = Vec::with_capacity(x.len());
+    for v in x {
+        operands.push(Operand {
+            fact: v.fact,
+            konst: v.konst,
+            shape: &v.ty.as_tensor()?.shape,
+        });
+    }
+    mask::derive(op, &operands, shape)
+}

@@ -1,0 +1,93 @@
+//! Graphs into the e-graph and chosen terms back into graphs.
+
+use super::EGraph;
+use super::analysis::{Data, op_of};
+use super::lang::Lang;
+use egg::Id;
+use indexmap::IndexMap;
+use lathe_ir::{Graph, NodeId, Op, Prov};
+use smallvec::SmallVec;
+
+/// Adds an operation on e-classes.
+pub fn add_op(egraph: &mut EGraph, op: &Op, operands: &[Id]) -> Id {
+    let mut children: SmallVec<[Id; 4]> = SmallVec::new();
+    if op.has_payload() {
+        children.push(egraph.add(Lang::Payload(op.clone())));
+    }
+    children.extend_from_slice(operands);
+    egraph.add(Lang::App(op.name(), children))
+}
+
+/// Adds a whole graph; returns the class of each node.
+pub fn add_graph(egraph: &mut EGraph, graph: &Graph) -> Vec<Id> {
+    let mut ids: Vec<Id> = Vec::with_capacity(graph.nodes().len());
+    for node in graph.nodes() {
+        let operands: Vec<Id> = node.inputs.iter().map(|i| ids[i.index()]).collect();
+        let id = add_op(egraph, &node.op, &operands);
+        if let Data::Value(v) = &mut egraph[id].data {
+            v.prov.get_or_insert_with(|| node.prov.clone());
+        }
+        ids.push(id);
+    }
+    ids
+}
+
+/// The form chosen for each e-class.
+pub type Choice = IndexMap<Id, Lang>;
+
+/// Builds the graph of the chosen terms under the given roots. Nodes stand in depth-first order
+/// of the roots, so equal choices give equal graphs. A class without provenance takes that of
+/// its first user.
+///
+/// # Panics
+/// A class under a root has no chosen form, or the choice is cyclic (invariants of extraction).
+pub fn to_graph(egraph: &EGraph, choice: &Choice, name: &str, roots: &[(String, Id)]) -> Graph {
+    let mut graph = Graph::new(name);
+    let mut done: IndexMap<Id, NodeId> = IndexMap::new();
+    for (_, root) in roots {
+        build(
+            egraph,
+            choice,
+            &mut graph,
+            &mut done,
+            *root,
+            &Prov::global(""),
+        );
+    }
+    for (name, root) in roots {
+        graph.set_output(name, done[&egraph.find(*root)]);
+    }
+    graph
+}
+
+fn build(
+    egraph: &EGraph,
+    choice: &Choice,
+    graph: &mut Graph,
+    done: &mut IndexMap<Id, NodeId>,
+    id: Id,
+    user: &Prov,
+) -> NodeId {
+    let id = egraph.find(id);
+    if let Some(&n) = done.get(&id) {
+        return n;
+    }
+    let node = choice
+        .get(&id)
+        .unwrap_or_else(|| panic!("invariant: class {id} under a root has a chosen form"));
+    let prov = match &egraph[id].data {
+        Data::Value(v) => v.origin().cloned().unwrap_or_else(|| user.clone()),
+        Data::Payload(_) => user.clone(),
+    };
+    let operands: Vec<NodeId> = node
+        .operands()
+        .iter()
+        .map(|&c| build(egraph, choice, graph, done, c, &prov))
+        .collect();
+    let op = op_of(egraph, node);
+    let n = graph
+        .add(op, &operands, &prov)
+        .unwrap_or_else(|e| panic!("invariant: e-graph terms are well-typed: {e}"));
+    done.insert(id, n);
+    n
+}

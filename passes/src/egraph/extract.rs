@@ -1,0 +1,334 @@
+//! Choosing one form of each e-class so that the whole program is cheapest.
+//!
+//! A shared value is paid once: costs are those of the DAG, not of the tree, because each
+//! residual add doubles the tree (egraph.md 0). First a greedy pass keeps for each class the form
+//! whose set of needed classes is cheapest; then single classes, and the parts of one tuple
+//! together, are switched as long as the whole gets cheaper. Tests hold the result against the
+//! exact optimum of an integer program.
+
+use super::analysis::{Data, op_of};
+use super::convert::Choice;
+use super::cost::{CostPoint, INFINITE, op_cost};
+use super::lang::Lang;
+use super::{EGraph, analysis::Value};
+use egg::{Id, Language};
+use lathe_ir::Type;
+use thiserror::Error;
+
+/// The chosen forms with their cost.
+#[derive(Clone, Debug)]
+pub struct Extraction {
+    /// The form of each class that a root needs (and of others that were considered).
+    pub choice: Choice,
+    /// Cost of the program in picoseconds.
+    pub cost: u64,
+}
+
+/// No executable form exists.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[error("no executable form of {op} ({path}{layer}): {reason}", layer = layer.map(|l| format!(", layer {l}")).unwrap_or_default())]
+pub struct ExtractError {
+    /// The innermost operation without an executable form.
+    pub op: String,
+    /// Hugging Face module path of the value.
+    pub path: String,
+    /// Decoder layer of the value.
+    pub layer: Option<u32>,
+    /// What blocks it.
+    pub reason: String,
+}
+
+/// The cost of an e-node at a point; payload leaves are free.
+pub fn node_cost(egraph: &EGraph, id: Id, node: &Lang, at: &CostPoint) -> u64 {
+    if let Lang::Payload(_) = node {
+        return 0;
+    }
+    let op = op_of(egraph, node);
+    let inputs: Vec<&Type> = node
+        .operands()
+        .iter()
+        .map(|&c| &egraph[c].data.value().ty)
+        .collect();
+    let value: &Value = egraph[id].data.value();
+    op_cost(&op, &inputs, &value.ty, value.weight_only, at)
+}
+
+struct Problem<'a> {
+    egraph: &'a EGraph,
+    /// Classes in id order.
+    classes: Vec<Id>,
+    /// Forms of each class: cost, child classes as indices, the node.
+    forms: Vec<Vec<(u64, Vec<usize>, &'a Lang)>>,
+}
+
+/// A set of classes as bits, with the cost of the forms chosen in it.
+#[derive(Clone)]
+struct CostSet {
+    bits: Vec<u64>,
+    total: u64,
+}
+
+/// Chooses the cheapest program for the roots under a cost of e-nodes.
+///
+/// # Errors
+/// Some root has no form of finite cost: the error names the innermost value that blocks it.
+pub fn extract(
+    egraph: &EGraph,
+    roots: &[Id],
+    cost: &dyn Fn(Id, &Lang) -> u64,
+) -> Result<Extraction, ExtractError> {
+    let problem = Problem::new(egraph, cost);
+    let roots: Vec<usize> = roots.iter().map(|&r| problem.index(r)).collect();
+    let mut pick = problem.greedy();
+    for &r in &roots {
+        if pick[r].is_none() {
+            return Err(problem.blame(&pick, r));
+        }
+    }
+    let cost = problem.improve(&mut pick, &roots);
+    let mut choice = Choice::new();
+    for (i, form) in pick.iter().enumerate() {
+        if let Some(f) = form {
+            choice.insert(problem.classes[i], problem.forms[i][*f].2.clone());
+        }
+    }
+    Ok(Extraction { choice, cost })
+}
+
+impl<'a> Problem<'a> {
+    fn new(egraph: &'a EGraph, cost: &dyn Fn(Id, &Lang) -> u64) -> Problem<'a> {
+        let mut classes: Vec<Id> = egraph.classes().map(|c| c.id).collect();
+        classes.sort();
+        let mut problem = Problem {
+            egraph,
+            classes,
+            forms: Vec::new(),
+        };
+        for &id in &problem.classes {
+            let mut forms: Vec<(u64, Vec<usize>, &Lang)> = egraph[id]
+                .nodes
+                .iter()
+                .filter_map(|n| {
+                    let c = cost(id, n);
+                    let ch = n.children().iter().map(|&c| problem.index(c)).collect();
+                    (c < INFINITE).then_some((c, ch, n))
+                })
+                .collect();
+            forms.sort_by(|a, b| (a.0, &a.1, a.2).cmp(&(b.0, &b.1, b.2)));
+            problem.forms.push(forms);
+        }
+        problem
+    }
+
+    fn index(&self, id: Id) -> usize {
+        self.classes
+            .binary_search(&self.egraph.find(id))
+            .expect("invariant: canonical ids are classes")
+    }
+
+    /// Bottom-up choice by cost sets, iterated until nothing gets cheaper.
+    fn greedy(&self) -> Vec<Option<usize>> {
+        let n = self.classes.len();
+        let words = n.div_ceil(64);
+        let mut pick: Vec<Option<usize>> = vec![None; n];
+        let mut sets: Vec<Option<CostSet>> = vec![None; n];
+        let mut parents: Vec<Vec<usize>> = vec![Vec::new(); n];
+        for (i, forms) in self.forms.iter().enumerate() {
+            for (_, ch, _) in forms {
+                for &c in ch {
+                    parents[c].push(i);
+                }
+            }
+        }
+        for p in &mut parents {
+            p.dedup();
+        }
+        let mut queue: std::collections::BTreeSet<usize> = (0..n).collect();
+        while let Some(i) = queue.pop_first() {
+            let mut best: Option<(CostSet, usize)> = None;
+            for (f, (own, ch, _)) in self.forms[i].iter().enumerate() {
+                let Some(set) = self.union(i, *own, ch, &pick, &sets, words) else {
+                    continue;
+                };
+                if best.as_ref().is_none_or(|(b, _)| set.total < b.total) {
+                    best = Some((set, f));
+                }
+            }
+            let Some((set, f)) = best else { continue };
+            let better = sets[i].as_ref().is_none_or(|old| set.total < old.total);
+            if better {
+                sets[i] = Some(set);
+                pick[i] = Some(f);
+                queue.extend(parents[i].iter().copied());
+            }
+        }
+        pick
+    }
+
+    fn union(
+        &self,
+        i: usize,
+        own: u64,
+        children: &[usize],
+        pick: &[Option<usize>],
+        sets: &[Option<CostSet>],
+        words: usize,
+    ) -> Option<CostSet> {
+        let mut bits = vec![0u64; words];
+        for &c in children {
+            let set = sets[c].as_ref()?;
+            if set.bits[i / 64] >> (i % 64) & 1 == 1 {
+                return None;
+            }
+            for (b, s) in bits.iter_mut().zip(&set.bits) {
+                *b |= s;
+            }
+        }
+        let mut total = own;
+        for (w, &word) in bits.iter().enumerate() {
+            let mut word = word;
+            while word != 0 {
+                let c = w * 64 + word.trailing_zeros() as usize;
+                word &= word - 1;
+                total += self.forms[c][pick[c]?].0;
+            }
+        }
+        bits[i / 64] |= 1 << (i % 64);
+        Some(CostSet { bits, total })
+    }
+
+    /// Cost of the program under the roots, or `None` if a form is missing or the choice cyclic.
+    fn total(&self, pick: &[Option<usize>], roots: &[usize]) -> Option<u64> {
+        // 0 = not seen, 1 = on the path, 2 = done.
+        let mut state = vec![0u8; self.classes.len()];
+        let mut total = 0u64;
+        let mut stack: Vec<(usize, usize)> = Vec::new();
+        for &r in roots {
+            if state[r] == 2 {
+                continue;
+            }
+            state[r] = 1;
+            stack.push((r, 0));
+            while let Some(top) = stack.last_mut() {
+                let (c, at) = *top;
+                let (own, children, _) = &self.forms[c][pick[c]?];
+                if at < children.len() {
+                    top.1 += 1;
+                    let child = children[at];
+                    match state[child] {
+                        0 => {
+                            state[child] = 1;
+                            stack.push((child, 0));
+                        }
+                        1 => return None,
+                        _ => {}
+                    }
+                } else {
+                    state[c] = 2;
+                    total += own;
+                    stack.pop();
+                }
+            }
+        }
+        Some(total)
+    }
+
+    /// Switches forms as long as the program gets cheaper; returns its cost.
+    fn improve(&self, pick: &mut [Option<usize>], roots: &[usize]) -> u64 {
+        let mut best = self
+            .total(pick, roots)
+            .expect("invariant: the greedy choice is complete");
+        let moves = self.moves();
+        loop {
+            let before = best;
+            for m in &moves {
+                let old: Vec<(usize, Option<usize>)> =
+                    m.iter().map(|&(c, _)| (c, pick[c])).collect();
+                for &(c, f) in m {
+                    pick[c] = Some(f);
+                }
+                match self.total(pick, roots) {
+                    Some(t) if t < best => best = t,
+                    _ => {
+                        for (c, f) in old {
+                            pick[c] = f;
+                        }
+                    }
+                }
+            }
+            if best == before {
+                return best;
+            }
+        }
+    }
+
+    /// Single switches, and for each tuple the switch of all classes that are its elements.
+    fn moves(&self) -> Vec<Vec<(usize, usize)>> {
+        let mut moves = Vec::new();
+        let mut parts: std::collections::BTreeMap<usize, Vec<(usize, usize)>> =
+            std::collections::BTreeMap::new();
+        for (c, forms) in self.forms.iter().enumerate() {
+            if forms.len() < 2 {
+                continue;
+            }
+            for (f, (_, children, node)) in forms.iter().enumerate() {
+                moves.push(vec![(c, f)]);
+                if node.name() == Some("get") {
+                    parts.entry(children[1]).or_default().push((c, f));
+                }
+            }
+        }
+        moves.extend(parts.into_values().filter(|p| p.len() > 1));
+        moves
+    }
+
+    /// Walks down from a class without a form to the innermost value that blocks it.
+    fn blame(&self, pick: &[Option<usize>], root: usize) -> ExtractError {
+        let mut at = root;
+        let mut seen = vec![false; self.classes.len()];
+        loop {
+            seen[at] = true;
+            let id = self.classes[at];
+            // A form with a finite cost of its own is blocked by one of its operands.
+            let next = self.forms[at]
+                .iter()
+                .flat_map(|(_, ch, _)| ch)
+                .copied()
+                .find(|&c| pick[c].is_none() && !seen[c]);
+            if let Some(n) = next {
+                at = n;
+                continue;
+            }
+            // Otherwise its only forms have no kernel: look through a window at what it shows.
+            let node = &self.egraph[id].nodes[0];
+            let inner = node.operands().first().map(|&c| self.index(c));
+            let shown = inner.map_or(id, |c| self.classes[c]);
+            let names: Vec<&str> = self.egraph[shown]
+                .nodes
+                .iter()
+                .filter_map(Lang::name)
+                .collect();
+            let prov = match &self.egraph[shown].data {
+                Data::Value(v) => v.origin().cloned(),
+                Data::Payload(_) => None,
+            };
+            let op = node.name().unwrap_or("payload");
+            return ExtractError {
+                op: op.to_string(),
+                path: prov.as_ref().map_or(String::new(), |p| p.path.to_string()),
+                layer: prov.and_then(|p| p.layer),
+                reason: match op {
+                    "win" => format!(
+                        "the rows of one step cannot be computed from those of earlier steps through {}",
+                        names.join(" or ")
+                    ),
+                    "sdpa" => format!(
+                        "its scores have an unknown modifier; they are {}",
+                        names.join(" or ")
+                    ),
+                    _ => format!("no kernel at this size; forms: {}", names.join(", ")),
+                },
+            };
+        }
+    }
+}

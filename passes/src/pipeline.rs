@@ -1,0 +1,620 @@
+//! From the imported graph to step programs: the stages, in order, on one e-graph a template.
+
+use crate::egraph::analysis::Applied;
+use crate::egraph::convert::{Choice, add_graph, add_op, to_graph};
+use crate::egraph::cost::{CostPoint, INFINITE};
+use crate::egraph::extract::{ExtractError, Extraction, extract, node_cost};
+use crate::egraph::{EGraph, Lang, TensorAnalysis};
+use crate::region::{Regions, cut, layer_name, select_all, whole};
+use crate::rule::{Rule, Stage};
+use crate::rules::{self, STEP};
+use egg::{Id, Runner, SimpleScheduler, StopReason};
+use indexmap::IndexMap;
+use lathe_ir::{DType, Dim, Graph, NodeId, Op, Prov, Sym, Type, TypeError, WinSpec};
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+use thiserror::Error;
+
+/// What to run and for which sizes.
+#[derive(Clone, Debug)]
+pub struct PassConfig {
+    /// Names of rules and stages that are switched off.
+    pub disabled: BTreeSet<String>,
+    /// Optimise the whole model as one region instead of one template a kind of layer.
+    pub no_roll: bool,
+    /// Where the decode program is chosen.
+    pub decode: CostPoint,
+    /// Where the general program is chosen.
+    pub general: CostPoint,
+}
+
+impl PassConfig {
+    /// Everything on, for one device: decode at batch 1 and a general step of 2,048 tokens.
+    pub fn new(device: crate::egraph::cost::DeviceModel) -> PassConfig {
+        PassConfig {
+            disabled: BTreeSet::new(),
+            no_roll: false,
+            decode: CostPoint::decode(1, 512, device.clone()),
+            general: CostPoint::prefill(2048, device),
+        }
+    }
+
+    /// Switches rules or stages off by name.
+    ///
+    /// # Errors
+    /// A name is neither a rule nor a stage.
+    pub fn disable(mut self, names: &[&str]) -> Result<PassConfig, CompileError> {
+        for n in names {
+            let known = rules::by_name(n).is_some() || Stage::ALL.iter().any(|s| s.name() == *n);
+            if !known {
+                return Err(CompileError::UnknownRule((*n).to_string()));
+            }
+            self.disabled.insert((*n).to_string());
+        }
+        Ok(self)
+    }
+
+    fn runs(&self, rule: &Rule) -> bool {
+        !self.disabled.contains(rule.name) && !self.disabled.contains(rule.stage.name())
+    }
+}
+
+/// Why a model has no step program.
+#[derive(Clone, Debug, Error)]
+pub enum CompileError {
+    /// A switch names nothing.
+    #[error("no rule or stage named '{0}'; `lathe passes` lists them")]
+    UnknownRule(String),
+    /// No executable form exists.
+    #[error("{0}")]
+    Extract(#[from] ExtractError),
+    /// A stage did not saturate, which would make its result depend on the order of rules.
+    #[error("stage {stage} of {template} stopped before saturation ({reason})")]
+    NotSaturated {
+        /// Stage.
+        stage: &'static str,
+        /// Template.
+        template: String,
+        /// egg's stop reason.
+        reason: String,
+    },
+    /// An attention was not recognised in a layer.
+    #[error(
+        "layer {layer}: {path} is no attention that can be cached: {detail}; nearest rule {rule}"
+    )]
+    Attention {
+        /// Layer.
+        layer: u32,
+        /// Module path.
+        path: String,
+        /// What was found.
+        detail: String,
+        /// The rule that would have matched.
+        rule: String,
+    },
+    /// A program is ill-typed: a bug in the passes.
+    #[error("internal: {0}")]
+    Type(#[from] TypeError),
+}
+
+/// What one stage did to one template.
+#[derive(Clone, Debug)]
+pub struct StageReport {
+    /// Stage.
+    pub stage: Stage,
+    /// How often each rule gave a value a new form.
+    pub matches: IndexMap<&'static str, usize>,
+    /// E-nodes and e-classes after the stage.
+    pub nodes: usize,
+    /// E-classes after the stage.
+    pub classes: usize,
+    /// Rounds until nothing changed.
+    pub iterations: usize,
+    /// Cost of the cheapest program before the stage, in picoseconds.
+    pub cost_before: u64,
+    /// Cost of the cheapest program after the stage, in picoseconds.
+    pub cost_after: u64,
+    /// Time of saturation.
+    pub saturate: Duration,
+    /// Time of extraction of the best term after the stage (dumps only).
+    pub extract: Duration,
+    /// The cheapest term after the stage, if there is one.
+    pub best: Option<Graph>,
+}
+
+/// One template with what was done to it.
+#[derive(Clone, Debug)]
+pub struct TemplateReport {
+    /// `embed`, `layer` or `head`, numbered if there are several.
+    pub name: String,
+    /// Layers that use it.
+    pub layers: Vec<u32>,
+    /// The template as imported.
+    pub imported: Graph,
+    /// Each stage in order.
+    pub stages: Vec<StageReport>,
+    /// Every rule application, for `explain`.
+    pub log: Vec<Applied>,
+    /// The chosen decode and general terms, if there is a step program.
+    pub decode: Option<Graph>,
+    /// The chosen general term.
+    pub general: Option<Graph>,
+}
+
+/// A compiled model: its step programs and how they came about.
+#[derive(Clone, Debug)]
+pub struct Compiled {
+    /// One token a sequence; every row is sampled.
+    pub decode: Option<Graph>,
+    /// Ragged rows; the rows named by the input `step.rows` are sampled.
+    pub general: Option<Graph>,
+    /// The full-sequence program after recognition, for execution without a cache.
+    pub full: Graph,
+    /// Why there are no step programs, if there are none.
+    pub no_step: Option<CompileError>,
+    /// Reports of each template.
+    pub templates: Vec<TemplateReport>,
+    /// Phase times that add up to the wall time of the call.
+    pub phases: IndexMap<&'static str, Duration>,
+}
+
+/// Rounds after which a stage counts as not saturating. The longest chain of rewrites in a layer
+/// is under 40 rounds; a limit in time would make results depend on the machine.
+const ROUNDS: usize = 400;
+/// E-nodes after which a stage counts as not saturating.
+const NODES: usize = 2_000_000;
+
+/// Optimises a full-sequence model.
+///
+/// # Errors
+/// A stage does not saturate or a program is ill-typed. A model that has no step program is not
+/// an error: [`Compiled::no_step`] says why.
+pub fn compile(model: &Graph, config: &PassConfig) -> Result<Compiled, CompileError> {
+    compile_with(model, config, false)
+}
+
+/// As [`compile`]; with `dumps`, the best term after every stage is extracted too.
+///
+/// # Errors
+/// As [`compile`].
+pub fn compile_with(
+    model: &Graph,
+    config: &PassConfig,
+    dumps: bool,
+) -> Result<Compiled, CompileError> {
+    let mut clock = Clock::default();
+    let regions = if config.no_roll {
+        whole(model)
+    } else {
+        cut(model)?
+    };
+    clock.lap("regions");
+    let mut templates = Vec::new();
+    let mut chosen = Vec::new();
+    for (i, template) in regions.templates.iter().enumerate() {
+        let layers = regions
+            .regions
+            .iter()
+            .filter(|r| r.template == i)
+            .filter_map(|r| r.layer);
+        let mut t = Template::new(template, i, layers.collect(), config);
+        t.run(dumps, &mut clock)?;
+        chosen.push(t.choose(&mut clock));
+        templates.push(t.report);
+    }
+    let full = stitch(&regions, &model.name, |i| chosen[i].full.clone(), false)?;
+    let mut no_step = None;
+    let mut programs = [None, None];
+    for (slot, general) in [(0, false), (1, true)] {
+        let graphs: Result<Vec<Graph>, CompileError> = chosen
+            .iter()
+            .map(|c| {
+                if general {
+                    c.general.clone()
+                } else {
+                    c.decode.clone()
+                }
+            })
+            .collect();
+        match graphs {
+            Ok(gs) => {
+                let name = format!(
+                    "{}/{}",
+                    model.name,
+                    if general { "general" } else { "decode" }
+                );
+                let g = stitch(&regions, &name, |i| gs[i].clone(), true)?;
+                programs[slot] = Some(if general {
+                    g.without_dead()
+                } else {
+                    select_all(&g)?
+                });
+            }
+            Err(e) => no_step = Some(e),
+        }
+    }
+    for (report, c) in templates.iter_mut().zip(&chosen) {
+        report.decode = c.decode.as_ref().ok().cloned();
+        report.general = c.general.as_ref().ok().cloned();
+    }
+    clock.lap("stitch");
+    let [decode, general] = programs;
+    Ok(Compiled {
+        decode,
+        general,
+        full,
+        no_step,
+        templates,
+        phases: clock.laps,
+    })
+}
+
+/// Attributes wall time to phases without gaps.
+#[derive(Debug)]
+struct Clock {
+    last: Instant,
+    laps: IndexMap<&'static str, Duration>,
+}
+
+impl Default for Clock {
+    fn default() -> Self {
+        Clock {
+            last: Instant::now(),
+            laps: IndexMap::new(),
+        }
+    }
+}
+
+impl Clock {
+    fn lap(&mut self, phase: &'static str) -> Duration {
+        let now = Instant::now();
+        let d = now - self.last;
+        self.last = now;
+        *self.laps.entry(phase).or_default() += d;
+        d
+    }
+}
+
+struct Chosen {
+    full: Graph,
+    decode: Result<Graph, CompileError>,
+    general: Result<Graph, CompileError>,
+}
+
+struct Template<'a> {
+    config: &'a PassConfig,
+    egraph: EGraph,
+    /// Output names and their full-sequence classes.
+    full: Vec<(String, Id)>,
+    /// Output names and their step classes, once the `kv_cache` stage has begun.
+    step: Vec<(String, Id)>,
+    report: TemplateReport,
+}
+
+impl<'a> Template<'a> {
+    fn new(graph: &Graph, index: usize, layers: Vec<u32>, config: &'a PassConfig) -> Template<'a> {
+        let mut egraph = EGraph::new(TensorAnalysis::default());
+        let ids = add_graph(&mut egraph, graph);
+        egraph.rebuild();
+        let full = graph
+            .outputs()
+            .iter()
+            .map(|(name, id)| (name.clone(), ids[id.index()]))
+            .collect();
+        Template {
+            config,
+            egraph,
+            full,
+            step: Vec::new(),
+            report: TemplateReport {
+                name: format!(
+                    "{index}-{}",
+                    graph.name.rsplit('/').next().unwrap_or("model")
+                ),
+                layers,
+                imported: graph.clone(),
+                stages: Vec::new(),
+                log: Vec::new(),
+                decode: None,
+                general: None,
+            },
+        }
+    }
+
+    fn run(&mut self, dumps: bool, clock: &mut Clock) -> Result<(), CompileError> {
+        let mut cost = self.best(dumps).map_or(INFINITE, |e| e.cost);
+        clock.lap("extract");
+        for stage in Stage::ALL {
+            if stage == Stage::KvCache {
+                self.open_windows();
+            }
+            let mut report = self.saturate(stage)?;
+            report.saturate = clock.lap("saturate");
+            report.cost_before = cost;
+            if let Some(e) = self.best(dumps) {
+                cost = e.cost;
+                let roots = if stage >= Stage::KvCache {
+                    &self.step
+                } else {
+                    &self.full
+                };
+                report.best = Some(to_graph(&self.egraph, &e.choice, &self.report.name, roots));
+            }
+            report.cost_after = cost;
+            report.extract = clock.lap("extract");
+            self.report.stages.push(report);
+        }
+        self.report.log = std::mem::take(&mut self.egraph.analysis.log);
+        Ok(())
+    }
+
+    /// The cheapest program of the current stage; nothing without `dumps`, which need it.
+    fn best(&self, dumps: bool) -> Option<Extraction> {
+        if !dumps {
+            return None;
+        }
+        let (roots, at) = if self.step.is_empty() {
+            (&self.full, &self.config.general)
+        } else {
+            (&self.step, &self.config.decode)
+        };
+        let roots: Vec<Id> = roots.iter().map(|r| r.1).collect();
+        extract(&self.egraph, &roots, &|id, n| {
+            node_cost(&self.egraph, id, n, at)
+        })
+        .ok()
+    }
+
+    /// Adds the windows of the outputs: what a step has to compute.
+    fn open_windows(&mut self) {
+        for (name, id) in self.full.clone() {
+            let window = Op::Win(WinSpec {
+                batch: Some(0),
+                seq: Some(1),
+            });
+            let mut class = add_op(&mut self.egraph, &window, &[id]);
+            if name == "logits" {
+                let rows = Op::Input {
+                    name: format!("{STEP}rows"),
+                    dtype: DType::I32,
+                    shape: vec![Dim::sym(Sym::R)],
+                };
+                let rows = add_op(&mut self.egraph, &rows, &[]);
+                class = add_op(&mut self.egraph, &Op::Select, &[class, rows]);
+                let next = add_op(&mut self.egraph, &Op::Sample, &[class]);
+                self.set_prov(next, "sample");
+                self.step.push(("next".into(), next));
+            }
+            self.set_prov(class, &name);
+            self.step.push((name, class));
+        }
+        self.egraph.rebuild();
+    }
+
+    fn set_prov(&mut self, id: Id, path: &str) {
+        if let crate::egraph::Data::Value(v) = &mut self.egraph[id].data {
+            v.prov.get_or_insert_with(|| Prov::global(path));
+        }
+    }
+
+    fn saturate(&mut self, stage: Stage) -> Result<StageReport, CompileError> {
+        let rewrites: Vec<_> = rules::all()
+            .into_iter()
+            .filter(|r| r.stage == stage && self.config.runs(r))
+            .flat_map(Rule::rewrites)
+            .collect();
+        let known = self.egraph.analysis.log.len();
+        let egraph = std::mem::take(&mut self.egraph);
+        let runner = Runner::<Lang, TensorAnalysis>::default()
+            .with_egraph(egraph)
+            .with_iter_limit(ROUNDS)
+            .with_node_limit(NODES)
+            .with_time_limit(Duration::from_secs(3600))
+            .with_scheduler(SimpleScheduler)
+            .run(&rewrites);
+        self.egraph = runner.egraph;
+        match runner.stop_reason {
+            Some(StopReason::Saturated) => {}
+            reason => {
+                return Err(CompileError::NotSaturated {
+                    stage: stage.name(),
+                    template: self.report.name.clone(),
+                    reason: format!("{reason:?}"),
+                });
+            }
+        }
+        let mut matches = IndexMap::new();
+        for applied in &self.egraph.analysis.log[known..] {
+            *matches.entry(applied.rule).or_insert(0) += 1;
+        }
+        matches.sort_keys();
+        Ok(StageReport {
+            stage,
+            matches,
+            nodes: self.egraph.total_number_of_nodes(),
+            classes: self.egraph.number_of_classes(),
+            iterations: runner.iterations.len(),
+            cost_before: 0,
+            cost_after: 0,
+            saturate: Duration::ZERO,
+            extract: Duration::ZERO,
+            best: None,
+        })
+    }
+
+    /// Decode first: it fixes the weight layouts; then the general program under them.
+    fn choose(&self, clock: &mut Clock) -> Chosen {
+        let name = &self.report.name;
+        let full_roots: Vec<Id> = self.full.iter().map(|r| r.1).collect();
+        let at = &self.config.general;
+        let full = extract(&self.egraph, &full_roots, &|id, n| {
+            node_cost(&self.egraph, id, n, at)
+        })
+        .map_or_else(
+            |_| self.report.imported.clone(),
+            |e| to_graph(&self.egraph, &e.choice, name, &self.full),
+        );
+        let roots: Vec<Id> = self.step.iter().map(|r| r.1).collect();
+        let at = &self.config.decode;
+        let decode = extract(&self.egraph, &roots, &|id, n| {
+            node_cost(&self.egraph, id, n, at)
+        });
+        let chosen = match decode {
+            Err(e) => Chosen {
+                full,
+                decode: Err(e.clone().into()),
+                general: Err(e.into()),
+            },
+            Ok(d) => {
+                let layouts = self.weight_operands(&d.choice, &roots);
+                let at = &self.config.general;
+                let general = extract(&self.egraph, &roots, &|id, n| {
+                    if self.reads_other_layout(id, n, &layouts) {
+                        INFINITE
+                    } else {
+                        node_cost(&self.egraph, id, n, at)
+                    }
+                });
+                Chosen {
+                    full,
+                    decode: Ok(to_graph(&self.egraph, &d.choice, name, &self.step)),
+                    general: general
+                        .map(|e| to_graph(&self.egraph, &e.choice, name, &self.step))
+                        .map_err(CompileError::from),
+                }
+            }
+        };
+        clock.lap("extract");
+        chosen
+    }
+
+    fn is_weight(&self, id: Id) -> bool {
+        let v = self.egraph[id].data.value();
+        v.weight_only && v.ty != Type::None
+    }
+
+    /// Weight-only classes that the chosen program reads from elsewhere: the layouts in memory.
+    fn weight_operands(&self, choice: &Choice, roots: &[Id]) -> BTreeSet<Id> {
+        let mut layouts = BTreeSet::new();
+        let mut seen = BTreeSet::new();
+        let mut stack: Vec<Id> = roots.iter().map(|&r| self.egraph.find(r)).collect();
+        while let Some(id) = stack.pop() {
+            if !seen.insert(id) {
+                continue;
+            }
+            for &c in choice[&id].operands() {
+                let c = self.egraph.find(c);
+                if self.is_weight(c) && !self.is_weight(id) {
+                    layouts.insert(c);
+                } else {
+                    stack.push(c);
+                }
+            }
+        }
+        layouts
+    }
+
+    fn reads_other_layout(&self, id: Id, node: &Lang, layouts: &BTreeSet<Id>) -> bool {
+        if matches!(node, Lang::Payload(_)) || self.is_weight(id) {
+            return false;
+        }
+        node.operands()
+            .iter()
+            .map(|&c| self.egraph.find(c))
+            .any(|c| self.is_weight(c) && !layouts.contains(&c))
+    }
+}
+
+/// Replays the chosen term of each template for every region and joins them.
+fn stitch(
+    regions: &Regions,
+    name: &str,
+    term: impl Fn(usize) -> Graph,
+    step: bool,
+) -> Result<Graph, CompileError> {
+    let mut out = Graph::new(name);
+    let mut leaves: BTreeMap<Op, NodeId> = BTreeMap::new();
+    let mut results: Vec<BTreeMap<String, NodeId>> = Vec::new();
+    let terms: Vec<Graph> = (0..regions.templates.len()).map(&term).collect();
+    let mut finals = Vec::new();
+    for region in &regions.regions {
+        let graph = &terms[region.template];
+        let mut bound: BTreeMap<String, NodeId> = BTreeMap::new();
+        for b in &region.inputs {
+            let input = if step {
+                format!("{STEP}{}", b.input)
+            } else {
+                b.input.clone()
+            };
+            bound.insert(input, results[b.region][&b.output]);
+        }
+        let mut map: Vec<NodeId> = Vec::with_capacity(graph.nodes().len());
+        for node in graph.nodes() {
+            let prov = place(&node.prov, region.layer);
+            if let Op::Input { name, .. } = &node.op
+                && let Some(&id) = bound.get(name)
+            {
+                map.push(id);
+                continue;
+            }
+            let op = match (&node.op, region.layer) {
+                (Op::Weight { weight, dtype }, Some(l)) => Op::Weight {
+                    weight: lathe_ir::WeightRef {
+                        name: layer_name(&weight.name, l),
+                        shape: weight.shape.clone(),
+                    },
+                    dtype: *dtype,
+                },
+                (
+                    Op::Cache {
+                        kv_heads, head_dim, ..
+                    },
+                    Some(l),
+                ) => Op::Cache {
+                    layer: l,
+                    kv_heads: *kv_heads,
+                    head_dim: *head_dim,
+                },
+                (op, _) => op.clone(),
+            };
+            let inputs: Vec<NodeId> = node.inputs.iter().map(|i| map[i.index()]).collect();
+            let id = if op.is_leaf() {
+                match leaves.get(&op) {
+                    Some(&id) => id,
+                    None => {
+                        let id = out.add(op.clone(), &inputs, &prov)?;
+                        leaves.insert(op, id);
+                        id
+                    }
+                }
+            } else {
+                out.add(op, &inputs, &prov)?
+            };
+            map.push(id);
+        }
+        let mut named = BTreeMap::new();
+        for (name, id) in graph.outputs() {
+            named.insert(name.clone(), map[id.index()]);
+        }
+        for name in ["next", "logits"] {
+            if let Some(&id) = named.get(name) {
+                finals.push((name, id));
+            }
+        }
+        results.push(named);
+    }
+    for (name, id) in finals {
+        out.set_output(name, id);
+    }
+    Ok(out.without_dead())
+}
+
+fn place(prov: &Prov, layer: Option<u32>) -> Prov {
+    match (layer, prov.layer) {
+        (Some(l), Some(_)) => Prov {
+            layer: Some(l),
+            path: layer_name(&prov.path, l).into(),
+        },
+        _ => prov.clone(),
+    }
+}

@@ -1,0 +1,343 @@
+//! Cutting a model into regions: embedding, one per decoder layer, head.
+//!
+//! Layers of one signature share a template that is optimised once and replayed for each, so 80
+//! layers cost as much as one. A boundary that is a residual add is carried as its two operands
+//! (residual, delta) and the add is repeated on the far side: that way the fusion of an add with
+//! the next layer's norm stays inside a region. What depends on positions only (masks, rotary
+//! angles) and what depends on weights only is repeated in every region that uses it.
+
+use lathe_ir::{BinaryFn, Graph, NodeId, Op, Prov, Sym, TypeError, WeightRef};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+/// A value that a region takes from an earlier one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Boundary {
+    /// Name of the input in the region's template.
+    pub input: String,
+    /// Index of the region that makes the value.
+    pub region: usize,
+    /// Name of that region's output.
+    pub output: String,
+}
+
+/// One region of a model.
+#[derive(Clone, Debug)]
+pub struct Region {
+    /// Decoder layer, for layer regions.
+    pub layer: Option<u32>,
+    /// Index of its template in [`Regions::templates`].
+    pub template: usize,
+    /// Where its inputs come from.
+    pub inputs: Vec<Boundary>,
+}
+
+/// A model cut into regions.
+#[derive(Clone, Debug)]
+pub struct Regions {
+    /// One graph for each distinct region. Layer numbers in names are `*`, layers are 0.
+    pub templates: Vec<Graph>,
+    /// The regions in order of execution.
+    pub regions: Vec<Region>,
+}
+
+impl Regions {
+    /// The first region that uses a template.
+    pub fn first_use(&self, template: usize) -> usize {
+        self.regions
+            .iter()
+            .position(|r| r.template == template)
+            .expect("invariant: every template has a region")
+    }
+}
+
+/// Replaces the first path segment that is the layer's number by `*`.
+pub fn generic_name(name: &str, layer: u32) -> String {
+    let number = layer.to_string();
+    let mut done = false;
+    let parts: Vec<&str> = name
+        .split('.')
+        .map(|p| {
+            if !done && p == number {
+                done = true;
+                "*"
+            } else {
+                p
+            }
+        })
+        .collect();
+    parts.join(".")
+}
+
+/// Puts a layer's number back for `*`.
+pub fn layer_name(name: &str, layer: u32) -> String {
+    name.replacen('*', &layer.to_string(), 1)
+}
+
+/// The whole model as one region: for differential tests of the cut (`--no-roll`).
+pub fn whole(graph: &Graph) -> Regions {
+    Regions {
+        templates: vec![graph.clone()],
+        regions: vec![Region {
+            layer: None,
+            template: 0,
+            inputs: Vec::new(),
+        }],
+    }
+}
+
+/// Cuts a full-sequence graph into regions.
+///
+/// # Errors
+/// A region is ill-typed, which would be a bug in the cut.
+pub fn cut(graph: &Graph) -> Result<Regions, TypeError> {
+    Cutter::new(graph).run()
+}
+
+struct Cutter<'a> {
+    graph: &'a Graph,
+    /// Region of each node; `None` for what is repeated in every user's region.
+    home: Vec<Option<usize>>,
+    users: Vec<Vec<NodeId>>,
+    count: usize,
+}
+
+impl<'a> Cutter<'a> {
+    fn new(graph: &'a Graph) -> Cutter<'a> {
+        let layers = graph.nodes().iter().filter_map(|n| n.prov.layer).max();
+        let count = layers.map_or(1, |l| l as usize + 3);
+        let mut varies = vec![false; graph.nodes().len()];
+        let mut home: Vec<Option<usize>> = vec![None; graph.nodes().len()];
+        for id in graph.ids() {
+            let node = graph.node(id);
+            // A value varies if it depends on the tokens; all else is repeated where it is used.
+            varies[id.index()] = matches!(node.op, Op::Input { .. })
+                || node.inputs.iter().any(|i| varies[i.index()]);
+            if !varies[id.index()] {
+                continue;
+            }
+            let latest = node.inputs.iter().filter_map(|i| home[i.index()]).max();
+            home[id.index()] = Some(match (node.prov.layer, latest) {
+                (Some(l), _) => l as usize + 1,
+                (None, Some(r)) if r > 0 => count - 1,
+                (None, _) => 0,
+            });
+        }
+        Cutter {
+            graph,
+            home,
+            users: graph.users(),
+            count,
+        }
+    }
+
+    /// Whether a value that leaves its region is a residual add to be carried as a pair.
+    fn is_pair(&self, id: NodeId) -> bool {
+        let node = self.graph.node(id);
+        let home = self.home[id.index()];
+        let apart = self.users[id.index()]
+            .iter()
+            .all(|u| self.home[u.index()] != home);
+        let operands_vary = node.inputs.iter().all(|i| {
+            self.home[i.index()].is_some()
+                && self.graph.tensor(*i).map(|t| &t.shape)
+                    == self.graph.tensor(id).map(|t| &t.shape)
+        });
+        node.op == Op::Binary(BinaryFn::Add) && apart && operands_vary
+    }
+
+    fn run(&self) -> Result<Regions, TypeError> {
+        // Outputs that each region owes to later ones, in order of first use.
+        let mut owed: Vec<Vec<NodeId>> = vec![Vec::new(); self.count];
+        let mut builds = Vec::new();
+        for region in 0..self.count {
+            builds.push(RegionBuild::new(self, region)?);
+        }
+        for b in &builds {
+            for (source, _) in &b.inputs {
+                let home = self.home[source.index()].expect("boundary values vary");
+                if !owed[home].contains(source) {
+                    owed[home].push(*source);
+                }
+            }
+        }
+        let mut templates: Vec<Graph> = Vec::new();
+        let mut regions = Vec::new();
+        let outputs: BTreeSet<NodeId> = self.graph.outputs().iter().map(|&(_, id)| id).collect();
+        for (region, mut b) in builds.into_iter().enumerate() {
+            for (i, source) in owed[region].iter().enumerate() {
+                b.graph.set_output(&output_name(i), b.map[source]);
+            }
+            for (name, id) in self.graph.outputs() {
+                if outputs.contains(id) && self.home[id.index()] == Some(region) {
+                    b.graph.set_output(name, b.map[id]);
+                }
+            }
+            if b.graph.outputs().is_empty() {
+                continue;
+            }
+            let template = match templates.iter().position(|t| *t == b.graph) {
+                Some(t) => t,
+                None => {
+                    templates.push(b.graph);
+                    templates.len() - 1
+                }
+            };
+            regions.push((region, b.layer, template, b.inputs));
+        }
+        let place: BTreeMap<usize, usize> =
+            regions.iter().enumerate().map(|(i, r)| (r.0, i)).collect();
+        let regions = regions
+            .into_iter()
+            .map(|(_, layer, template, inputs)| Region {
+                layer,
+                template,
+                inputs: inputs
+                    .into_iter()
+                    .map(|(source, input)| {
+                        let home = self.home[source.index()].expect("boundary values vary");
+                        let i = owed[home].iter().position(|s| *s == source).expect("owed");
+                        Boundary {
+                            input,
+                            region: place[&home],
+                            output: output_name(i),
+                        }
+                    })
+                    .collect(),
+            })
+            .collect();
+        Ok(Regions { templates, regions })
+    }
+}
+
+fn output_name(i: usize) -> String {
+    ["residual", "delta"]
+        .get(i)
+        .map_or_else(|| format!("out{i}"), |s| (*s).to_string())
+}
+
+struct RegionBuild {
+    layer: Option<u32>,
+    graph: Graph,
+    map: BTreeMap<NodeId, NodeId>,
+    /// Values taken from earlier regions, with their input names.
+    inputs: Vec<(NodeId, String)>,
+}
+
+impl RegionBuild {
+    fn new(c: &Cutter<'_>, region: usize) -> Result<RegionBuild, TypeError> {
+        let layer = (region > 0 && region + 1 < c.count).then(|| region as u32 - 1);
+        let name = match layer {
+            Some(_) => "layer",
+            None if region == 0 => "embed",
+            None => "head",
+        };
+        let mut b = RegionBuild {
+            layer,
+            graph: Graph::new(name),
+            map: BTreeMap::new(),
+            inputs: Vec::new(),
+        };
+        for id in c.graph.ids() {
+            if c.home[id.index()] == Some(region) {
+                b.take(c, region, id)?;
+            }
+        }
+        // A result of the model that varies with nothing belongs to the last region.
+        Ok(b)
+    }
+
+    /// Copies a node and what it needs into the region; values of earlier regions become inputs.
+    fn take(&mut self, c: &Cutter<'_>, region: usize, id: NodeId) -> Result<NodeId, TypeError> {
+        if let Some(&n) = self.map.get(&id) {
+            return Ok(n);
+        }
+        let node = c.graph.node(id);
+        let home = c.home[id.index()];
+        let foreign = home.is_some_and(|h| h != region);
+        let new = if foreign && !c.is_pair(id) {
+            let ty = c.graph.tensor(id).expect("boundary values are tensors");
+            let name = output_name(self.inputs.len());
+            self.inputs.push((id, name.clone()));
+            let op = Op::Input {
+                name,
+                dtype: ty.dtype,
+                shape: ty.shape.clone(),
+            };
+            self.graph.add(op, &[], &self.generic(&node.prov))?
+        } else {
+            let mut inputs = Vec::with_capacity(node.inputs.len());
+            for &i in &node.inputs {
+                inputs.push(self.take(c, region, i)?);
+            }
+            let op = match (&node.op, self.layer) {
+                (Op::Weight { weight, dtype }, Some(l)) => Op::Weight {
+                    weight: WeightRef {
+                        name: generic_name(&weight.name, l),
+                        shape: weight.shape.clone(),
+                    },
+                    dtype: *dtype,
+                },
+                (op, _) => op.clone(),
+            };
+            self.graph.add(op, &inputs, &self.generic(&node.prov))?
+        };
+        self.map.insert(id, new);
+        Ok(new)
+    }
+
+    fn generic(&self, prov: &Prov) -> Prov {
+        match (self.layer, prov.layer) {
+            (Some(l), Some(p)) if l == p => Prov {
+                layer: Some(0),
+                path: generic_name(&prov.path, l).into(),
+            },
+            // Values of the previous layer: which one does not matter to the template.
+            (Some(_), Some(_)) => Prov {
+                layer: Some(0),
+                path: Arc::from("boundary"),
+            },
+            _ => prov.clone(),
+        }
+    }
+}
+
+/// The decode form of a step program: every row is sampled, so rows are not selected and `R = T`.
+///
+/// # Errors
+/// The program is ill-typed after the change, which would be a bug.
+pub fn select_all(graph: &Graph) -> Result<Graph, TypeError> {
+    let mut out = Graph::new(&graph.name);
+    let mut map: Vec<NodeId> = Vec::with_capacity(graph.nodes().len());
+    for node in graph.nodes() {
+        let inputs: Vec<NodeId> = node.inputs.iter().map(|i| map[i.index()]).collect();
+        if node.op == Op::Select {
+            map.push(inputs[0]);
+            continue;
+        }
+        let op = match &node.op {
+            Op::Reshape(s) => Op::Reshape(s.iter().map(|d| d.rename(Sym::R, Sym::T)).collect()),
+            Op::Expand(s) => Op::Expand(s.iter().map(|d| d.rename(Sym::R, Sym::T)).collect()),
+            op => op.clone(),
+        };
+        map.push(out.add(op, &inputs, &node.prov)?);
+    }
+    for (name, id) in graph.outputs() {
+        out.set_output(name, map[id.index()]);
+    }
+    Ok(out.without_dead())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layer_numbers_become_stars_and_back() {
+        let name = "model.layers.12.self_attn.q_proj.weight";
+        let generic = generic_name(name, 12);
+        assert_eq!(generic, "model.layers.*.self_attn.q_proj.weight");
+        assert_eq!(layer_name(&generic, 12), name);
+        assert_eq!(generic_name("lm_head.weight", 3), "lm_head.weight");
+    }
+}

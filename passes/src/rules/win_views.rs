@@ -1,0 +1,305 @@
+//! `win` through operations that only move elements.
+
+use super::win::{full, operand, spec, window_axis};
+use crate::rule::{Apply, Exactness, Rule, Stage};
+use crate::sample::{Build, b, n, s};
+use egg::Id;
+use lathe_ir::shape::element_count;
+use lathe_ir::{DType, Dim, Op, Sym, WinSpec};
+
+pub(super) const RULES: &[Rule] = &[RESHAPE, PERMUTE, EXPAND, SLICE, CONCAT, REPEAT_KV, OUTER];
+
+const RESHAPE: Rule = Rule {
+    name: "win-reshape",
+    stage: Stage::KvCache,
+    equation: "win(reshape(x)) => reshape(win(x))   (batch and sequence axes kept)",
+    exactness: Exactness::Exact,
+    doc: "The batch and sequence axes of the result must be axes of x, at the same place in row-major \
+          order: a reshape that merges rows with features stays.",
+    lhs: &["(win ?w (reshape ?r ?x))"],
+    rhs: |a| {
+        let (w, x, root) = (spec(a)?, a.id("?x"), a.root);
+        let Op::Reshape(to) = a.op("?r") else {
+            return None;
+        };
+        let from = a.tensor(x)?.shape;
+        let source = |axis: Option<u8>| -> Option<Option<u8>> {
+            let Some(axis) = axis else { return Some(None) };
+            let axis = usize::from(axis);
+            let before = element_count(&to[..axis]);
+            (0..from.len())
+                .find(|&i| from[i] == to[axis] && element_count(&from[..i]) == before)
+                .map(|i| Some(i as u8))
+        };
+        let w = WinSpec {
+            batch: source(w.batch)?,
+            seq: source(w.seq)?,
+        };
+        let x = a.add(Op::Win(w), &[x])?;
+        let shape = a.tensor(root)?.shape;
+        a.reshape(x, shape)
+    },
+    sample: |g| {
+        let mut q = Build::new();
+        let (h, d) = (g.dim(), g.dim());
+        let x = q.input("x", DType::F32, &[b(), s(), n(h * d)]);
+        let y = q.reshape(x, &[b(), s(), n(h), n(d)]);
+        let y = q.win(y, Some(0), Some(1));
+        q.done(&[y])
+    },
+    near_misses: &[("heads come before the sequence in the result", |g| {
+        let mut q = Build::new();
+        let (h, d) = (g.wide(), g.wide());
+        let x = q.input("x", DType::F32, &[b(), s(), n(h * d)]);
+        let y = q.reshape(x, &[b(), n(h), s(), n(d)]);
+        let y = q.win(y, Some(0), Some(2));
+        q.done(&[y])
+    })],
+};
+
+const PERMUTE: Rule = Rule {
+    name: "win-permute",
+    stage: Stage::KvCache,
+    equation: "win(permute(x)) => permute(win(x))",
+    exactness: Exactness::Exact,
+    doc: "The token axis comes first anyway, so transposing heads and sequence becomes nothing.",
+    lhs: &["(win ?w (permute ?p ?x))"],
+    rhs: |a| {
+        let (w, x) = (spec(a)?, a.id("?x"));
+        let Op::Permute(p) = a.op("?p") else {
+            return None;
+        };
+        let inner = WinSpec {
+            batch: w.batch.map(|i| p[usize::from(i)]),
+            seq: w.seq.map(|i| p[usize::from(i)]),
+        };
+        let mut perm = vec![0];
+        for (i, &from) in p.iter().enumerate() {
+            if window_axis(w, i).is_some() {
+                perm.push(window_axis(inner, usize::from(from))? as u8);
+            }
+        }
+        let x = a.add(Op::Win(inner), &[x])?;
+        if perm.iter().enumerate().all(|(i, &p)| usize::from(p) == i) {
+            return Some(x);
+        }
+        a.add(Op::Permute(perm), &[x])
+    },
+    sample: |g| {
+        let mut q = Build::new();
+        let x = q.input("x", DType::F32, &[b(), s(), n(g.dim()), n(g.dim())]);
+        let perm: [&[u8]; 3] = [&[0, 2, 1, 3], &[0, 3, 2, 1], &[3, 1, 0, 2]];
+        let perm = perm[g.pick(&[0, 1, 2])];
+        let y = q.permute(x, perm);
+        let at = |axis: u8| perm.iter().position(|&p| p == axis).map(|i| i as u8);
+        let y = q.win(y, at(0), at(1));
+        q.done(&[y])
+    },
+    near_misses: &[],
+};
+
+const EXPAND: Rule = Rule {
+    name: "win-expand",
+    stage: Stage::KvCache,
+    equation: "win(expand(x)) => expand(win(x))",
+    exactness: Exactness::Exact,
+    doc: "What is constant along batch or sequence is stretched over the tokens instead.",
+    lhs: &["(win ?w (expand ?e ?x))"],
+    rhs: |a| {
+        let (w, x, root) = (spec(a)?, a.id("?x"), a.root);
+        let to = a.tensor(root)?.shape;
+        let rank = a.tensor(x)?.rank();
+        let x = operand(a, w, rank, x)?;
+        let mut shape = a.tensor(x)?.shape;
+        while shape.len() < to.len() {
+            shape.insert(0, Dim::new(1));
+        }
+        let x = a.reshape(x, shape.clone())?;
+        if shape == to {
+            return Some(x);
+        }
+        a.add(Op::Expand(to), &[x])
+    },
+    sample: |g| {
+        let mut q = Build::new();
+        let (h, d) = (g.dim(), g.dim());
+        let shapes: [&[Dim]; 3] = [
+            &[b(), n(1), s(), n(d)],
+            &[n(1), n(h), s(), n(1)],
+            &[n(1), n(1), n(1), n(d)],
+        ];
+        let x = q.input("x", DType::F32, shapes[g.pick(&[0, 1, 2])]);
+        let y = q.op(Op::Expand(vec![b(), n(h), s(), n(d)]), &[x]);
+        let y = q.win(y, Some(0), Some(2));
+        q.done(&[y])
+    },
+    near_misses: &[],
+};
+
+const SLICE: Rule = Rule {
+    name: "win-slice",
+    stage: Stage::KvCache,
+    equation: "win(slice(x)) => slice(win(x))",
+    exactness: Exactness::Exact,
+    doc: "Slices of features (rotate_half, fused projections).",
+    lhs: &["(win ?w (slice ?p ?x))"],
+    rhs: |a| {
+        let (w, x) = (spec(a)?, a.id("?x"));
+        let Op::Slice { axis, start, end } = a.op("?p") else {
+            return None;
+        };
+        let axis = window_axis(w, usize::from(axis))? as u8;
+        let x = a.add(Op::Win(w), &[x])?;
+        a.add(Op::Slice { axis, start, end }, &[x])
+    },
+    sample: |g| {
+        let mut q = Build::new();
+        let d = g.wide();
+        let x = q.input("x", DType::F32, &[b(), s(), n(d)]);
+        let y = q.slice(x, 2, 1, d);
+        let y = q.win(y, Some(0), Some(1));
+        q.done(&[y])
+    },
+    near_misses: &[],
+};
+
+const CONCAT: Rule = Rule {
+    name: "win-concat",
+    stage: Stage::KvCache,
+    equation: "win(concat(x, y)) => concat(win(x), win(y))   (along features)",
+    exactness: Exactness::Exact,
+    doc: "Rows are put together feature by feature; a concatenation of sequences stays.",
+    lhs: &["(win ?w (concat ?p ?x ?y))"],
+    rhs: |a| {
+        let (w, x, y) = (spec(a)?, a.id("?x"), a.id("?y"));
+        let Op::Concat { axis } = a.op("?p") else {
+            return None;
+        };
+        let axis = window_axis(w, usize::from(axis))? as u8;
+        let x = a.add(Op::Win(w), &[x])?;
+        let y = a.add(Op::Win(w), &[y])?;
+        a.add(Op::Concat { axis }, &[x, y])
+    },
+    sample: |g| {
+        let mut q = Build::new();
+        let x = full(&mut q, g, "x", DType::F32);
+        let y = full(&mut q, g, "y", DType::F32);
+        let y = q.op(Op::Concat { axis: 2 }, &[x, y]);
+        let y = q.win(y, Some(0), Some(1));
+        q.done(&[y])
+    },
+    near_misses: &[],
+};
+
+const REPEAT_KV: Rule = Rule {
+    name: "win-repeat-kv",
+    stage: Stage::KvCache,
+    equation: "win(repeat_kv{g}(x)) => reshape(expand(reshape(win(x), [T,H,1,D]), [T,H,g,D]), [T,H*g,D])",
+    exactness: Exactness::Exact,
+    doc: "Only needed when attention-gqa is switched off.",
+    lhs: &["(win ?w (repeat_kv ?g ?x))"],
+    rhs: |a| {
+        let (w, x) = (spec(a)?, a.id("?x"));
+        let Op::RepeatKv { groups } = a.op("?g") else {
+            return None;
+        };
+        if w.batch != Some(0) || w.seq != Some(2) {
+            return None;
+        }
+        let x = a.add(Op::Win(w), &[x])?;
+        let [t, h, d] = a.tensor(x)?.shape[..] else {
+            return None;
+        };
+        let g = Dim::new(i64::from(groups));
+        let x = a.reshape(x, vec![t, h, Dim::new(1), d])?;
+        let x = a.add(Op::Expand(vec![t, h, g, d]), &[x])?;
+        a.reshape(x, vec![t, h * i64::from(groups), d])
+    },
+    sample: |g| {
+        let mut q = Build::new();
+        let x = q.input("x", DType::F32, &[b(), n(g.dim()), s(), n(g.dim())]);
+        let groups = g.wide() as u32;
+        let y = q.op(Op::RepeatKv { groups }, &[x]);
+        let y = q.win(y, Some(0), Some(2));
+        q.done(&[y])
+    },
+    near_misses: &[("the heads are windowed away as a sequence", |_| {
+        let mut q = Build::new();
+        let x = q.input("x", DType::F32, &[b(), s(), n(3), n(2)]);
+        let y = q.op(Op::RepeatKv { groups: 1 }, &[x]);
+        let y = q.win(y, Some(0), Some(1));
+        q.done(&[y])
+    })],
+};
+
+const OUTER: Rule = Rule {
+    name: "win-outer",
+    stage: Stage::KvCache,
+    equation: "win(matmul(x [B,M,K], y [B,K,S])) => matmul(win(x), win(y) [T,K,1]) without its last axis",
+    exactness: Exactness::Exact,
+    doc: "A product whose columns are the rows of the sequence (rotary angles before they are \
+          recognised). Neither factor may sum over the sequence.",
+    lhs: &["(win ?w (matmul ?x ?y))"],
+    rhs: |a| {
+        let w = spec(a)?;
+        let (x, y) = (a.ty("?x")?, a.ty("?y")?);
+        if x.rank() != 3 || y.rank() != 3 || w.batch != Some(0) || w.seq != Some(2) {
+            return None;
+        }
+        if !y.shape[2].is_sym(Sym::S) || x.shape.iter().any(|d| d.is_sym(Sym::S)) {
+            return None;
+        }
+        let columns = window_columns(a, y.shape[0])?;
+        let rows = window_rows(a, x.shape[0])?;
+        let product = a.add(Op::Matmul, &[rows, columns])?;
+        let shape = a.tensor(a.root)?.shape;
+        a.reshape(product, shape)
+    },
+    sample: |g| {
+        let mut q = Build::new();
+        let (m, k) = (g.dim(), g.dim());
+        let first = g.pick(&[b(), n(1)]);
+        let x = q.input("x", DType::F32, &[first, n(m), n(k)]);
+        let y = q.input("y", DType::F32, &[b(), n(k), s()]);
+        let y = q.op(Op::Matmul, &[x, y]);
+        let y = q.win(y, Some(0), Some(2));
+        q.done(&[y])
+    },
+    near_misses: &[("the sum is over the sequence", |g| {
+        let mut q = Build::new();
+        let x = q.input("x", DType::F32, &[b(), n(g.dim()), s()]);
+        let y = q.input("y", DType::F32, &[b(), s(), s()]);
+        let y = q.op(Op::Matmul, &[x, y]);
+        let y = q.win(y, Some(0), Some(2));
+        q.done(&[y])
+    })],
+};
+
+/// `y [B or 1,K,S]` as `[T,K,1]`: the column of each token.
+fn window_columns(a: &mut Apply<'_>, batch: Dim) -> Option<Id> {
+    let w = WinSpec {
+        batch: Some(0),
+        seq: Some(2),
+    };
+    let y = a.id("?y");
+    if !batch.is_sym(Sym::B) {
+        return None;
+    }
+    let y = a.add(Op::Win(w), &[y])?;
+    let mut shape = a.tensor(y)?.shape;
+    shape.push(Dim::new(1));
+    a.reshape(y, shape)
+}
+
+/// `x [B or 1,M,K]` as `[T or 1,M,K]`.
+fn window_rows(a: &mut Apply<'_>, batch: Dim) -> Option<Id> {
+    let x = a.id("?x");
+    if !batch.is_sym(Sym::B) {
+        return batch.is(1).then_some(x);
+    }
+    let w = WinSpec {
+        batch: Some(0),
+        seq: None,
+    };
+    a.add(Op::Win(w), &[x])
+}

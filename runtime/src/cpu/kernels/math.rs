@@ -1,0 +1,121 @@
+//! Elementary functions on vectors.
+
+use super::simd::{Scalar8, Simd};
+
+/// Pointwise activation functions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Activation {
+    /// x · sigmoid(x).
+    Silu,
+    /// x · Φ(x), with erf.
+    Gelu,
+    /// The tanh approximation of gelu, 0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³))).
+    GeluTanh,
+    /// max(x, 0).
+    Relu,
+    /// max(x, 0)².
+    Relu2,
+}
+
+/// The activation of one value, by the same arithmetic as the kernels' portable path.
+pub fn activate(act: Activation, x: f32) -> f32 {
+    act_v::<Scalar8>(act, [x; 8])[0]
+}
+
+/// e^x to about 1 ulp; 0 below -87. Range reduction by ln 2 in two parts and the degree-5 minimax
+/// polynomial of Cephes' `expf`. e^0 is exactly 1.
+#[inline(always)]
+pub(crate) fn exp<S: Simd>(x: S::V) -> S::V {
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    let floor = S::splat(-87.0);
+    let clamped = S::max(x, floor);
+    let n = S::round(S::mul(clamped, S::splat(std::f32::consts::LOG2_E)));
+    // The largest finite results lie below 2^128 = 2 · 2^127.
+    let n = S::sub(
+        S::splat(0.0),
+        S::max(S::sub(S::splat(0.0), n), S::splat(-127.0)),
+    );
+    let r = S::fma(n, S::splat(-LN2_HIGH), clamped);
+    let r = S::fma(n, S::splat(-LN2_LOW), r);
+    let mut p = S::splat(1.987_569_1e-4);
+    for c in [
+        1.398_199_9e-3,
+        8.333_452e-3,
+        4.166_579_6e-2,
+        1.666_666_5e-1,
+        0.5,
+    ] {
+        p = S::fma(p, r, S::splat(c));
+    }
+    let p = S::add(S::fma(p, S::mul(r, r), r), S::splat(1.0));
+    S::keep_if_gt(S::scale2(p, n), x, floor)
+}
+
+#[inline(always)]
+fn sigmoid<S: Simd>(x: S::V) -> S::V {
+    let e = exp::<S>(S::sub(S::splat(0.0), x));
+    S::div(S::splat(1.0), S::add(S::splat(1.0), e))
+}
+
+#[inline(always)]
+pub(crate) fn silu<S: Simd>(x: S::V) -> S::V {
+    S::mul(x, sigmoid::<S>(x))
+}
+
+/// tanh(x) = 2 sigmoid(2x) - 1.
+#[inline(always)]
+pub(crate) fn tanh<S: Simd>(x: S::V) -> S::V {
+    S::sub(
+        S::mul(S::splat(2.0), sigmoid::<S>(S::add(x, x))),
+        S::splat(1.0),
+    )
+}
+
+/// Gaussian distribution function by erfc(z) = t exp(-z² + P(t)), t = 1 / (1 + z/2), z = |x|/√2,
+/// relative error 1.2e-7 (the Chebyshev fit of Press et al., Numerical Recipes, section 6.2).
+#[inline(always)]
+fn gelu_erf<S: Simd>(x: S::V) -> S::V {
+    let zero = S::splat(0.0);
+    let magnitude = S::max(x, S::sub(zero, x));
+    let z = S::mul(magnitude, S::splat(std::f32::consts::FRAC_1_SQRT_2));
+    let t = S::div(S::splat(1.0), S::fma(S::splat(0.5), z, S::splat(1.0)));
+    let mut p = S::splat(0.170_872_77);
+    for c in [
+        -0.822_152_23,
+        1.488_515_87,
+        -1.135_203_98,
+        0.278_868_07,
+        -0.186_288_06,
+        0.096_784_18,
+        0.374_091_96,
+        1.000_023_68,
+        -1.265_512_23,
+    ] {
+        p = S::fma(p, t, S::splat(c));
+    }
+    let erfc = S::mul(t, exp::<S>(S::fma(S::sub(zero, z), z, p)));
+    let tail = S::mul(S::splat(0.5), erfc);
+    // x Φ(x) = x - x tail for x > 0, x tail otherwise.
+    S::sub(S::max(x, zero), S::mul(magnitude, tail))
+}
+
+#[inline(always)]
+pub(crate) fn act_v<S: Simd>(act: Activation, x: S::V) -> S::V {
+    let zero = S::splat(0.0);
+    match act {
+        Activation::Silu => silu::<S>(x),
+        Activation::Gelu => gelu_erf::<S>(x),
+        Activation::GeluTanh => {
+            let cubic = S::mul(S::mul(x, x), S::mul(x, S::splat(0.044_715)));
+            let inner = S::mul(S::splat(0.797_884_6), S::add(x, cubic));
+            // 0.5 x (1 + tanh(u)) = x sigmoid(2u).
+            S::mul(x, sigmoid::<S>(S::add(inner, inner)))
+        }
+        Activation::Relu => S::max(x, zero),
+        Activation::Relu2 => {
+            let positive = S::max(x, zero);
+            S::mul(positive, positive)
+        }
+    }
+}

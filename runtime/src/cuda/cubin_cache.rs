@@ -1,0 +1,359 @@
+//! Compiled modules on disk, so that a second start compiles nothing.
+//!
+//! One file a module, named by the hash of source, options, NVRTC version and architecture (a cubin does not depend
+//! on the driver). A file is one line of JSON and the cubin. Files are written under another name and renamed, so a
+//! reader sees all or nothing; a checksum finds what a crash or a disk did to them, and such files are rebuilt. The
+//! folder is kept under a size by removing the files that were used longest ago.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
+
+use serde::{Deserialize, Serialize};
+
+use super::CudaError;
+use super::nvrtc::{self, ARCH, Compiled, KernelResources, Source};
+
+/// Bytes that the folder may hold by default.
+pub const DEFAULT_LIMIT: u64 = 512 << 20;
+/// Changes with the format of the files.
+const FORMAT: u32 = 1;
+const EXTENSION: &str = "cubin";
+
+/// A folder of compiled modules.
+#[derive(Debug, Clone)]
+pub struct CubinCache {
+    dir: PathBuf,
+    limit: u64,
+    nvrtc: (i32, i32),
+}
+
+/// The first line of a file.
+#[derive(Serialize, Deserialize)]
+struct Header {
+    format: u32,
+    name: String,
+    options: Vec<String>,
+    nvrtc: (i32, i32),
+    arch: String,
+    source_bytes: usize,
+    cubin_bytes: usize,
+    checksum: u64,
+    log: String,
+    resources: Vec<KernelResources>,
+}
+
+impl CubinCache {
+    /// Opens or creates the folder `dir`, for modules of the NVRTC version in use.
+    ///
+    /// # Errors
+    /// The folder cannot be created; NVRTC is absent.
+    pub fn open(dir: impl Into<PathBuf>, limit: u64) -> Result<Self, CudaError> {
+        Self::with_version(dir.into(), limit, nvrtc::version()?)
+    }
+
+    fn with_version(dir: PathBuf, limit: u64, nvrtc: (i32, i32)) -> Result<Self, CudaError> {
+        std::fs::create_dir_all(&dir).map_err(|source| CudaError::Io {
+            path: dir.clone(),
+            source,
+        })?;
+        Ok(CubinCache { dir, limit, nvrtc })
+    }
+
+    /// Where the cache lies: in the workspace if there is one, else in the user's cache folder.
+    pub fn default_dir(workspace: Option<&Path>) -> PathBuf {
+        let absolute = |variable| {
+            std::env::var_os(variable)
+                .map(PathBuf::from)
+                .filter(|p| p.is_absolute())
+        };
+        let base = match workspace {
+            Some(workspace) => workspace.to_owned(),
+            None => absolute("XDG_CACHE_HOME")
+                .or_else(|| absolute("HOME").map(|home| home.join(".cache")))
+                .unwrap_or_else(std::env::temp_dir)
+                .join("lathe"),
+        };
+        base.join("cubins")
+    }
+
+    /// The folder.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The module from the cache, or compiled and put there.
+    ///
+    /// # Errors
+    /// As [`nvrtc::compile`]; a cache that cannot be written is only warned of.
+    pub fn get_or_compile(
+        &self,
+        source: &Source,
+        failed_dir: &Path,
+    ) -> Result<Compiled, CudaError> {
+        if let Some(compiled) = self.get(source) {
+            return Ok(compiled);
+        }
+        let compiled = nvrtc::compile(source, failed_dir)?;
+        if let Err(error) = self.put(source, &compiled) {
+            tracing::warn!(
+                "{}: cannot cache {}: {error}",
+                self.dir.display(),
+                source.name
+            );
+        }
+        Ok(compiled)
+    }
+
+    /// The module, if the cache has it undamaged.
+    pub fn get(&self, source: &Source) -> Option<Compiled> {
+        let path = self.path(source);
+        let bytes = std::fs::read(&path).ok()?;
+        let Some(compiled) = self.decode(source, &bytes) else {
+            tracing::warn!("{}: damaged, compiled anew", path.display());
+            return None;
+        };
+        // Its time of use, for `trim`; failing to set it only makes the file look older.
+        let touched = std::fs::File::options()
+            .append(true)
+            .open(&path)
+            .and_then(|f| f.set_modified(SystemTime::now()));
+        if let Err(error) = touched {
+            tracing::debug!("{}: {error}", path.display());
+        }
+        Some(compiled)
+    }
+
+    fn decode(&self, source: &Source, bytes: &[u8]) -> Option<Compiled> {
+        let end = bytes.iter().position(|&b| b == b'\n')?;
+        let (line, cubin) = (&bytes[..end], &bytes[end + 1..]);
+        let header: Header = serde_json::from_slice(line).ok()?;
+        let is_same = header.format == FORMAT
+            && header.nvrtc == self.nvrtc
+            && header.arch == ARCH
+            && header.options == source.all_options()
+            && header.source_bytes == source.text.len()
+            && header.cubin_bytes == cubin.len()
+            && header.checksum == checksum(cubin);
+        is_same.then(|| Compiled {
+            name: source.name.clone(),
+            cubin: cubin.to_vec(),
+            log: header.log,
+            resources: header.resources,
+            duration: Duration::ZERO,
+            cached: true,
+        })
+    }
+
+    fn put(&self, source: &Source, compiled: &Compiled) -> std::io::Result<()> {
+        static COUNTER: AtomicU64 = AtomicU64::new(0);
+        let header = Header {
+            format: FORMAT,
+            name: source.name.clone(),
+            options: source.all_options(),
+            nvrtc: self.nvrtc,
+            arch: ARCH.to_owned(),
+            source_bytes: source.text.len(),
+            cubin_bytes: compiled.cubin.len(),
+            checksum: checksum(&compiled.cubin),
+            log: compiled.log.clone(),
+            resources: compiled.resources.clone(),
+        };
+        let unique = COUNTER.fetch_add(1, Ordering::Relaxed);
+        let temporary = self.dir.join(format!(
+            "{:016x}.{}.{unique}.tmp",
+            self.key(source).0,
+            std::process::id()
+        ));
+        let write = || -> std::io::Result<()> {
+            let mut file = std::fs::File::create(&temporary)?;
+            file.write_all(serde_json::to_string(&header)?.as_bytes())?;
+            file.write_all(b"\n")?;
+            file.write_all(&compiled.cubin)?;
+            drop(file);
+            std::fs::rename(&temporary, self.path(source))
+        };
+        write().inspect_err(|_| {
+            let _ = std::fs::remove_file(&temporary);
+        })?;
+        self.trim()
+    }
+
+    /// Removes the files used longest ago until the folder is below its limit, and temporary files that a killed
+    /// process left behind.
+    fn trim(&self) -> std::io::Result<()> {
+        let mut files = Vec::new();
+        for entry in std::fs::read_dir(&self.dir)?.flatten() {
+            let (path, Ok(meta)) = (entry.path(), entry.metadata()) else {
+                continue;
+            };
+            let modified = meta.modified().unwrap_or(SystemTime::UNIX_EPOCH);
+            match path.extension().and_then(|e| e.to_str()) {
+                Some(EXTENSION) => files.push((modified, path, meta.len())),
+                Some("tmp")
+                    if modified
+                        .elapsed()
+                        .is_ok_and(|age| age > Duration::from_secs(3600)) =>
+                {
+                    // Another process may have removed it already.
+                    let _ = std::fs::remove_file(&path);
+                }
+                _ => {}
+            }
+        }
+        files.sort();
+        let mut total: u64 = files.iter().map(|f| f.2).sum();
+        for (_, path, bytes) in files {
+            if total <= self.limit {
+                break;
+            }
+            let _ = std::fs::remove_file(&path);
+            total -= bytes;
+        }
+        Ok(())
+    }
+
+    fn path(&self, source: &Source) -> PathBuf {
+        let (a, b) = self.key(source);
+        self.dir.join(format!("{a:016x}{b:016x}.{EXTENSION}"))
+    }
+
+    /// 128 bits of source, options, version and architecture. The hasher may change with the standard library;
+    /// then old entries are simply not found.
+    fn key(&self, source: &Source) -> (u64, u64) {
+        let half = |salt: u64| {
+            let mut hasher = DefaultHasher::new();
+            (
+                salt,
+                FORMAT,
+                &source.text,
+                source.all_options(),
+                self.nvrtc,
+                ARCH,
+            )
+                .hash(&mut hasher);
+            hasher.finish()
+        };
+        (half(0x6C61), half(0x7468))
+    }
+}
+
+/// FNV-1a over 8-byte words, then the rest: finds damage, protects from nothing else.
+fn checksum(bytes: &[u8]) -> u64 {
+    let step = |h: u64, v: u64| (h ^ v).wrapping_mul(0x0000_0100_0000_01B3).rotate_left(23);
+    let (words, rest) = bytes.as_chunks::<8>();
+    let h = words.iter().fold(0xCBF2_9CE4_8422_2325, |h, w| {
+        step(h, u64::from_le_bytes(*w))
+    });
+    rest.iter()
+        .fold(step(h, bytes.len() as u64), |h, &b| step(h, u64::from(b)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn compiled(name: &str, bytes: usize) -> Compiled {
+        Compiled {
+            name: name.into(),
+            cubin: (0..bytes).map(|i| (i * 7) as u8).collect(),
+            log: "ptxas info\nsecond line".into(),
+            resources: vec![KernelResources {
+                kernel: name.into(),
+                registers: 40,
+                ..Default::default()
+            }],
+            duration: Duration::from_millis(5),
+            cached: false,
+        }
+    }
+
+    fn cache(dir: &Path, limit: u64, version: (i32, i32)) -> CubinCache {
+        CubinCache::with_version(dir.to_owned(), limit, version).unwrap()
+    }
+
+    #[test]
+    fn entries_come_back_for_the_same_key_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let cubins = cache(dir.path(), DEFAULT_LIMIT, (13, 0));
+        let source = Source::new("k", "text");
+        assert!(cubins.get(&source).is_none());
+        let module = compiled("k", 1003);
+        cubins.put(&source, &module).unwrap();
+        let found = cubins.get(&source).unwrap();
+        assert_eq!(
+            found,
+            Compiled {
+                duration: Duration::ZERO,
+                cached: true,
+                ..module
+            }
+        );
+        let other = [
+            Source {
+                text: "texu".into(),
+                ..source.clone()
+            },
+            Source {
+                options: vec!["--use_fast_math".into()],
+                ..source.clone()
+            },
+        ];
+        assert!(other.iter().all(|s| cubins.get(s).is_none()));
+        assert!(
+            cache(dir.path(), DEFAULT_LIMIT, (13, 1))
+                .get(&source)
+                .is_none()
+        );
+    }
+
+    #[test]
+    fn damaged_entries_are_not_used() {
+        let dir = tempfile::tempdir().unwrap();
+        let cubins = cache(dir.path(), DEFAULT_LIMIT, (13, 0));
+        let source = Source::new("k", "text");
+        cubins.put(&source, &compiled("k", 1003)).unwrap();
+        let path = cubins.path(&source);
+        let whole = std::fs::read(&path).unwrap();
+        for cut in [0, 5, whole.len() - 1003, whole.len() - 1] {
+            std::fs::write(&path, &whole[..cut]).unwrap();
+            assert!(cubins.get(&source).is_none(), "cut at {cut}");
+        }
+        for at in [0, whole.len() - 1003, whole.len() - 1] {
+            let mut bytes = whole.clone();
+            bytes[at] ^= 0x40;
+            std::fs::write(&path, bytes).unwrap();
+            assert!(cubins.get(&source).is_none(), "flip at {at}");
+        }
+        cubins.put(&source, &compiled("k", 1003)).unwrap();
+        assert!(cubins.get(&source).is_some());
+    }
+
+    #[test]
+    fn the_oldest_entries_go_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let cubins = cache(dir.path(), 40_000, (13, 0));
+        let sources: Vec<Source> = (0..4)
+            .map(|i| Source::new(format!("k{i}"), format!("text {i}")))
+            .collect();
+        let age = |source: &Source, seconds: u64| {
+            let file = std::fs::File::options()
+                .append(true)
+                .open(cubins.path(source))
+                .unwrap();
+            file.set_modified(SystemTime::now() - Duration::from_secs(seconds))
+                .unwrap();
+        };
+        for (i, source) in sources[..3].iter().enumerate() {
+            cubins.put(source, &compiled("k", 12_000)).unwrap();
+            age(source, 1000 - i as u64);
+        }
+        // Used now, so the second oldest has to go.
+        assert!(cubins.get(&sources[0]).is_some());
+        cubins.put(&sources[3], &compiled("k", 12_000)).unwrap();
+        let kept: Vec<bool> = sources.iter().map(|s| cubins.path(s).exists()).collect();
+        assert_eq!(kept, [true, false, true, true]);
+    }
+}

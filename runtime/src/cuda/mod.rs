@@ -1,0 +1,32 @@
+//! The CUDA substrate: everything between a plan's CUDA C and a running step on an H100.
+//!
+//! All libraries are loaded at run time. Nothing here is needed to build, and nothing panics when the driver,
+//! NVRTC or cuBLASLt is absent: [`library::ensure`] is called first and its error says where it looked.
+//!
+//! | module | job |
+//! |---|---|
+//! | [`library`] | finds and loads the shared libraries |
+//! | [`nvrtc`], [`cubin_cache`] | CUDA C to cubins, in parallel, once |
+//! | [`driver`] | device, streams, events, modules |
+//! | [`launch`] | kernel launches with clusters and programmatic dependent launch |
+//! | [`memory`] | arenas checked before they are allocated, pinned host memory |
+//! | [`tensor_map`] | descriptors of the tensor memory accelerator |
+//! | [`graph`], [`timing`] | CUDA graphs, and how long things take |
+//! | [`upload`] | weights into their packed layout on the device |
+//! | [`cublaslt`] | the vendor's GEMM, for comparison and on request |
+
+pub mod cubin_cache;
+pub mod cublaslt;
+pub mod driver;
+mod error;
+pub mod graph;
+pub mod launch;
+pub mod library;
+pub mod memory;
+pub mod nvrtc;
+pub mod tensor_map;
+pub mod timing;
+pub mod upload;
+
+pub use cudarc::driver::sys::CUdeviceptr as DevicePtr;
+pub use error::{CompileFailure, CudaError};

@@ -1,0 +1,198 @@
+//! A checkpoint folder: `model.safetensors`, or shards named by `model.safetensors.index.json`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use memmap2::Mmap;
+use serde::Deserialize;
+
+use super::{TensorData, TensorInfo, WeightSource, WeightsError, parse_header};
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// An open checkpoint. Its files are mapped, not read: opening costs the headers only.
+#[derive(Debug)]
+pub struct Checkpoint {
+    folder: PathBuf,
+    shards: Vec<Shard>,
+    tensors: BTreeMap<String, Located>,
+}
+
+#[derive(Debug)]
+struct Shard {
+    file: File,
+    map: Mmap,
+}
+
+#[derive(Debug)]
+struct Located {
+    info: TensorInfo,
+    shard: usize,
+    start: usize,
+    end: usize,
+}
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+impl Checkpoint {
+    /// Opens the weights in `folder`. A single file wins over an index, as in transformers.
+    ///
+    /// # Errors
+    /// No weights, unreadable files, invalid headers, a malformed index, absent shards, tensors that the index
+    /// places wrongly, a tensor in two shards.
+    pub fn open(folder: &Path) -> Result<Self, WeightsError> {
+        let mut checkpoint = Checkpoint {
+            folder: folder.to_owned(),
+            shards: Vec::new(),
+            tensors: BTreeMap::new(),
+        };
+        let (single, index) = (folder.join(SINGLE), folder.join(INDEX));
+        if single.exists() {
+            checkpoint.add_shard(&single)?;
+        } else if index.exists() {
+            checkpoint.open_sharded(&index)?;
+        } else {
+            let pickled = ["pytorch_model.bin", "pytorch_model.bin.index.json"];
+            let hint = if pickled.iter().any(|name| folder.join(name).exists()) {
+                "; pytorch_model.bin is not read, convert it to safetensors"
+            } else {
+                ""
+            };
+            return Err(WeightsError::NoWeights {
+                folder: folder.to_owned(),
+                hint,
+            });
+        }
+        Ok(checkpoint)
+    }
+
+    /// Bytes of all tensors.
+    pub fn bytes(&self) -> u64 {
+        self.tensors
+            .values()
+            .map(|t| (t.end - t.start) as u64)
+            .sum()
+    }
+
+    fn open_sharded(&mut self, path: &Path) -> Result<(), WeightsError> {
+        let bad = |reason: String| WeightsError::Index {
+            path: path.to_owned(),
+            reason,
+        };
+        let text = std::fs::read(path).map_err(|source| WeightsError::Io {
+            path: path.to_owned(),
+            source,
+        })?;
+        let index: Index =
+            serde_json::from_slice(&text).map_err(|e| bad(format!("malformed index: {e}")))?;
+        let files: BTreeSet<&str> = index.weight_map.values().map(String::as_str).collect();
+        // A shard lies in the folder itself; a name with separators could reach any file of the machine.
+        if let Some(file) = files
+            .iter()
+            .find(|f| Path::new(f).file_name().is_none_or(|n| n != **f))
+        {
+            return Err(bad(format!("shard {file:?} is not a plain file name")));
+        }
+        let is_absent = |file: &&&str| !self.folder.join(file).is_file();
+        let absent: Vec<String> = files
+            .iter()
+            .filter(is_absent)
+            .map(|f| f.to_string())
+            .collect();
+        if !absent.is_empty() {
+            return Err(WeightsError::AbsentShards {
+                path: path.to_owned(),
+                files: absent,
+            });
+        }
+        let mut shard_of = BTreeMap::new();
+        for file in files {
+            shard_of.insert(file, self.add_shard(&self.folder.join(file))?);
+        }
+        let is_misplaced = |(name, file): &(&String, &String)| {
+            self.tensors
+                .get(*name)
+                .is_none_or(|t| t.shard != shard_of[file.as_str()])
+        };
+        let misplaced: Vec<String> = index
+            .weight_map
+            .iter()
+            .filter(is_misplaced)
+            .map(|(name, file)| format!("{name} in {file}"))
+            .collect();
+        if misplaced.is_empty() {
+            Ok(())
+        } else {
+            Err(bad(format!(
+                "tensors that are not where the index says: {}",
+                misplaced.join(", ")
+            )))
+        }
+    }
+
+    /// Maps a file and adds its tensors; returns the shard's number.
+    fn add_shard(&mut self, path: &Path) -> Result<usize, WeightsError> {
+        let io = |source| WeightsError::Io {
+            path: path.to_owned(),
+            source,
+        };
+        let bad = |reason| WeightsError::Header {
+            path: path.to_owned(),
+            reason,
+        };
+        let file = File::open(path).map_err(io)?;
+        if file.metadata().map_err(io)?.len() == 0 {
+            return Err(bad("it is empty".into()));
+        }
+        // SAFETY: the mapping is read-only and private to this process. As with every reader of mapped
+        // checkpoints, the file must not be shortened while it is open; all offsets were checked against the
+        // length that was mapped, and no value read from it is trusted to be in range of anything.
+        let map = unsafe { Mmap::map(&file) }.map_err(io)?;
+        let shard = self.shards.len();
+        for entry in parse_header(&map).map_err(bad)? {
+            let located = Located {
+                info: entry.info,
+                shard,
+                start: entry.start,
+                end: entry.end,
+            };
+            if self.tensors.insert(entry.name.clone(), located).is_some() {
+                return Err(bad(format!(
+                    "tensor {} is in another shard too",
+                    entry.name
+                )));
+            }
+        }
+        self.shards.push(Shard { file, map });
+        Ok(shard)
+    }
+}
+
+impl WeightSource for Checkpoint {
+    fn describe(&self) -> String {
+        self.folder.display().to_string()
+    }
+
+    fn names(&self) -> Vec<&str> {
+        self.tensors.keys().map(String::as_str).collect()
+    }
+
+    fn info(&self, name: &str) -> Option<&TensorInfo> {
+        self.tensors.get(name).map(|t| &t.info)
+    }
+
+    fn data(&self, name: &str) -> Option<TensorData<'_>> {
+        self.tensors.get(name).map(|t| {
+            let shard = &self.shards[t.shard];
+            TensorData::Stored {
+                bytes: &shard.map[t.start..t.end],
+                file: Some((&shard.file, t.start as u64)),
+            }
+        })
+    }
+}

@@ -1,0 +1,516 @@
+//! Benchmark datasets: JSON lines with `task_id`, `output_tokens` and token ids or a prompt.
+
+use std::io::BufRead;
+use std::path::Path;
+
+use lathe_runtime::text::TextTokenizer;
+use serde::{Deserialize, Serialize};
+
+use super::metrics::PercentileStats;
+
+/// One request of a dataset.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Request {
+    /// The request's id in the dataset; need not be unique.
+    pub task_id: i64,
+    /// Prompt tokens.
+    pub input_ids: Vec<u32>,
+    /// Tokens to generate.
+    pub output_tokens: u32,
+}
+
+/// The requests of a dataset in file order.
+#[derive(Debug, Clone)]
+pub struct Dataset {
+    /// Where it came from, for reports and messages; `-` is stdin.
+    pub path: String,
+    /// The requests.
+    pub requests: Vec<Request>,
+}
+
+/// How to read a dataset.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct ReadOptions<'a> {
+    /// Read only so many requests; 0 reads all.
+    pub num_requests: usize,
+    /// Refuse token ids of this value or above.
+    pub vocab_size: Option<usize>,
+    /// Tokenizer for lines with text in `prompt`.
+    pub tokenizer: Option<&'a TextTokenizer>,
+}
+
+/// A line that is no request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LineProblem {
+    /// 1-based line number.
+    pub line: usize,
+    /// What is wrong with it.
+    pub reason: String,
+}
+
+/// Why a dataset cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum DatasetError {
+    /// The file could not be read.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file.
+        path: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// Lines that are no requests, or requests that do not fit.
+    #[error("{}", list_problems(path, problems))]
+    Lines {
+        /// The file.
+        path: String,
+        /// Every bad line.
+        problems: Vec<LineProblem>,
+    },
+    /// Requests that no sequence can hold.
+    #[error("{}", list_too_long(path, *max_seq_len, requests))]
+    TooLong {
+        /// The file.
+        path: String,
+        /// The limit.
+        max_seq_len: usize,
+        /// Index, prompt tokens and output tokens of each.
+        requests: Vec<(usize, usize, usize)>,
+    },
+    /// No request at all.
+    #[error("{path}: no requests in this dataset")]
+    Empty {
+        /// The file.
+        path: String,
+    },
+}
+
+/// At most so many bad lines are printed; the rest is counted.
+const MAX_LISTED: usize = 10;
+
+fn list_problems(path: &str, problems: &[LineProblem]) -> String {
+    let mut lines: Vec<String> = problems
+        .iter()
+        .take(MAX_LISTED)
+        .map(|problem| format!("{path}:{}: {}", problem.line, problem.reason))
+        .collect();
+    if problems.len() > MAX_LISTED {
+        lines.push(format!(
+            "{path}: {} more bad lines",
+            problems.len() - MAX_LISTED
+        ));
+    }
+    lines.join("\n")
+}
+
+fn list_too_long(path: &str, max_seq_len: usize, requests: &[(usize, usize, usize)]) -> String {
+    let mut lines: Vec<String> = requests
+        .iter()
+        .take(MAX_LISTED)
+        .map(|(index, isl, osl)| {
+            let total = isl + osl;
+            format!("{path}: request {index}: {isl} input + {osl} output tokens are {total}, max_seq_len is {max_seq_len}")
+        })
+        .collect();
+    if requests.len() > MAX_LISTED {
+        lines.push(format!(
+            "{path}: {} more requests are too long",
+            requests.len() - MAX_LISTED
+        ));
+    }
+    lines.join("\n")
+}
+
+/// A line as it is written; which fields may go together is checked afterwards.
+#[derive(Deserialize)]
+struct Line {
+    task_id: Option<i64>,
+    /// `logits` is the name that an old dataset tool used.
+    #[serde(alias = "logits")]
+    input_ids: Option<Vec<i64>>,
+    prompt: Option<String>,
+    output_tokens: Option<i64>,
+    lora_request: Option<serde_json::Value>,
+    media_paths: Option<serde_json::Value>,
+    turns: Option<Vec<String>>,
+}
+
+impl Dataset {
+    /// Reads a JSONL file, or stdin when `path` is `-`. Reports every bad line.
+    pub fn read(path: &Path, options: ReadOptions<'_>) -> Result<Self, DatasetError> {
+        let name = path.display().to_string();
+        if name == "-" {
+            return Self::from_reader("-", std::io::stdin().lock(), options);
+        }
+        let io_error = |source| DatasetError::Io {
+            path: name.clone(),
+            source,
+        };
+        let file = std::fs::File::open(path).map_err(io_error)?;
+        if file.metadata().map_err(io_error)?.is_dir() {
+            return Err(io_error(std::io::Error::other(
+                "is a folder, expected a JSONL file",
+            )));
+        }
+        Self::from_reader(&name, std::io::BufReader::new(file), options)
+    }
+
+    /// Reads JSON lines; `path` is only the name used in messages.
+    pub fn from_reader(
+        path: &str,
+        mut reader: impl BufRead,
+        options: ReadOptions<'_>,
+    ) -> Result<Self, DatasetError> {
+        let mut requests = Vec::new();
+        let mut problems = Vec::new();
+        let mut bytes = Vec::new();
+        for line in 1.. {
+            bytes.clear();
+            let io_error = |source| DatasetError::Io {
+                path: path.into(),
+                source,
+            };
+            if reader.read_until(b'\n', &mut bytes).map_err(io_error)? == 0 {
+                break;
+            }
+            if bytes.trim_ascii().is_empty() {
+                continue;
+            }
+            match parse_line(bytes.trim_ascii(), options) {
+                Ok(request) => requests.push(request),
+                Err(reason) => problems.push(LineProblem { line, reason }),
+            }
+            if options.num_requests > 0 && requests.len() + problems.len() >= options.num_requests {
+                break;
+            }
+        }
+        if !problems.is_empty() {
+            return Err(DatasetError::Lines {
+                path: path.into(),
+                problems,
+            });
+        }
+        if requests.is_empty() {
+            return Err(DatasetError::Empty { path: path.into() });
+        }
+        Ok(Self {
+            path: path.into(),
+            requests,
+        })
+    }
+
+    /// Checks that every request fits into `max_seq_len` tokens; lists those that do not.
+    pub fn check_lengths(&self, max_seq_len: usize) -> Result<(), DatasetError> {
+        let requests: Vec<_> = self
+            .requests
+            .iter()
+            .enumerate()
+            .filter(|(_, request)| request.total_tokens() > max_seq_len)
+            .map(|(index, request)| {
+                (
+                    index,
+                    request.input_ids.len(),
+                    request.output_tokens as usize,
+                )
+            })
+            .collect();
+        if requests.is_empty() {
+            return Ok(());
+        }
+        Err(DatasetError::TooLong {
+            path: self.path.clone(),
+            max_seq_len,
+            requests,
+        })
+    }
+
+    /// Length statistics, as the report prints them.
+    pub fn stats(&self) -> DatasetStats {
+        let of = |length: fn(&Request) -> usize| {
+            let lengths: Vec<f64> = self
+                .requests
+                .iter()
+                .map(|request| length(request) as f64)
+                .collect();
+            PercentileStats::of(&lengths)
+        };
+        let isl_stats = of(|request| request.input_ids.len());
+        let osl_stats = of(|request| request.output_tokens as usize);
+        let seq_len_stats = of(Request::total_tokens);
+        DatasetStats {
+            isl_stats,
+            osl_stats,
+            seq_len_stats,
+            num_requests: self.requests.len(),
+            dataset_path: self.path.clone(),
+            max_isl: isl_stats.maximum as usize,
+            max_osl: osl_stats.maximum as usize,
+            max_sequence_length: seq_len_stats.maximum as usize,
+            avg_isl: isl_stats.average,
+            avg_osl: osl_stats.average,
+            avg_sequence_length: seq_len_stats.average,
+        }
+    }
+}
+
+impl Request {
+    /// Prompt and generated tokens together.
+    pub fn total_tokens(&self) -> usize {
+        self.input_ids.len() + self.output_tokens as usize
+    }
+}
+
+/// Length statistics of a dataset; the keys are trtllm-bench's.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct DatasetStats {
+    /// Prompt tokens.
+    pub isl_stats: PercentileStats,
+    /// Tokens to generate.
+    pub osl_stats: PercentileStats,
+    /// Their sum.
+    pub seq_len_stats: PercentileStats,
+    /// Requests.
+    pub num_requests: usize,
+    /// The file.
+    pub dataset_path: String,
+    /// Longest prompt.
+    pub max_isl: usize,
+    /// Longest output.
+    pub max_osl: usize,
+    /// Longest sum of both.
+    pub max_sequence_length: usize,
+    /// Mean prompt length.
+    pub avg_isl: f64,
+    /// Mean output length.
+    pub avg_osl: f64,
+    /// Mean of the sum.
+    pub avg_sequence_length: f64,
+}
+
+fn parse_line(bytes: &[u8], options: ReadOptions<'_>) -> Result<Request, String> {
+    let line: Line = serde_json::from_slice(bytes).map_err(json_reason)?;
+    let missing: Vec<&str> = [
+        ("task_id", line.task_id.is_none()),
+        ("output_tokens", line.output_tokens.is_none()),
+    ]
+    .into_iter()
+    .filter_map(|(field, is_missing)| is_missing.then_some(field))
+    .collect();
+    let (Some(task_id), Some(output_tokens)) = (line.task_id, line.output_tokens) else {
+        return Err(format!("{} missing", missing.join(" and ")));
+    };
+    let is_set = |value: &Option<serde_json::Value>| {
+        value.as_ref().is_some_and(|value| {
+            !value.is_null() && value.as_array().is_none_or(|list| !list.is_empty())
+        })
+    };
+    if is_set(&line.lora_request) {
+        return Err("lora_request is not supported".into());
+    }
+    if is_set(&line.media_paths) {
+        return Err("media_paths is not supported (text only)".into());
+    }
+    let output_tokens = u32::try_from(output_tokens)
+        .ok()
+        .filter(|&n| n > 0)
+        .ok_or_else(|| format!("output_tokens is {output_tokens}, expected 1 or more"))?;
+    let input_ids = match (line.input_ids, line.prompt) {
+        (Some(ids), _) => check_ids(&ids, options.vocab_size)?,
+        (None, Some(prompt)) => {
+            let tokenizer = options.tokenizer.ok_or("prompt is text, but no tokenizer is loaded (the model folder needs tokenizer.json)")?;
+            tokenizer
+                .encode(&prompt, true)
+                .map_err(|error| error.to_string())?
+        }
+        (None, None) if line.turns.is_some() => {
+            return Err("turns (multi-turn requests) is not supported".into());
+        }
+        (None, None) => return Err("neither input_ids nor prompt is given".into()),
+    };
+    if input_ids.is_empty() {
+        return Err("the prompt has no tokens".into());
+    }
+    Ok(Request {
+        task_id,
+        input_ids,
+        output_tokens,
+    })
+}
+
+fn check_ids(ids: &[i64], vocab_size: Option<usize>) -> Result<Vec<u32>, String> {
+    let limit = vocab_size.map_or(i64::from(u32::MAX), |size| {
+        i64::try_from(size).unwrap_or(i64::MAX)
+    });
+    match ids.iter().position(|id| !(0..limit).contains(id)) {
+        Some(at) => Err(match vocab_size {
+            Some(size) => format!(
+                "token id {} at index {at} is outside the vocabulary of {size}",
+                ids[at]
+            ),
+            None => format!("token id {} at index {at} is no token id", ids[at]),
+        }),
+        None => Ok(ids.iter().map(|&id| id as u32).collect()),
+    }
+}
+
+/// The reason without serde_json's line number, which is always 1 here.
+fn json_reason(error: serde_json::Error) -> String {
+    let text = error.to_string();
+    let reason = text.split(" at line ").next().unwrap_or(&text);
+    if error.is_data() {
+        reason.to_owned()
+    } else {
+        format!("not valid JSON: {reason} (column {})", error.column())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str, options: ReadOptions<'_>) -> Result<Dataset, DatasetError> {
+        Dataset::from_reader("d.jsonl", text.as_bytes(), options)
+    }
+
+    #[test]
+    fn fields_and_aliases() {
+        let text = "{\"task_id\":4,\"input_ids\":[1,2,3],\"output_tokens\":2}\n\n\
+                    {\"task_id\":5,\"logits\":[7],\"output_tokens\":9,\"category\":\"x\",\"lora_request\":null}\r\n";
+        let dataset = read(text, ReadOptions::default()).unwrap();
+        let expected = [
+            Request {
+                task_id: 4,
+                input_ids: vec![1, 2, 3],
+                output_tokens: 2,
+            },
+            Request {
+                task_id: 5,
+                input_ids: vec![7],
+                output_tokens: 9,
+            },
+        ];
+        assert_eq!(dataset.requests, expected);
+        let stats = dataset.stats();
+        assert_eq!(
+            (stats.max_isl, stats.max_osl, stats.max_sequence_length),
+            (3, 9, 10)
+        );
+        assert_eq!(
+            (stats.avg_isl, stats.avg_osl, stats.avg_sequence_length),
+            (2.0, 5.5, 7.5)
+        );
+    }
+
+    #[test]
+    fn every_bad_line_is_listed() {
+        let text = "{\"task_id\":0,\"input_ids\":[1],\"output_tokens\":1}\n\
+                    {\"input_ids\":[1]}\n\
+                    {\"task_id\":1,\n\
+                    {\"task_id\":1,\"output_tokens\":1}\n\
+                    {\"task_id\":1,\"input_ids\":[50],\"output_tokens\":1}\n\
+                    {\"task_id\":1,\"input_ids\":[-1],\"output_tokens\":1}\n\
+                    {\"task_id\":1,\"prompt\":\"hi\",\"output_tokens\":1}\n\
+                    {\"task_id\":1,\"input_ids\":[],\"output_tokens\":1}\n\
+                    {\"task_id\":1,\"input_ids\":[1],\"output_tokens\":0}\n\
+                    {\"task_id\":1,\"input_ids\":[1],\"output_tokens\":1,\"lora_request\":{\"lora_name\":\"a\"}}\n\
+                    {\"task_id\":1,\"input_ids\":\"x\",\"output_tokens\":1}\n";
+        let error = read(
+            text,
+            ReadOptions {
+                vocab_size: Some(50),
+                ..ReadOptions::default()
+            },
+        )
+        .unwrap_err();
+        let expected = "d.jsonl:2: task_id and output_tokens missing
+d.jsonl:3: not valid JSON: EOF while parsing an object (column 13)
+d.jsonl:4: neither input_ids nor prompt is given
+d.jsonl:5: token id 50 at index 0 is outside the vocabulary of 50
+d.jsonl:6: token id -1 at index 0 is outside the vocabulary of 50
+d.jsonl:7: prompt is text, but no tokenizer is loaded (the model folder needs tokenizer.json)
+d.jsonl:8: the prompt has no tokens
+d.jsonl:9: output_tokens is 0, expected 1 or more
+d.jsonl:10: lora_request is not supported
+d.jsonl:11: invalid type: string \"x\", expected a sequence";
+        // serde_json's wording of the third is its own; the rest is ours.
+        let found = error.to_string();
+        for (found, expected) in found.lines().zip(expected.lines()) {
+            let same_place = found.split(": ").take(2).eq(expected.split(": ").take(2));
+            assert!(
+                found == expected || (found.starts_with("d.jsonl:3") && same_place),
+                "{found}\n{expected}"
+            );
+        }
+        assert_eq!(found.lines().count(), 10);
+    }
+
+    #[test]
+    fn many_bad_lines_are_counted() {
+        let error = read(&"x\n".repeat(25), ReadOptions::default())
+            .unwrap_err()
+            .to_string();
+        assert_eq!(error.lines().count(), 11);
+        assert!(error.ends_with("d.jsonl: 15 more bad lines"));
+    }
+
+    #[test]
+    fn num_requests_stops_before_later_lines() {
+        let text = "{\"task_id\":0,\"input_ids\":[1],\"output_tokens\":1}\nbad\n";
+        let options = ReadOptions {
+            num_requests: 1,
+            ..ReadOptions::default()
+        };
+        assert_eq!(read(text, options).unwrap().requests.len(), 1);
+    }
+
+    /// One token a letter; the file is written as the model folder's tokenizer.json.
+    #[test]
+    fn text_prompts_are_tokenised() {
+        let folder = tempfile::tempdir().unwrap();
+        let byte_level =
+            r#"{"type":"ByteLevel","add_prefix_space":false,"trim_offsets":true,"use_regex":true}"#;
+        let tokenizer = format!(
+            r#"{{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,
+            "pre_tokenizer":{byte_level},"post_processor":null,"decoder":{byte_level},
+            "model":{{"type":"BPE","dropout":null,"unk_token":null,"continuing_subword_prefix":null,
+            "end_of_word_suffix":null,"fuse_unk":false,"byte_fallback":false,"vocab":{{"a":0,"b":1}},"merges":[]}}}}"#
+        );
+        std::fs::write(folder.path().join("tokenizer.json"), tokenizer).unwrap();
+        let tokenizer = TextTokenizer::load(folder.path()).unwrap();
+        let options = ReadOptions {
+            tokenizer: Some(&tokenizer),
+            ..ReadOptions::default()
+        };
+        let text = "{\"task_id\":0,\"prompt\":\"abba\",\"output_tokens\":1}";
+        assert_eq!(
+            read(text, options).unwrap().requests[0].input_ids,
+            [0, 1, 1, 0]
+        );
+    }
+
+    #[test]
+    fn requests_that_are_too_long() {
+        let text = "{\"task_id\":0,\"input_ids\":[1,2],\"output_tokens\":2}\n{\"task_id\":1,\"input_ids\":[1,2],\"output_tokens\":3}\n";
+        let dataset = read(text, ReadOptions::default()).unwrap();
+        assert!(dataset.check_lengths(5).is_ok());
+        let error = dataset.check_lengths(4).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "d.jsonl: request 1: 2 input + 3 output tokens are 5, max_seq_len is 4"
+        );
+    }
+
+    #[test]
+    fn empty_and_absent_files() {
+        assert_eq!(
+            read("\n", ReadOptions::default()).unwrap_err().to_string(),
+            "d.jsonl: no requests in this dataset"
+        );
+        let error = Dataset::read(Path::new("/no/such.jsonl"), ReadOptions::default()).unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .starts_with("/no/such.jsonl: No such file")
+        );
+    }
+}

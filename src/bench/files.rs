@@ -1,0 +1,95 @@
+//! Output files that are either complete or absent.
+
+use std::io::{BufWriter, Write};
+use std::path::Path;
+
+use anyhow::Context;
+
+/// Writes a file through a temporary one beside it, so that a reader never sees half of it and a failure
+/// (a full disk) leaves what was there before. Something that is no regular file, such as /dev/stdout, is
+/// written to directly.
+pub fn write_atomically(
+    path: &Path,
+    write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
+) -> anyhow::Result<()> {
+    let outcome = match std::fs::metadata(path) {
+        Ok(metadata) if metadata.is_dir() => Err(std::io::Error::other("is a folder")),
+        Ok(metadata) if !metadata.is_file() => write_directly(path, write),
+        _ => write_beside(path, write),
+    };
+    outcome.with_context(|| format!("{} cannot be written", path.display()))
+}
+
+fn write_directly(
+    path: &Path,
+    write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
+) -> std::io::Result<()> {
+    let mut sink = BufWriter::new(std::fs::OpenOptions::new().write(true).open(path)?);
+    write(&mut sink)?;
+    sink.flush()
+}
+
+fn write_beside(
+    path: &Path,
+    write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
+) -> std::io::Result<()> {
+    let folder = path
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".lathe-");
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        // The umask takes off what the user does not want; tempfile's own default is 0600.
+        builder.permissions(std::fs::Permissions::from_mode(0o666));
+    }
+    let file = builder.tempfile_in(folder)?;
+    let mut sink = BufWriter::new(file);
+    write(&mut sink)?;
+    let file = sink
+        .into_inner()
+        .map_err(std::io::IntoInnerError::into_error)?;
+    file.persist(path).map_err(|error| error.error)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_leaves_the_old_file_and_no_other() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("report.json");
+        write_atomically(&path, |sink| sink.write_all(b"old")).unwrap();
+        let error = write_atomically(&path, |sink| {
+            sink.write_all(b"half")?;
+            Err(std::io::Error::from(std::io::ErrorKind::StorageFull))
+        })
+        .unwrap_err();
+        assert!(
+            format!("{error:#}").contains("report.json cannot be written: "),
+            "{error:#}"
+        );
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "old");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_missing_folder_is_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(write_atomically(&folder.path().join("none/x"), |_| Ok(())).is_err());
+        assert!(write_atomically(folder.path(), |_| Ok(())).is_err());
+    }
+
+    /// /dev/full stands for a full disk.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_full_disk_is_an_error() {
+        let error =
+            write_atomically(Path::new("/dev/full"), |sink| sink.write_all(b"x")).unwrap_err();
+        assert!(format!("{error:#}").contains("No space left"), "{error:#}");
+    }
+}

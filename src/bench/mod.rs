@@ -1,0 +1,11 @@
+//! The benchmark driver's parts that know no model: datasets, measurement and reports.
+
+pub mod dataset;
+pub mod files;
+pub mod metrics;
+pub mod prepare;
+pub mod report;
+mod report_json;
+mod report_text;
+pub mod tuning;
+pub mod warnings;

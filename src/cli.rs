@@ -1,0 +1,225 @@
+//! The command line: global options, the list of commands and the spelling rules that hold for all.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::{Args, CommandFactory, FromArgMatches, Parser, ValueEnum};
+
+use crate::cmd::Command;
+
+/// Compiles Hugging Face language models with an e-graph of tensor rewrites into CUDA C, and benchmarks the
+/// result.
+#[derive(Debug, Parser)]
+#[command(name = "lathe", version, propagate_version = true)]
+pub struct Cli {
+    /// Options that may stand before or after the command.
+    #[command(flatten)]
+    pub global: GlobalOptions,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Options of every command; they may stand before or after it.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Global options")]
+pub struct GlobalOptions {
+    /// Checkpoint folder, or a hub id that lies in the local Hugging Face cache
+    #[arg(short, long, global = true, value_name = "FOLDER|ID")]
+    pub model: Option<String>,
+    /// Checkpoint folder to read when --model only names the model
+    #[arg(long = "model_path", global = true, value_name = "FOLDER")]
+    pub model_path: Option<PathBuf>,
+    /// auto takes a usable CUDA GPU, else the CPU
+    #[arg(long, global = true, default_value_t, value_name = "auto|cpu|cuda[:N]")]
+    pub device: DeviceChoice,
+    /// Data type of weights and activations; auto is the checkpoint's
+    #[arg(long, global = true, value_enum, default_value_t)]
+    pub dtype: DtypeChoice,
+    /// GPUs to shard the model over
+    #[arg(long, global = true, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub tp: u32,
+    /// Least severity that is logged to stderr
+    #[arg(long = "log_level", global = true, value_enum, default_value_t)]
+    pub log_level: LogLevel,
+    /// Folder for intermediate files
+    #[arg(
+        short,
+        long,
+        global = true,
+        default_value = "/tmp",
+        value_name = "FOLDER"
+    )]
+    pub workspace: PathBuf,
+}
+
+/// `--device`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// A usable GPU, else the CPU.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// The CUDA device of this index.
+    Cuda(u32),
+}
+
+impl FromStr for DeviceChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            None if text == "auto" => Ok(Self::Auto),
+            None if text == "cpu" => Ok(Self::Cpu),
+            None if text == "cuda" => Ok(Self::Cuda(0)),
+            Some(("cuda", index)) if index.parse::<u32>().is_ok() => {
+                Ok(Self::Cuda(index.parse().unwrap_or(0)))
+            }
+            _ => Err("expected auto, cpu, cuda or cuda:N".into()),
+        }
+    }
+}
+
+impl fmt::Display for DeviceChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(index) => write!(f, "cuda:{index}"),
+        }
+    }
+}
+
+/// `--dtype`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "lower")]
+pub enum DtypeChoice {
+    /// What config.json says.
+    #[default]
+    Auto,
+    /// bf16.
+    #[value(alias = "bf16")]
+    Bfloat16,
+    /// f16.
+    #[value(aliases = ["fp16", "half"])]
+    Float16,
+    /// f32.
+    #[value(alias = "fp32")]
+    Float32,
+}
+
+/// `--log_level`, with trtllm-bench's names.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "snake_case")]
+pub enum LogLevel {
+    /// Nothing but the final error.
+    InternalError,
+    /// Errors.
+    Error,
+    /// Warnings and errors.
+    Warning,
+    /// Progress, too.
+    #[default]
+    Info,
+    /// Details.
+    Verbose,
+    /// Details for debugging.
+    Debug,
+    /// Everything.
+    Trace,
+}
+
+/// Parses the command line.
+///
+/// trtllm-bench writes its flags with underscores and its dataset tool with dashes; here each flag is
+/// understood in both spellings.
+pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Error> {
+    let command = with_both_spellings(Cli::command());
+    let matches = command.try_get_matches_from(arguments)?;
+    Cli::from_arg_matches(&matches)
+}
+
+fn with_both_spellings(command: clap::Command) -> clap::Command {
+    command
+        .mut_args(|argument| {
+            let Some(long) = argument.get_long().map(str::to_owned) else {
+                return argument;
+            };
+            let known = argument.get_all_aliases().unwrap_or_default();
+            let spellings: Vec<String> = std::iter::once(long.as_str())
+                .chain(known.iter().copied())
+                .flat_map(|name| [name.replace('-', "_"), name.replace('_', "-")])
+                .filter(|name| *name != long && !known.contains(&name.as_str()))
+                .collect();
+            argument.aliases(spellings)
+        })
+        .mut_subcommands(with_both_spellings)
+}
+
+/// Sends log lines of at least this severity to stderr. `LATHE_LOG` (a tracing filter such as
+/// `lathe_passes=debug`) overrides the level.
+pub fn init_logging(level: LogLevel) {
+    let directive = match level {
+        LogLevel::InternalError => "off",
+        LogLevel::Error => "error",
+        LogLevel::Warning => "warn",
+        LogLevel::Info => "info",
+        LogLevel::Verbose | LogLevel::Debug => "debug",
+        LogLevel::Trace => "trace",
+    };
+    let filter = tracing_subscriber::EnvFilter::try_from_env("LATHE_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(directive));
+    // A second initialisation happens only in tests and changes nothing.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .without_time()
+        .with_target(false)
+        .try_init();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(line: &str) -> Result<Cli, clap::Error> {
+        parse(line.split_whitespace().map(OsString::from))
+    }
+
+    #[test]
+    fn the_definition_is_consistent() {
+        with_both_spellings(Cli::command()).debug_assert();
+    }
+
+    #[test]
+    fn global_options_stand_on_both_sides_in_both_spellings() {
+        let before = parsed("lathe --model_path /m --log-level debug compare a b").unwrap();
+        let after = parsed("lathe compare a b --model-path /m --log_level debug").unwrap();
+        for cli in [before, after] {
+            assert_eq!(cli.global.model_path, Some(PathBuf::from("/m")));
+            assert_eq!(cli.global.log_level, LogLevel::Debug);
+        }
+    }
+
+    #[test]
+    fn devices() {
+        assert_eq!("cuda:3".parse(), Ok(DeviceChoice::Cuda(3)));
+        assert_eq!("cuda".parse(), Ok(DeviceChoice::Cuda(0)));
+        assert!("cuda:x".parse::<DeviceChoice>().is_err());
+        assert!("gpu".parse::<DeviceChoice>().is_err());
+        assert_eq!(
+            parsed("lathe compare a b").unwrap().global.device,
+            DeviceChoice::Auto
+        );
+    }
+
+    #[test]
+    fn tp_is_at_least_one() {
+        assert!(parsed("lathe compare a b --tp 0").is_err());
+    }
+}
