@@ -16,11 +16,12 @@
 //   BN        keys of a block, 64 or 128 (64 for D > 128)
 //   KV_STAGES ring slots of K and of V
 //   Q_STAGES  q tiles in shared memory: 2 loads the next one early, 1 where memory is short (D 256)
-//   PAGE_BOX  rows of a TMA box of the cache: min(page_size, 64); 8 16 32 64
+//   PAGE_BOX  rows of a TMA box of the cache, 8 16 32 64: the largest that divides page_size; with one
+//             page a sequence (contiguous cache) 64 whatever page_size is
 //   CAUSAL    1; 0 attends to the whole cache of the sequence
 //   WINDOW    1: only the last `window` positions, the query's own included
 //   SOFTCAP   1: logits are softcap * tanh(logit / softcap)
-//   LATHE_PDL       1: griddepcontrol.wait before anything is read, launch_dependents at start
+//   LATHE_PDL 1: griddepcontrol.wait before anything is read, launch_dependents at start
 // Derived (the glue computes the same)
 //   TQ = 64 NWG / GROUP (integer division), DP
 //   smem bytes = 2 DP (64 NWG Q_STAGES + 2 KV_STAGES BN) + 32 KV_STAGES + 256
@@ -38,8 +39,11 @@
 //   Query i of a chunk has position kv_len - q_len + i.
 //   work, count: of attn_plan.cu with this TQ
 //   counter u32 [2], zero before the first launch; every launch leaves it zero
-// Launch: block 128 (NWG + 1), grid x = min(SMs, max_items * Hkv) with max_items = floor((T + B (TQ - 1))
-// / TQ), a bound that needs only the maxima.
+// Launch: block 128 (NWG + 1), grid x = min(SMs, max_items * Hkv) with max_items as in attn_plan.cu, a
+// bound that needs only the maxima.
+// Choosing a variant: D <= 64: BN 128, Q_STAGES 2 and NWG 3, but NWG 2 with WINDOW, SOFTCAP or PAGE_BOX
+// below 64 (160 registers do not hold those: spills); D <= 128: NWG 2, BN 128, Q_STAGES 2; else NWG 2,
+// BN 64, Q_STAGES 1; KV_STAGES 2.
 
 #define DP (D <= 64 ? 64 : D <= 128 ? 128 : 256)
 #define BM (64 * NWG)

@@ -1,11 +1,12 @@
 // out[T, N'] = epilogue(X[T, K] W[N, K]^T) for few tokens, T <= NT <= 128: streams the weights once at
 // memory speed. The operands are swapped: 64 rows of W are wgmma's M, the tokens its N.
 //
-// Stream-K: the ceil(N / ROWS) * ceil(K / BK) units of work are cut into gridDim.x equal
-// contiguous ranges, so every SM reads the same number of bytes whatever N is. A CTA that starts
-// inside a tile leaves that part in the workspace; the CTA that holds the tile's first unit adds
-// the parts in order (so the result is deterministic) and runs the epilogue. A part is the first
-// thing its CTA does and the sum the last, so waits are short.
+// Two-tile stream-K: the units (BK of k of one tile of ROWS rows) of the first tiles, at most two a
+// CTA, are cut into gridDim.x equal ranges, so every SM reads the same number of bytes whatever N
+// is; the other tiles are taken in rounds of gridDim.x neighbours, which keeps the rows that are
+// read at a time close together. A CTA that starts inside a tile leaves that part in the workspace;
+// the CTA that holds the tile's first unit adds the parts in order (so the result is deterministic)
+// and runs the epilogue.
 //
 // Source: defines, prelude.cuh, hopper.cuh, this file. Defines (with LATHE_NAME, LATHE_DTYPE 1)
 //   NT        tokens the kernel can take: 8 16 24 32 48 64 96 128
@@ -16,7 +17,7 @@
 //   EPI       EPI_NONE EPI_BIAS EPI_RESIDUAL EPI_BIAS_RESIDUAL EPI_SWIGLU EPI_ARGMAX
 //   OUT_F32   1: f32 output, 0: bf16
 //   EVICT_FIRST  1: weights pass through L2 with evict-first priority
-//   LATHE_PDL       1: the ring's weights are requested before griddepcontrol.wait
+//   LATHE_PDL 1: the ring's weights are requested before griddepcontrol.wait
 // Derived (the glue computes the same)
 //   FEAT = EPI_SWIGLU ? 32 : 64       output features of a warpgroup's tile
 //   TC   = NT if NT <= 32, 32 if NT % 32 == 0, else 16   tokens staged at once
@@ -37,6 +38,9 @@
 // must be resident together. Two launches that may overlap need separate workspaces.
 // SwiGLU: rows of W in blocks of 16, 8 gate rows then the 8 up rows of the same features: a
 // thread holds both as d[4b + e] and d[4b + 2 + e].
+// Choosing a variant: NT the least that holds T; CWG 1, MIN_CTAS 1, EVICT_FIRST 1; KP 2 up to NT 64,
+// else 1; STAGES as many as fit 227 KiB (11 10 10 8 7 6 8 8 were measured, NT 8 .. 128). A ring that
+// fills the SM was 1-3 % faster than half of one with MIN_CTAS 2.
 
 #define EPI_NONE 0
 #define EPI_BIAS 1
@@ -56,12 +60,28 @@ constexpr int X_BYTES = KP * NT * 128;
 constexpr int STAGE_BYTES = W_BYTES + X_BYTES;
 constexpr int STAGING_STRIDE = FEAT + 4;  // floats; 4 mod 32: the fragment's stores do not conflict
 constexpr int STAGING_BYTES = TC * STAGING_STRIDE * 4;
+// Parts of a tile read together, and 16-byte words of a part: 8 loads in flight a thread.
+constexpr int BATCH = NT <= 64 ? NT / 8 : NT % 64 == 0 ? 8 : 4;
+constexpr int GROUP = NT <= 64 ? 64 / NT : 1;
 constexpr int BAR_OFFSET = STAGES * STAGE_BYTES + CWG * STAGING_BYTES;
 
-// First unit of CTA `i`.
+// First shared unit of CTA `i`.
 DEV int unit_start(int i, int units) {
-    return int(u64(units) * u32(i) / gridDim.x);
+    return units * i / int(gridDim.x);
 }
+
+// Position in a CTA's sequence of units: `shared` units of split tiles, then whole tiles.
+struct Walk {
+    int tile, step, done, shared, whole, steps;
+
+    __device__ __forceinline__ void next() {
+        ++done;
+        if (++step == steps || done == shared) {
+            tile = done == shared ? whole : tile + (done < shared ? 1 : int(gridDim.x));
+            step = 0;
+        }
+    }
+};
 
 DEV void load_w(u32 slot, const TensorMap *w, u32 bar, int step, int row, u64 policy) {
 #pragma unroll
@@ -127,35 +147,40 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), MIN_CTAS)
     // Rows of x beyond round_up(T, 8) are not fetched: they only reach outputs that are not stored.
     const u32 stage_bytes = W_BYTES + KP * ((T + 7) / 8) * 1024;
     const int steps = (K + 64 * KP - 1) / (64 * KP);
-    const int units = (N + ROWS - 1) / ROWS * steps;
+    const int tiles = (N + ROWS - 1) / ROWS;
+    const int grid = gridDim.x;
+    // Tiles that are split: all of less than one round, or the remainder and one round.
+    const int rounds = tiles / grid;
+    const int split = rounds == 0 ? tiles : tiles % grid == 0 ? 0 : tiles % grid + grid;
+    const int units = split * steps;
     const int begin = unit_start(blockIdx.x, units);
-    const int end = unit_start(blockIdx.x + 1, units);
+    const int shared = unit_start(blockIdx.x + 1, units) - begin;
+    const int count = shared + (tiles - split) / grid * steps;
+    Walk walk{shared > 0 ? begin / steps : split + int(blockIdx.x), shared > 0 ? begin % steps : 0, 0,
+              shared, split + int(blockIdx.x), steps};
 
     if (wg == CWG) {
         if (warp_index() == 4 * CWG && elect_one()) {
             tma_prefetch_map(&w);
             tma_prefetch_map(&x);
             u64 policy = policy_evict_first();
-            const int early = min(end - begin, STAGES);
-            int tile = begin / steps;
-            int step = begin - tile * steps;
-            for (int s = 0, t = tile, k = step; s < early; ++s) {
+            const int early = min(count, STAGES);
+            Walk ahead = walk;
+            for (int s = 0; s < early; ++s, ahead.next()) {
                 mbar_expect(full + 8 * s, stage_bytes);
-                load_w(base + s * STAGE_BYTES, &w, full + 8 * s, k, t * ROWS, policy);
-                if (++k == steps) k = 0, ++t;
+                load_w(base + s * STAGE_BYTES, &w, full + 8 * s, ahead.step, ahead.tile * ROWS, policy);
             }
             pdl_wait();
             RingPos r{0, 0};
-            for (int u = 0; u < end - begin; ++u) {
+            for (; walk.done < count; walk.next()) {
                 u32 slot = base + r.slot * STAGE_BYTES;
                 u32 bar = full + 8 * r.slot;
-                if (u >= early) {
+                if (walk.done >= early) {
                     mbar_wait(empty + 8 * r.slot, r.phase ^ 1);
                     mbar_expect(bar, stage_bytes);
-                    load_w(slot, &w, bar, step, tile * ROWS, policy);
+                    load_w(slot, &w, bar, walk.step, walk.tile * ROWS, policy);
                 }
-                load_x(slot, &x, bar, step);
-                if (++step == steps) step = 0, ++tile;
+                load_x(slot, &x, bar, walk.step);
                 ring_next<STAGES>(r);
             }
         }
@@ -175,19 +200,18 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), MIN_CTAS)
 
     RingPos r{0, 0};
     RingPos freed{0, 0};
-    for (int u = begin; u < end;) {
-        const int tile = u / steps;
-        const int tile_begin = tile * steps;
-        const int tile_end = tile_begin + steps;
-        const int stop = min(end, tile_end);
-        const bool owner = u == tile_begin;
+    while (walk.done < count) {
+        const int tile = walk.tile;
+        const bool owner = walk.step == 0;
+        const bool is_split = walk.done < shared;
+        const int n = is_split ? min(steps - walk.step, shared - walk.done) : steps;
         if (HAS_RESIDUAL && owner && tid < T && tile * ROWS + 64 * wg < N)
             asm volatile("prefetch.global.L1 [%0];" ::"l"(
                              residual + 2 * (size_t(tid) * ldr + tile * ROWS + 64 * wg))
                          : "memory");
 
         float d[NT / 2];
-        for (int k = u; k < stop; ++k) {
+        for (int k = 0; k < n; ++k, walk.next()) {
             u32 slot = base + r.slot * STAGE_BYTES;
             mbar_wait(full + 8 * r.slot, r.phase);
             u64 dw = wgmma_desc(slot + wg * 8192);
@@ -196,9 +220,9 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), MIN_CTAS)
 #pragma unroll
             for (int i = 0; i < 4 * KP; ++i)
                 wgmma_ss(d, dw + (i / 4) * (ROWS * 8) + 2 * (i % 4),
-                         dx + (i / 4) * (NT * 8) + 2 * (i % 4), k > u || i > 0);
+                         dx + (i / 4) * (NT * 8) + 2 * (i % 4), k > 0 || i > 0);
             wgmma_commit();
-            if (k > u) {
+            if (k > 0) {
                 wgmma_wait<1>();
                 if (tid == 0) mbar_arrive(empty + 8 * freed.slot);
                 ring_next<STAGES>(freed);
@@ -209,7 +233,6 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), MIN_CTAS)
         wgmma_pin(d);
         if (tid == 0) mbar_arrive(empty + 8 * freed.slot);
         ring_next<STAGES>(freed);
-        u = stop;
 
         if (!owner) {
             float4 *p = parts + size_t(blockIdx.x) * PART;
@@ -219,32 +242,38 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), MIN_CTAS)
                            not_empty(d[4 * b + 2]), not_empty(d[4 * b + 3]));
             continue;
         }
-        for (int c = blockIdx.x + 1; c < gridDim.x && unit_start(c, units) < tile_end; ++c) {
-            // Every thread takes the words that its counterpart wrote, as soon as they are there, and
+        // CTAs that hold the rest of the tile: those whose first unit is below its end.
+        const int parts_end = is_split ? ((tile + 1) * steps * grid + units - 1) / units : 0;
+        for (int c = blockIdx.x + 1; c < parts_end; c += GROUP) {
+            // Every thread takes the words that its counterparts wrote, as soon as they are there, and
             // leaves them empty for the next launch.
             float4 *p = parts + size_t(c) * PART;
-            constexpr int BATCH = NT / 8 < 8 ? NT / 8 : NT % 64 == 0 ? 8 : NT / 16 % 2 == 0 ? 4 : 2;
-            static_assert(NT / 8 % BATCH == 0, "");
 #pragma unroll
             for (int b = 0; b < NT / 8; b += BATCH) {
-                float4 v[BATCH];
+                float4 v[GROUP][BATCH];
                 bool empty;
                 do {
                     empty = false;
 #pragma unroll
-                    for (int i = 0; i < BATCH; ++i) {
-                        v[i] = ld_relaxed(p + (b + i) * 128);
-                        empty |= is_empty(v[i].x) | is_empty(v[i].y) | is_empty(v[i].z) | is_empty(v[i].w);
+                    for (int g = 0; g < GROUP; ++g) {
+#pragma unroll
+                        for (int i = 0; i < BATCH && c + g < parts_end; ++i) {
+                            const float4 w = v[g][i] = ld_relaxed(p + g * PART + (b + i) * 128);
+                            empty |= is_empty(w.x) | is_empty(w.y) | is_empty(w.z) | is_empty(w.w);
+                        }
                     }
                 } while (empty);
                 const float e = __uint_as_float(EMPTY);
 #pragma unroll
-                for (int i = 0; i < BATCH; ++i) {
-                    st_relaxed(p + (b + i) * 128, e, e, e, e);
-                    d[4 * (b + i)] += v[i].x;
-                    d[4 * (b + i) + 1] += v[i].y;
-                    d[4 * (b + i) + 2] += v[i].z;
-                    d[4 * (b + i) + 3] += v[i].w;
+                for (int g = 0; g < GROUP; ++g) {
+#pragma unroll
+                    for (int i = 0; i < BATCH && c + g < parts_end; ++i) {
+                        st_relaxed(p + g * PART + (b + i) * 128, e, e, e, e);
+                        d[4 * (b + i)] += v[g][i].x;
+                        d[4 * (b + i) + 1] += v[g][i].y;
+                        d[4 * (b + i) + 2] += v[g][i].z;
+                        d[4 * (b + i) + 3] += v[g][i].w;
+                    }
                 }
             }
         }
