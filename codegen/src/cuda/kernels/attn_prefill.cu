@@ -41,8 +41,8 @@
 //   counter u32 [2], zero before the first launch; every launch leaves it zero
 // Launch: block 128 (NWG + 1), grid x = min(SMs, max_items * Hkv) with max_items as in attn_plan.cu, a
 // bound that needs only the maxima.
-// Choosing a variant: D <= 64: BN 128, Q_STAGES 2 and NWG 3, but NWG 2 with WINDOW, SOFTCAP or PAGE_BOX
-// below 64 (160 registers do not hold those: spills); D <= 128: NWG 2, BN 128, Q_STAGES 2; else NWG 2,
+// Choosing a variant: D <= 64: BN 128, Q_STAGES 2 and NWG 3, but NWG 2 with WINDOW or SOFTCAP (160
+// registers do not hold those); PAGE_BOX 8 and 16 spill in the loading warp only. D <= 128: NWG 2, BN 128, Q_STAGES 2; else NWG 2,
 // BN 64, Q_STAGES 1; KV_STAGES 2.
 
 #define DP (D <= 64 ? 64 : D <= 128 ? 128 : 256)
