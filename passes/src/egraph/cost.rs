@@ -174,6 +174,9 @@ pub fn work(
         Op::Matmul => {
             let k = inputs[0].as_tensor()?.shape.last()?.eval(env) as f64;
             w.matrix = 2.0 * elements(output) * k;
+            // At equal work a projection whose weight is stored by output features is preferred.
+            w.bytes += 4096.0;
+            w.vector += elements(output);
         }
         Op::Linear | Op::Proj(_) => {
             let k = inputs[1].as_tensor()?.shape.last()?.eval(env) as f64;
