@@ -6,5 +6,7 @@
 pub mod bench;
 pub mod cli;
 pub mod cmd;
+pub mod config;
 pub mod errors;
+pub mod model;
 pub mod model_folder;

@@ -3,7 +3,9 @@
 #![forbid(unsafe_code)]
 
 pub mod egraph;
+pub mod opt;
 pub mod pipeline;
+pub mod predict;
 pub mod region;
 pub mod rule;
 pub mod rules;

@@ -110,10 +110,12 @@ pub struct StageReport {
     pub classes: usize,
     /// Rounds until nothing changed.
     pub iterations: usize,
-    /// Cost of the cheapest program before the stage, in picoseconds.
-    pub cost_before: u64,
-    /// Cost of the cheapest program after the stage, in picoseconds.
-    pub cost_after: u64,
+    /// Cost of the cheapest program before the stage, in picoseconds; `None` without `dumps` and
+    /// where there is no executable program.
+    pub cost_before: Option<u64>,
+    /// Cost of the cheapest program after the stage, likewise: of full sequences at the general
+    /// point, from `kv_cache` on of a step at the decode point.
+    pub cost_after: Option<u64>,
     /// Time of saturation.
     pub saturate: Duration,
     /// Time of extraction of the best term after the stage (dumps only).
@@ -154,8 +156,21 @@ pub struct Compiled {
     pub no_step: Option<CompileError>,
     /// Reports of each template.
     pub templates: Vec<TemplateReport>,
+    /// The cheapest program of the whole model after each stage (dumps only).
+    pub stages: Vec<StageProgram>,
     /// Phase times that add up to the wall time of the call.
     pub phases: IndexMap<&'static str, Duration>,
+}
+
+/// The whole model after one stage, for dumps.
+#[derive(Clone, Debug)]
+pub struct StageProgram {
+    /// The stage.
+    pub stage: Stage,
+    /// Whether it is a step program (from `kv_cache` on) or one of full sequences.
+    pub step: bool,
+    /// The program; `None` if some part of the model has no executable form at this stage.
+    pub graph: Option<Graph>,
 }
 
 /// Rounds after which a stage counts as not saturating. The longest chain of rewrites in a layer
@@ -238,6 +253,25 @@ pub fn compile_with(
         report.general = c.general.as_ref().ok().cloned();
     }
     clock.lap("stitch");
+    let mut stages = Vec::new();
+    if dumps {
+        for (i, stage) in Stage::ALL.into_iter().enumerate() {
+            let best: Option<Vec<Graph>> = templates
+                .iter()
+                .map(|t: &TemplateReport| t.stages[i].best.clone())
+                .collect();
+            let step = stage >= Stage::KvCache;
+            let graph = match best {
+                Some(gs) => {
+                    let name = format!("{}/{}", model.name, stage.name());
+                    Some(stitch(&regions, &name, |t| gs[t].clone(), step)?)
+                }
+                None => None,
+            };
+            stages.push(StageProgram { stage, step, graph });
+        }
+        clock.lap("dumps");
+    }
     let [decode, general] = programs;
     Ok(Compiled {
         decode,
@@ -245,6 +279,7 @@ pub fn compile_with(
         full,
         no_step,
         templates,
+        stages,
         phases: clock.laps,
     })
 }
@@ -322,17 +357,18 @@ impl<'a> Template<'a> {
     }
 
     fn run(&mut self, dumps: bool, clock: &mut Clock) -> Result<(), CompileError> {
-        let mut cost = self.best(dumps).map_or(INFINITE, |e| e.cost);
+        let mut cost = self.best(dumps).map(|e| e.cost);
         clock.lap("extract");
         for stage in Stage::ALL {
             if stage == Stage::KvCache {
-                self.open_windows();
+                self.step = open_windows(&mut self.egraph, &self.full);
             }
             let mut report = self.saturate(stage)?;
             report.saturate = clock.lap("saturate");
             report.cost_before = cost;
-            if let Some(e) = self.best(dumps) {
-                cost = e.cost;
+            let best = self.best(dumps);
+            cost = best.as_ref().map(|e| e.cost);
+            if let Some(e) = best {
                 let roots = if stage >= Stage::KvCache {
                     &self.step
                 } else {
@@ -365,64 +401,13 @@ impl<'a> Template<'a> {
         .ok()
     }
 
-    /// Adds the windows of the outputs: what a step has to compute.
-    fn open_windows(&mut self) {
-        for (name, id) in self.full.clone() {
-            let window = Op::Win(WinSpec {
-                batch: Some(0),
-                seq: Some(1),
-            });
-            let mut class = add_op(&mut self.egraph, &window, &[id]);
-            if name == "logits" {
-                let rows = Op::Input {
-                    name: format!("{STEP}rows"),
-                    dtype: DType::I32,
-                    shape: vec![Dim::sym(Sym::R)],
-                };
-                let rows = add_op(&mut self.egraph, &rows, &[]);
-                class = add_op(&mut self.egraph, &Op::Select, &[class, rows]);
-                let next = add_op(&mut self.egraph, &Op::Sample, &[class]);
-                self.set_prov(next, "sample");
-                self.step.push(("next".into(), next));
-            }
-            self.set_prov(class, &name);
-            self.step.push((name, class));
-        }
-        self.egraph.rebuild();
-    }
-
-    fn set_prov(&mut self, id: Id, path: &str) {
-        if let crate::egraph::Data::Value(v) = &mut self.egraph[id].data {
-            v.prov.get_or_insert_with(|| Prov::global(path));
-        }
-    }
-
     fn saturate(&mut self, stage: Stage) -> Result<StageReport, CompileError> {
-        let rewrites: Vec<_> = rules::all()
+        let rules: Vec<&Rule> = rules::all()
             .into_iter()
             .filter(|r| r.stage == stage && self.config.runs(r))
-            .flat_map(Rule::rewrites)
             .collect();
         let known = self.egraph.analysis.log.len();
-        let egraph = std::mem::take(&mut self.egraph);
-        let runner = Runner::<Lang, TensorAnalysis>::default()
-            .with_egraph(egraph)
-            .with_iter_limit(ROUNDS)
-            .with_node_limit(NODES)
-            .with_time_limit(Duration::from_secs(3600))
-            .with_scheduler(SimpleScheduler)
-            .run(&rewrites);
-        self.egraph = runner.egraph;
-        match runner.stop_reason {
-            Some(StopReason::Saturated) => {}
-            reason => {
-                return Err(CompileError::NotSaturated {
-                    stage: stage.name(),
-                    template: self.report.name.clone(),
-                    reason: format!("{reason:?}"),
-                });
-            }
-        }
+        let iterations = saturate(&mut self.egraph, &rules, stage.name(), &self.report.name)?;
         let mut matches = IndexMap::new();
         for applied in &self.egraph.analysis.log[known..] {
             *matches.entry(applied.rule).or_insert(0) += 1;
@@ -433,9 +418,9 @@ impl<'a> Template<'a> {
             matches,
             nodes: self.egraph.total_number_of_nodes(),
             classes: self.egraph.number_of_classes(),
-            iterations: runner.iterations.len(),
-            cost_before: 0,
-            cost_after: 0,
+            iterations,
+            cost_before: None,
+            cost_after: None,
             saturate: Duration::ZERO,
             extract: Duration::ZERO,
             best: None,
@@ -522,6 +507,67 @@ impl<'a> Template<'a> {
             .iter()
             .map(|&c| self.egraph.find(c))
             .any(|c| self.is_weight(c) && !layouts.contains(&c))
+    }
+}
+
+/// Adds the windows of full-sequence outputs: what a step has to compute. Returns their names and
+/// classes; logits are selected and sampled, which adds the output `next`.
+pub(crate) fn open_windows(egraph: &mut EGraph, full: &[(String, Id)]) -> Vec<(String, Id)> {
+    let mut step = Vec::new();
+    for (name, id) in full {
+        let window = Op::Win(WinSpec {
+            batch: Some(0),
+            seq: Some(1),
+        });
+        let mut class = add_op(egraph, &window, &[*id]);
+        if name == "logits" {
+            let rows = Op::Input {
+                name: format!("{STEP}rows"),
+                dtype: DType::I32,
+                shape: vec![Dim::sym(Sym::R)],
+            };
+            let rows = add_op(egraph, &rows, &[]);
+            class = add_op(egraph, &Op::Select, &[class, rows]);
+            let next = add_op(egraph, &Op::Sample, &[class]);
+            set_prov(egraph, next, "sample");
+            step.push(("next".into(), next));
+        }
+        set_prov(egraph, class, name);
+        step.push((name.clone(), class));
+    }
+    egraph.rebuild();
+    step
+}
+
+fn set_prov(egraph: &mut EGraph, id: Id, path: &str) {
+    if let crate::egraph::Data::Value(v) = &mut egraph[id].data {
+        v.prov.get_or_insert_with(|| Prov::global(path));
+    }
+}
+
+/// Applies rules until nothing changes; returns the number of rounds.
+pub(crate) fn saturate(
+    egraph: &mut EGraph,
+    rules: &[&Rule],
+    stage: &'static str,
+    template: &str,
+) -> Result<usize, CompileError> {
+    let rewrites: Vec<_> = rules.iter().flat_map(|r| r.rewrites()).collect();
+    let runner = Runner::<Lang, TensorAnalysis>::default()
+        .with_egraph(std::mem::take(egraph))
+        .with_iter_limit(ROUNDS)
+        .with_node_limit(NODES)
+        .with_time_limit(Duration::from_secs(3600))
+        .with_scheduler(SimpleScheduler)
+        .run(&rewrites);
+    *egraph = runner.egraph;
+    match runner.stop_reason {
+        Some(StopReason::Saturated) => Ok(runner.iterations.len()),
+        reason => Err(CompileError::NotSaturated {
+            stage,
+            template: template.to_string(),
+            reason: format!("{reason:?}"),
+        }),
     }
 }
 

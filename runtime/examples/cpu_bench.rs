@@ -10,7 +10,9 @@ use std::time::Instant;
 
 use half::bf16;
 use lathe_runtime::cpu::kernels::attention::{AttentionArgs, AttentionSpec, attention};
-use lathe_runtime::cpu::kernels::linear::{Epilogue, LinearArgs, LinearSpec, Prologue, linear};
+use lathe_runtime::cpu::kernels::linear::{
+    Epilogue, LinearArgs, LinearSpec, Prologue, linear, lm_head_argmax,
+};
 use lathe_runtime::cpu::kernels::rope::{RopeAppend, rope_append};
 use lathe_runtime::cpu::kernels::{CacheShape, Elem, Isa, StepMeta, norm, pool};
 use lathe_runtime::cpu::pages::PageBuffer;
@@ -103,7 +105,7 @@ fn bench_linear<E: Elem>(bench: &Bench, label: &str, m: usize, n: usize, k: usiz
             Prologue::None
         },
         weight_offset: 0.0,
-        epilogue: if fused && n % 16 == 0 {
+        epilogue: if fused && n.is_multiple_of(16) {
             Epilogue::SwiGlu
         } else {
             Epilogue::None
@@ -304,6 +306,163 @@ fn bench_attention<E: Elem>(bench: &Bench, model: &Model, rows: usize, context: 
     );
 }
 
+/// All kernels of one decode step at batch 1, with weights of their own for every layer.
+fn bench_decode(bench: &Bench, model: &Model, sizes: [usize; 4], context: usize) {
+    let Model {
+        q_heads,
+        kv_heads,
+        head_dim: d,
+        ..
+    } = *model;
+    let [layers, hidden, intermediate, vocabulary] = sizes;
+    let name = format!("decode step bf16 {} context={context}", model.name);
+    if !name.contains(&bench.filter) {
+        return;
+    }
+    let heads = q_heads + 2 * kv_heads;
+    let shapes = [
+        (heads * d, hidden),
+        (hidden, q_heads * d),
+        (2 * intermediate, hidden),
+        (hidden, intermediate),
+    ];
+    let weights: Vec<[PageBuffer<bf16>; 4]> = (0..layers)
+        .map(|_| shapes.map(|(n, k)| values(n * k)))
+        .collect();
+    let head = values::<bf16>(vocabulary * hidden);
+    let page_size = 64;
+    let pages = context.div_ceil(page_size);
+    let shape = CacheShape {
+        pages,
+        kv_heads,
+        page_size,
+        head_dim: d,
+    };
+    let mut caches: Vec<PageBuffer<bf16>> = (0..layers)
+        .map(|_| values(pages * shape.page_len()))
+        .collect();
+    let (positions, table) = ([context as i32 - 1], (0..pages as i32).collect::<Vec<_>>());
+    let kv_lens = [context as i32];
+    let meta = StepMeta {
+        positions: &positions,
+        row_seq: &[0],
+        cu_seqlens: &[0, 1],
+        kv_lens: &kv_lens,
+        block_table: &table,
+        max_pages: pages,
+        page_size,
+    };
+    let tables = values::<f32>(context * d / 2);
+    let gamma = values::<bf16>(hidden);
+    let (mut x, mut next) = (values::<bf16>(hidden), values::<bf16>(hidden));
+    let mut qkv = values::<bf16>(heads * d);
+    let (mut q, mut attended) = (values::<bf16>(q_heads * d), values::<bf16>(q_heads * d));
+    let mut inner = values::<bf16>(intermediate);
+    let norm = Prologue::RmsNorm { eps: 1e-5 };
+    let spec = AttentionSpec {
+        scale: 1.0 / (d as f32).sqrt(),
+        causal: true,
+        window: None,
+        softcap: None,
+        groups: q_heads / kv_heads,
+    };
+    let project = |prologue,
+                   epilogue,
+                   x: &[bf16],
+                   w: &[bf16],
+                   residual: Option<&[bf16]>,
+                   n,
+                   y: &mut [bf16]| {
+        let args = LinearArgs {
+            m: 1,
+            n,
+            k: x.len(),
+            x,
+            delta: None,
+            sum: None,
+            gamma: Some(&gamma[..x.len().min(hidden)]),
+            w,
+            bias: None,
+            residual,
+            y,
+        };
+        linear(
+            &LinearSpec {
+                prologue,
+                weight_offset: 0.0,
+                epilogue,
+            },
+            args,
+        )
+        .expect("shapes fit");
+    };
+    let weight_bytes: usize =
+        2 * (shapes.iter().map(|(n, k)| n * k).sum::<usize>() * layers + head.len());
+    let cache_bytes = layers * 4 * context * kv_heads * d;
+    let bytes = (weight_bytes + cache_bytes) as f64;
+    bench.line(&name, bytes, 0.0, |_| {
+        for (w, cache) in weights.iter().zip(&mut caches) {
+            project(norm, Epilogue::None, &x, &w[0], None, heads * d, &mut qkv);
+            rope_append(RopeAppend {
+                q_heads,
+                kv_heads,
+                head_dim: d,
+                qkv: &qkv,
+                bias: None,
+                q_norm: None,
+                k_norm: None,
+                eps: 0.0,
+                weight_offset: 0.0,
+                tables: Some((&tables, &tables)),
+                meta,
+                q: &mut q,
+                cache,
+            })
+            .expect("shapes fit");
+            let args = AttentionArgs {
+                kv_heads,
+                head_dim: d,
+                q: &q,
+                cache,
+                meta,
+                out: &mut attended,
+            };
+            attention(&spec, args).expect("shapes fit");
+            project(
+                Prologue::None,
+                Epilogue::Residual,
+                &attended,
+                &w[1],
+                Some(&x),
+                hidden,
+                &mut next,
+            );
+            project(
+                norm,
+                Epilogue::SwiGlu,
+                &next,
+                &w[2],
+                None,
+                2 * intermediate,
+                &mut inner,
+            );
+            project(
+                Prologue::None,
+                Epilogue::Residual,
+                &inner,
+                &w[3],
+                Some(&next),
+                hidden,
+                &mut x,
+            );
+        }
+        let mut id = [0];
+        lm_head_argmax(1, vocabulary, hidden, &x, &head, &mut id).expect("shapes fit");
+        black_box(id);
+        x.copy_from_slice(&gamma);
+    });
+}
+
 fn main() {
     let mut args: Vec<String> = std::env::args().skip(1).collect();
     if args.first().is_some_and(|a| a == "--single") {
@@ -417,6 +576,9 @@ fn main() {
     bench_attention::<f32>(&bench, &models[1], 2048, 2048);
     Isa::Avx2.with(|| bench_attention::<bf16>(&bench, &models[1], 2048, 2048));
 
+    bench_decode(&bench, &models[0], [30, 576, 1536, 49152], 128);
+    bench_decode(&bench, &models[0], [30, 576, 1536, 49152], 2048);
+    bench_decode(&bench, &models[1], [16, 2048, 8192, 128_256], 128);
     for (m, k) in [(1, 576), (1, 4096), (128, 2048)] {
         let (x, gamma, mut h) = (
             values::<bf16>(m * k),

@@ -1,6 +1,6 @@
 //! Paged attention of any mix of prefill and decode rows, by online softmax.
 //!
-//! **Order of one row's sums.** Positions are cut at absolute multiples of [`BLOCK`] into blocks and of [`PART`]
+//! **Order of one row's sums.** Positions are cut at absolute multiples of 32 into blocks and of 512
 //! into parts. Within a part, blocks are added in ascending order with one running maximum; the parts' results are
 //! merged in ascending order. Both cuts depend on the position alone, so a row's result does not depend on the
 //! page size, on how the sequence was cut into steps, on the other rows, or on the threads. A block or a part in
@@ -75,7 +75,7 @@ pub fn attention<E: Elem>(
         out,
     } = args;
     let unsupported = |what: String| Err(KernelError::Unsupported { kernel: NAME, what });
-    if head_dim == 0 || head_dim % 16 != 0 {
+    if head_dim == 0 || !head_dim.is_multiple_of(16) {
         return unsupported(format!("a head of {head_dim}, not a multiple of 16"));
     }
     if spec.groups == 0 {
@@ -322,9 +322,11 @@ impl<E: Elem> Call<'_, E> {
         for base in (low..high).step_by(BLOCK) {
             let count = BLOCK.min(high - base);
             let (k, v) = self.rows(tile.sequence, kv_head, base, count, keys, values);
-            if queries <= FEW_QUERIES && base + BLOCK < high {
-                self.prefetch(tile.sequence, kv_head, base + BLOCK);
-            }
+            let ahead = if queries <= FEW_QUERIES && base + BLOCK < high {
+                self.ahead(tile.sequence, kv_head, base + BLOCK)
+            } else {
+                [&[][..]; 2]
+            };
             for n in (0..count).step_by(BLOCK_N) {
                 let operands = Block {
                     x: q.as_ptr(),
@@ -335,6 +337,7 @@ impl<E: Elem> Call<'_, E> {
                     w_stride: d,
                     n: BLOCK_N.min(count - n),
                     k: d,
+                    goes_on: false,
                     c: scores[n..].as_mut_ptr(),
                     c_stride: BLOCK,
                 };
@@ -349,6 +352,7 @@ impl<E: Elem> Call<'_, E> {
                     base,
                     count,
                     v,
+                    ahead,
                     scores,
                     rescale,
                     state,
@@ -357,15 +361,14 @@ impl<E: Elem> Call<'_, E> {
         }
     }
 
-    /// Asks for the keys and values of the block at `base` while the one before it is computed: with few queries
-    /// the memory is the limit, and a page's two runs are too short for the hardware to foresee.
-    fn prefetch(&self, sequence: usize, kv_head: usize, base: usize) {
+    /// Keys and values of the block at `base`, as far as they lie in its first page.
+    fn ahead(&self, sequence: usize, kv_head: usize, base: usize) -> [&[E]; 2] {
         let (page, slot) = self.meta.place(sequence, base);
         let count = BLOCK.min(self.meta.page_size - slot);
-        for value in [false, true] {
+        [false, true].map(|value| {
             let from = self.shape.offset(page, value, kv_head, slot);
-            prefetch(&self.cache[from..from + count * self.head_dim]);
-        }
+            &self.cache[from..from + count * self.head_dim]
+        })
     }
 
     /// Pointers to `count` rows of keys and of values, D elements apart, for positions from `base`: into the
@@ -425,6 +428,9 @@ struct Step<'a, 'b, 'c, E> {
     count: usize,
     /// `[count, D]`.
     v: *const E,
+    /// Keys and values of the next block, to prefetch row by row while this one's values are summed: with few
+    /// queries the memory is the limit, and a page's two runs are too short for the hardware to foresee.
+    ahead: [&'a [E]; 2],
     /// `[queries, BLOCK]`: q·k; becomes exp(score - max).
     scores: &'a mut [f32],
     /// `[queries]`: factor of the old sums.
@@ -567,7 +573,17 @@ impl<E: Elem> Step<'_, '_, '_, E> {
                     sums[q][c] = S::mul(S::load(acc.add(q * d + c * S::LANES)), factor);
                 }
             }
+            let ahead = if i == 0 && column == 0 {
+                self.ahead
+            } else {
+                [&[][..]; 2]
+            };
             for j in 0..self.count {
+                for rows in ahead {
+                    if let Some(row) = rows.get(j * d..(j + 1) * d) {
+                        prefetch(row);
+                    }
+                }
                 let mut v = [S::splat(0.0); DV];
                 for c in 0..DV {
                     v[c] = E::load::<S>(self.v.add(j * d + column + c * S::LANES));

@@ -27,6 +27,8 @@ pub(crate) struct Block<E> {
     pub(crate) w_stride: usize,
     pub(crate) n: usize,
     pub(crate) k: usize,
+    /// Whether the rows after the block's will be wanted soon, and are to be prefetched.
+    pub(crate) goes_on: bool,
     /// `[m, n]`, rows `c_stride` elements apart; overwritten.
     pub(crate) c: *mut f32,
     pub(crate) c_stride: usize,
@@ -208,7 +210,7 @@ unsafe fn all_columns<D: Dot<E>, E>(b: &Block<E>, k: std::ops::Range<usize>, spa
 }
 
 /// Bytes of w between a load and the prefetch that is issued with it, where a tile's rows are shorter.
-const AHEAD_BYTES: usize = 24 << 10;
+const AHEAD_BYTES: usize = 16 << 10;
 
 /// # Safety
 /// As `all_columns`, and n + N <= b.n.
@@ -297,7 +299,7 @@ impl<E> Ahead<E> {
         step: usize,
     ) -> Ahead<E> {
         let next = b.w.wrapping_add((first + rows.start) * b.w_stride + from);
-        let count = rows.len();
+        let count = if b.goes_on { rows.len() } else { 0 };
         if width == b.w_stride {
             // Whole contiguous rows: in the order of addresses, which the hardware then runs ahead of by itself.
             Ahead {

@@ -102,7 +102,7 @@ pub fn linear<E: Elem>(spec: &LinearSpec, args: LinearArgs<'_, E>) -> Result<(),
     check_len(NAME, "x", x, m * k)?;
     check_len(NAME, "w", w, n * k)?;
     check_len(NAME, "y", y, m * if swiglu { n / 2 } else { n })?;
-    if swiglu && n % BLOCK_N != 0 {
+    if swiglu && !n.is_multiple_of(BLOCK_N) {
         return Err(KernelError::Unsupported {
             kernel: NAME,
             what: format!("SwiGlu over {n} rows, not a multiple of 16"),
@@ -353,6 +353,7 @@ fn run_tasks<E: Elem>(tasks: Tasks<'_, E>, emit: &(impl Fn(Isa, &mut TileResult)
                     w_stride: k,
                     n: cols,
                     k,
+                    goes_on: true,
                     c,
                     c_stride: BLOCK_N,
                 };

@@ -61,7 +61,7 @@ pub fn rope_append<E: Elem>(args: RopeAppend<'_, E>) -> Result<(), KernelError> 
     } = args;
     let rows = meta.rows();
     let heads = q_heads + 2 * kv_heads;
-    if head_dim == 0 || head_dim % (2 * HALF) != 0 {
+    if head_dim == 0 || !head_dim.is_multiple_of(2 * HALF) {
         let what = format!("a head of {head_dim}, not a multiple of 16");
         return Err(KernelError::Unsupported { kernel: NAME, what });
     }
@@ -174,6 +174,35 @@ impl<E: Elem> Kernel for Heads<'_, '_, E> {
     }
 }
 
+/// A head as the rotation sees it: with its bias, and normalised once `gamma` is set.
+struct Projected<E> {
+    source: *const E,
+    bias: Option<*const E>,
+    gamma: Option<*const E>,
+    rstd: f32,
+    weight_offset: f32,
+}
+
+impl<E: Elem> Projected<E> {
+    /// # Safety
+    /// Callable below `dispatch`; the vector at `j` lies inside the head.
+    #[inline(always)]
+    unsafe fn load<S: Simd>(&self, j: usize) -> S::V {
+        // SAFETY: the caller's guarantee; all pointers are to heads.
+        unsafe {
+            let mut v = E::load::<S>(self.source.add(j));
+            if let Some(bias) = self.bias {
+                v = S::add(v, E::load::<S>(bias.add(j)));
+            }
+            if let Some(gamma) = self.gamma {
+                let g = S::add(E::load::<S>(gamma.add(j)), S::splat(self.weight_offset));
+                v = S::mul(S::mul(v, S::splat(self.rstd)), g);
+            }
+            v
+        }
+    }
+}
+
 #[inline(always)]
 fn one_head<S: Simd, E: Elem>(i: &Inputs<'_, E>, row: usize, head: usize) {
     let d = i.head_dim;
@@ -199,37 +228,32 @@ fn one_head<S: Simd, E: Elem>(i: &Inputs<'_, E>, row: usize, head: usize) {
         S::LANES == HALF,
         "invariant rope-lanes: a vector holds half a block"
     );
-    // SAFETY: blocks lie inside the head of d values. A task alone writes its heads of its rows of q, or its (k or
-    // v, head) planes of the cache; `check` showed pages and positions to be inside.
+    let weight_offset = i.weight_offset;
+    let mut projected = Projected {
+        source,
+        bias,
+        gamma: None,
+        rstd: 1.0,
+        weight_offset,
+    };
+    // SAFETY: blocks lie inside the head of d values. A task alone writes its heads of its rows of
+    // q, or its (k or v, head) planes of the cache; `check` showed pages and positions to be inside.
     unsafe {
-        let load = |j: usize| {
-            let v = E::load::<S>(source.add(j));
-            bias.map_or(v, |bias| S::add(v, E::load::<S>(bias.add(j))))
-        };
-        let mut rstd = 1.0;
-        if gamma.is_some() {
+        if let Some(gamma) = gamma {
             let mut squares = S::splat(0.0);
             for j in (0..d).step_by(HALF) {
-                squares = S::fma(load(j), load(j), squares);
+                let v = projected.load::<S>(j);
+                squares = S::fma(v, v, squares);
             }
-            rstd = 1.0 / (S::sum(squares) / d as f32 + i.eps).sqrt();
+            projected.rstd = 1.0 / (S::sum(squares) / d as f32 + i.eps).sqrt();
+            projected.gamma = Some(gamma.as_ptr());
         }
-        let normed = |j: usize| {
-            let v = load(j);
-            gamma.map_or(v, |gamma| {
-                let g = S::add(
-                    E::load::<S>(gamma.as_ptr().add(j)),
-                    S::splat(i.weight_offset),
-                );
-                S::mul(S::mul(v, S::splat(rstd)), g)
-            })
-        };
         let angles = i.tables.filter(|_| rotated).map(|(cos, sin)| {
             let at = position * (d / 2);
             (cos[at..][..d / 2].as_ptr(), sin[at..][..d / 2].as_ptr())
         });
         for j in (0..d).step_by(2 * HALF) {
-            let (mut first, mut second) = (normed(j), normed(j + HALF));
+            let (mut first, mut second) = (projected.load::<S>(j), projected.load::<S>(j + HALF));
             if let Some((cos, sin)) = angles {
                 let (c, s) = (S::load(cos.add(j / 2)), S::load(sin.add(j / 2)));
                 let (a, b) = (first, second);

@@ -1,0 +1,245 @@
+//! What a program will cost on a device, before it exists: kernels, traffic and roofline time of
+//! each kind of operation, per layer and in all.
+
+use crate::egraph::cost::{CostPoint, Work, kv_token_bytes, picoseconds, work};
+use indexmap::IndexMap;
+use lathe_ir::{DType, Epilogue, Graph, NodeId, Op, Type};
+
+/// Kinds of operations, for tables.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub enum OpClass {
+    /// Products with weights, with whatever is fused into them.
+    Gemm,
+    /// Attention, with the append to the cache.
+    Attention,
+    /// Normalisation, softmax, reductions.
+    Norm,
+    /// Elementwise functions and activations.
+    Elementwise,
+    /// Lookups and changes of layout.
+    Movement,
+    /// Products of two activations (attention that was not recognised).
+    Matmul,
+    /// Picking tokens.
+    Sample,
+}
+
+impl OpClass {
+    /// All kinds, in the order of tables.
+    pub const ALL: [OpClass; 7] = [
+        OpClass::Gemm,
+        OpClass::Attention,
+        OpClass::Norm,
+        OpClass::Elementwise,
+        OpClass::Movement,
+        OpClass::Matmul,
+        OpClass::Sample,
+    ];
+
+    /// The name in tables.
+    pub fn name(self) -> &'static str {
+        [
+            "gemm",
+            "attention",
+            "norm",
+            "elementwise",
+            "movement",
+            "matmul",
+            "sample",
+        ][self as usize]
+    }
+
+    /// The kind of an operation that launches a kernel.
+    pub fn of(op: &Op) -> OpClass {
+        match op {
+            Op::Linear | Op::Gemm(_) | Op::Proj(_) => OpClass::Gemm,
+            Op::Attn(_) | Op::AttnStep(_) | Op::AttnQkv(_) | Op::Sdpa(_) => OpClass::Attention,
+            Op::RmsNorm { .. } | Op::AddRms { .. } | Op::Softmax | Op::Reduce { .. } => {
+                OpClass::Norm
+            }
+            Op::Matmul => OpClass::Matmul,
+            Op::Sample => OpClass::Sample,
+            Op::Embedding
+            | Op::Select
+            | Op::Reshape(_)
+            | Op::Permute(_)
+            | Op::Expand(_)
+            | Op::Slice { .. }
+            | Op::Concat { .. }
+            | Op::RepeatKv { .. }
+            | Op::Pack(_)
+            | Op::Win(_)
+            | Op::Get(_) => OpClass::Movement,
+            _ => OpClass::Elementwise,
+        }
+    }
+}
+
+/// Sums over the operations of one kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Share {
+    /// Kernels.
+    pub kernels: u32,
+    /// Operations on the matrix units and elsewhere (a multiply-add counts two).
+    pub flops: f64,
+    /// Bytes of memory traffic, each operand once.
+    pub bytes: f64,
+    /// Roofline time in picoseconds.
+    pub picoseconds: u64,
+}
+
+impl Share {
+    fn add(&mut self, w: &Work, ps: u64) {
+        self.kernels += w.launches;
+        self.flops += w.matrix + w.vector;
+        self.bytes += w.bytes;
+        self.picoseconds = self.picoseconds.saturating_add(ps);
+    }
+}
+
+/// The prediction for one program at one point.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Prediction {
+    /// By kind of operation, largest first.
+    pub by_class: IndexMap<OpClass, Share>,
+    /// Kernels of each decoder layer, in order; all else under `None`.
+    pub by_layer: IndexMap<Option<u32>, Share>,
+    /// The whole program.
+    pub total: Share,
+    /// Nodes without a kernel, which make the program impossible to execute.
+    pub no_kernel: Vec<NodeId>,
+}
+
+/// Predicts a program at a point.
+pub fn predict(graph: &Graph, at: &CostPoint) -> Prediction {
+    let weight_only = weight_only(graph);
+    let mut p = Prediction::default();
+    for id in graph.ids() {
+        let node = graph.node(id);
+        let inputs: Vec<&Type> = node.inputs.iter().map(|&i| &graph.node(i).ty).collect();
+        let Some(w) = work(&node.op, &inputs, &node.ty, weight_only[id.index()], at) else {
+            p.no_kernel.push(id);
+            continue;
+        };
+        if w.launches == 0 {
+            continue;
+        }
+        let ps = picoseconds(&w, &at.device);
+        p.by_class
+            .entry(OpClass::of(&node.op))
+            .or_default()
+            .add(&w, ps);
+        p.by_layer.entry(node.prov.layer).or_default().add(&w, ps);
+        p.total.add(&w, ps);
+    }
+    p.by_class
+        .sort_by(|a, x, b, y| y.picoseconds.cmp(&x.picoseconds).then(a.cmp(b)));
+    p.by_layer.sort_keys();
+    p
+}
+
+/// Which nodes depend on weights and constants only, so that they are computed once, while
+/// loading. The same rule as the e-graph's analysis.
+pub fn weight_only(graph: &Graph) -> Vec<bool> {
+    let mut only = vec![false; graph.nodes().len()];
+    let mut konst = vec![false; graph.nodes().len()];
+    for id in graph.ids() {
+        let node = graph.node(id);
+        let at = |i: &NodeId| only[i.index()];
+        let neutral = |i: &NodeId| konst[i.index()] || graph.node(*i).ty == Type::None;
+        only[id.index()] = match &node.op {
+            Op::Weight { .. } | Op::Pack(_) => true,
+            op if op.is_leaf() => false,
+            Op::Get(_) | Op::Win(_) | Op::Select => false,
+            _ => node.inputs.iter().any(at) && node.inputs.iter().all(|i| at(i) || neutral(i)),
+        };
+        konst[id.index()] = match &node.op {
+            Op::Const { .. } => true,
+            Op::Cast(_) | Op::Reshape(_) | Op::Expand(_) => konst[node.inputs[0].index()],
+            Op::Unary(lathe_ir::UnaryFn::Neg) => konst[node.inputs[0].index()],
+            _ => false,
+        };
+    }
+    only
+}
+
+/// Bytes of memory of the weights that a program reads, each once.
+pub fn weight_bytes(graph: &Graph) -> u64 {
+    graph
+        .nodes()
+        .iter()
+        .filter_map(|n| match &n.op {
+            Op::Weight { weight, dtype } => {
+                let elements: i64 = weight.shape.iter().product();
+                Some(elements as u64 * dtype.size() as u64)
+            }
+            _ => None,
+        })
+        .sum()
+}
+
+/// Bytes of one cached token, over all layers of a step program.
+pub fn kv_bytes_per_token(graph: &Graph, dtype: DType) -> u64 {
+    graph
+        .nodes()
+        .iter()
+        .map(|n| match &n.op {
+            Op::Cache {
+                kv_heads, head_dim, ..
+            } => kv_token_bytes(*kv_heads, *head_dim, dtype),
+            _ => 0,
+        })
+        .sum()
+}
+
+/// A name for one kernel in lists: the operation, with what is fused into it.
+pub fn kernel_name(op: &Op) -> String {
+    match op {
+        Op::Gemm(spec) => {
+            let mut parts = Vec::new();
+            match spec.prologue {
+                lathe_ir::Prologue::None => {}
+                lathe_ir::Prologue::Rms { .. } => parts.push("rmsnorm"),
+                lathe_ir::Prologue::AddRms { .. } => parts.push("add+rmsnorm"),
+            }
+            parts.push("gemm");
+            match spec.epilogue {
+                Epilogue::None => {}
+                Epilogue::Residual => parts.push("residual"),
+                Epilogue::SwiGlu => parts.push("swiglu"),
+            }
+            parts.join("·")
+        }
+        op => op.name().to_string(),
+    }
+}
+
+/// The kernels of each distinct layer, as `(layers, kernel names in order)`.
+pub fn kernels_by_layer(graph: &Graph, at: &CostPoint) -> Vec<(Vec<Option<u32>>, Vec<String>)> {
+    let weight_only = weight_only(graph);
+    let mut layers: IndexMap<Option<u32>, Vec<String>> = IndexMap::new();
+    for id in graph.ids() {
+        let node = graph.node(id);
+        let inputs: Vec<&Type> = node.inputs.iter().map(|&i| &graph.node(i).ty).collect();
+        let launches = work(&node.op, &inputs, &node.ty, weight_only[id.index()], at)
+            .map_or(1, |w| w.launches);
+        if launches > 0 {
+            let name = kernel_name(&node.op);
+            let name = if launches > 1 {
+                format!("{name} (×{launches})")
+            } else {
+                name
+            };
+            layers.entry(node.prov.layer).or_default().push(name);
+        }
+    }
+    layers.sort_keys();
+    let mut groups: Vec<(Vec<Option<u32>>, Vec<String>)> = Vec::new();
+    for (layer, kernels) in layers {
+        match groups.iter_mut().find(|g| g.1 == kernels) {
+            Some(g) => g.0.push(layer),
+            None => groups.push((vec![layer], kernels)),
+        }
+    }
+    groups
+}
