@@ -83,10 +83,25 @@ fn every_kernel_compiles_without_spills() {
         all.extend(programs(&plan, &[1, 4, 8, 64], &[8, 512, 2048]));
     }
     for m in ["qwen3-0.6b", "qwen2.5-7b"] {
-        all.extend(programs(&plan(&config(m), DType::BF16, &[]), &[1, 8], &[512]));
+        all.extend(programs(
+            &plan(&config(m), DType::BF16, &[]),
+            &[1, 8],
+            &[512],
+        ));
     }
-    for m in ["llama-rope3-tied", "mistral-window", "qwen3", "llama-mha-bias", "gemma2", "falcon"] {
-        all.extend(programs(&plan(&golden(m), DType::BF16, &[]), &[1, 8], &[64]));
+    for m in [
+        "llama-rope3-tied",
+        "mistral-window",
+        "qwen3",
+        "llama-mha-bias",
+        "gemma2",
+        "falcon",
+    ] {
+        all.extend(programs(
+            &plan(&golden(m), DType::BF16, &[]),
+            &[1, 8],
+            &[64],
+        ));
     }
     for m in ["llama-rope3-tied", "qwen2"] {
         all.extend(programs(&plan(&golden(m), DType::F32, &[]), &[1, 8], &[64]));

@@ -330,9 +330,13 @@ fn decode(cx: &mut Context<'_>, h: &Heads, q: Ref, cache: Ref, out: Ref, extra: 
     );
 }
 
-/// Consumer warpgroups of the prefill kernel.
-fn prefill_groups(d: usize) -> usize {
-    if d <= 64 { 3 } else { 2 }
+/// Consumer warpgroups of the prefill kernel. Three leave too few registers for a soft cap.
+fn prefill_groups(h: &Heads) -> usize {
+    if h.d <= 64 && h.spec.softcap.is_none() {
+        3
+    } else {
+        2
+    }
 }
 
 fn prefill_takes(cx: &Context<'_>, h: &Heads) -> bool {
@@ -346,7 +350,7 @@ fn prefill_takes(cx: &Context<'_>, h: &Heads) -> bool {
 fn prefill(cx: &mut Context<'_>, h: &Heads, q: Ref, cache: Ref, out: Ref) {
     let (t, b) = (cx.sizes.t, cx.sizes.b);
     let group = h.hq / h.hkv;
-    let nwg = prefill_groups(h.d);
+    let nwg = prefill_groups(h);
     let dp = [64, 128].into_iter().find(|&p| h.d <= p).unwrap_or(256);
     let (bn, q_stages) = if h.d > 128 { (64, 1) } else { (128, 2) };
     let kv_stages = 2;
