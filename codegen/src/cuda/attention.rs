@@ -287,7 +287,7 @@ fn decode(cx: &mut Context<'_>, h: &Heads, q: Ref, cache: Ref, out: Ref, extra: 
             .def("LATHE_NT", nt)
             .def("LATHE_STAGES", stages)
             // The step state is written before the step, by copies that no kernel overtakes.
-            .def("LATHE_PREFETCH", u8::from(extra.fused && cx.options.pdl));
+            .def("LATHE_PREFETCH", u8::from(extra.fused && cx.pdl()));
         let partial = (group * (h.d + 2)).next_multiple_of(4) * 4;
         let shared = 256 * stages * nt * h.d
             + 32 * h.d

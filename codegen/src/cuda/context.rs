@@ -6,7 +6,7 @@ use super::launch::{
 };
 use super::source::{Body, Defines, Kernels};
 use crate::plan::{Operand, Plan, Program, Step, ValueId};
-use lathe_ir::{DType, Sym, SymEnv, TensorType, Type};
+use lathe_ir::{DType, Op, Sym, SymEnv, TensorType, Type};
 
 /// A program being lowered.
 pub(super) struct Context<'a> {
@@ -21,6 +21,8 @@ pub(super) struct Context<'a> {
     pub(super) workspaces: Vec<Workspace>,
     /// The step being lowered.
     pub(super) at: usize,
+    /// The step's kernels start after their predecessors have ended.
+    pub(super) serial: bool,
 }
 
 /// Where and with how much shared memory a kernel runs.
@@ -68,6 +70,7 @@ impl<'a> Context<'a> {
             launches: Vec::new(),
             workspaces: Vec::new(),
             at: 0,
+            serial: false,
         }
     }
 
@@ -87,9 +90,32 @@ impl<'a> Context<'a> {
         }
     }
 
+    /// Begins a step. Kernels read weights before they wait for their predecessor; where a weight
+    /// is computed by an earlier step, they must not.
+    pub(super) fn begin(&mut self, at: usize) {
+        self.at = at;
+        let step = self.step();
+        let weights: &[usize] = match step.op {
+            Op::Linear => &[1],
+            Op::Gemm(_) => &[1, 2, 4],
+            Op::RmsNorm { .. } => &[1],
+            Op::AddRms { .. } => &[2],
+            Op::AttnQkv(_) => &[1, 2],
+            _ => &[],
+        };
+        self.serial = weights
+            .iter()
+            .any(|&i| matches!(step.operands.get(i), Some(Operand::Value(_))));
+    }
+
+    /// Whether the step's kernels may start early.
+    pub(super) fn pdl(&self) -> bool {
+        self.options.pdl && !self.serial
+    }
+
     /// Macros that every kernel gets.
     pub(super) fn defines(&self, dtype: DType) -> Defines {
-        Defines::new(dtype).def("LATHE_PDL", u8::from(self.options.pdl))
+        Defines::new(dtype).def("LATHE_PDL", u8::from(self.pdl()))
     }
 
     /// Adds a launch of a kernel to the program.
@@ -117,7 +143,7 @@ impl<'a> Context<'a> {
             .collect();
         let origin = format!("{} of {}", step.op.name(), path.join("."));
         let kernel = self.kernels.get(body, label, defines, origin);
-        let bytes = self.step_bytes();
+        let (bytes, pdl) = (self.step_bytes(), self.pdl());
         self.launches.push(Launch {
             kernel,
             grid: geometry.grid,
@@ -125,6 +151,7 @@ impl<'a> Context<'a> {
             cluster: geometry.cluster,
             shared: geometry.shared,
             args,
+            pdl,
             step: self.at,
             bytes,
             flops: 0.0,

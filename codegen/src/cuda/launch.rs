@@ -123,6 +123,8 @@ pub struct Launch {
     pub shared: u32,
     /// Arguments in order.
     pub args: Vec<Arg>,
+    /// Whether the kernel may start before its predecessor has ended.
+    pub pdl: bool,
     /// Step of the plan's program.
     pub step: usize,
     /// Bytes that must pass through memory, without the KV cache.

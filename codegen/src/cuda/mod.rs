@@ -58,7 +58,7 @@ pub fn lower_program(
     let mut cx = Context::new(plan, program, sizes, sampling, options);
     let mut skip = None;
     for at in 0..program.steps.len() {
-        cx.at = at;
+        cx.begin(at);
         if skip == Some(at) {
             continue;
         }
@@ -97,25 +97,11 @@ pub fn lower_program(
     })
 }
 
-/// The kernel that replaces references to sampled tokens by the tokens, with its arguments.
-pub fn resolve_tokens(pdl: bool, rows: usize) -> (KernelSource, Launch) {
+/// The kernel that replaces references to sampled tokens by the tokens (parameters and geometry:
+/// `tokens.cu`).
+pub fn tokens_kernel() -> KernelSource {
     let mut kernels = source::Kernels::default();
-    let defines = source::Defines::new(lathe_ir::DType::F32).def("LATHE_PDL", u8::from(pdl));
-    let kernel = kernels.get(source::Body::Tokens, "", defines, "step.tokens".into());
-    let launch = Launch {
-        kernel,
-        grid: [rows.div_ceil(256).max(1) as u32, 1, 1],
-        block: 256,
-        cluster: 1,
-        shared: 0,
-        args: vec![
-            Arg::Ptr(Ref::Meta(Meta::Tokens)),
-            Arg::Ptr(Ref::Sampled),
-            Arg::I32(rows as i32),
-        ],
-        step: 0,
-        bytes: 0.0,
-        flops: 0.0,
-    };
-    (kernels.finish().remove(0), launch)
+    let defines = source::Defines::new(lathe_ir::DType::F32);
+    kernels.get(source::Body::Tokens, "", defines, "step.tokens".into());
+    kernels.finish().remove(0)
 }

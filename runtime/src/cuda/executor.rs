@@ -4,11 +4,11 @@
 //! of the sampled tokens back; nothing is allocated and nothing waits but [`Executor::collect`].
 
 use super::cubin_cache::{CubinCache, DEFAULT_LIMIT};
-use super::driver::{Device, Event, Stream};
+use super::driver::{Device, Event, Function, Stream};
 use super::graph::Graph;
-use super::launch::{Args, launch};
+use super::launch::{Args, LaunchConfig, launch};
 use super::memory::{Arena, Pinned, aligned, bytes_of, check_fits};
-use super::prepare::{Addresses, Modules, Prepared, Resolver, config};
+use super::prepare::{Addresses, Modules, Prepared, Resolver};
 use super::profile::KernelTime;
 use super::state::{MetaLayout, check};
 use super::timing::time_runs;
@@ -18,7 +18,7 @@ use crate::load::{LoadOptions, Loadable};
 use crate::step::{Capacity, Executor, StepBatch, StepError, StepKind, StepOutput, StepTime};
 use half::{bf16, f16};
 use lathe_codegen::cuda::{
-    CudaOptions, CudaProgram, Launch, Meta, Sampling, Sizes, lower_program, resolve_tokens,
+    CudaOptions, CudaProgram, Meta, Sampling, Sizes, lower_program, tokens_kernel,
 };
 use lathe_codegen::{Operand, Plan, Program, ProgramKind};
 use lathe_ir::{DType, Op, Sym, SymEnv};
@@ -99,6 +99,8 @@ pub struct CudaExecutor {
     next_slot: usize,
     /// Rows that the last step sampled.
     sampled: usize,
+    /// Resolves references to sampled tokens; made when it is first needed.
+    token_kernel: Option<Function>,
     stream: Stream,
     _arenas: Vec<Arena>,
 }
@@ -310,6 +312,7 @@ impl CudaExecutor {
             ring,
             next_slot: 0,
             sampled: 0,
+            token_kernel: None,
             stream,
             _arenas: vec![weights, caches, slots_arena, state_arena],
         })
@@ -443,7 +446,7 @@ impl CudaExecutor {
         self.next_slot = (slot + 1) % IN_FLIGHT;
         let refers = batch.tokens.iter().any(|&t| t < 0);
         let resolver = match refers {
-            true => Some(self.token_kernel(key)?),
+            true => Some(self.token_kernel()?),
             false => None,
         };
         let prepared = &self.prepared[&key];
@@ -459,9 +462,16 @@ impl CudaExecutor {
             self.stream
                 .copy_to_device(self.addresses.meta, &s.meta.as_slice()[..bytes])?;
         }
-        if let Some((function, l, args)) = resolver {
-            // SAFETY: parameters as generated with the kernel; both arrays belong to `self`.
-            unsafe { launch(&self.stream, &function, &config(&l, false), &args)? };
+        if let Some(function) = resolver {
+            let rows = key.1.t as u32;
+            let tokens = self.addresses.meta + prepared.meta.offset(Meta::Tokens) as DevicePtr;
+            let args = Args::new()
+                .ptr(tokens)
+                .ptr(self.addresses.sampled)
+                .u32(rows);
+            let config = LaunchConfig::linear(rows.div_ceil(256), 256);
+            // SAFETY: parameters as in tokens.cu; both arrays belong to `self`.
+            unsafe { launch(&self.stream, &function, &config, &args)? };
         }
         match &prepared.graph {
             Some(graph) => graph.launch(&self.stream)?,
@@ -484,24 +494,19 @@ impl CudaExecutor {
         Ok(())
     }
 
-    /// The kernel that resolves references to sampled tokens, for a bucket.
-    fn token_kernel(
-        &mut self,
-        key: (ProgramKind, Sizes, Sampling),
-    ) -> Result<(super::driver::Function, Launch, Args), CudaError> {
-        let rows = key.1.t;
-        let (source, l) = resolve_tokens(false, rows);
+    /// The kernel that resolves references to sampled tokens.
+    fn token_kernel(&mut self) -> Result<Function, CudaError> {
+        if let Some(function) = &self.token_kernel {
+            return Ok(function.clone());
+        }
+        let source = tokens_kernel();
         let device = self.stream.device().clone();
         let module = self
             .modules
             .get(&device, self.cache.as_ref(), std::slice::from_ref(&source))?
             .remove(0);
-        let tokens = self.addresses.meta + self.prepared[&key].meta.offset(Meta::Tokens) as u64;
-        let args = Args::new()
-            .ptr(tokens)
-            .ptr(self.addresses.sampled)
-            .i32(rows as i32);
-        Ok((module.function(&source.name, 0)?, l, args))
+        let function = module.function(&source.name, 0)?;
+        Ok(self.token_kernel.insert(function).clone())
     }
 
     fn finish(&mut self) -> Result<StepOutput, StepError> {

@@ -154,13 +154,13 @@ impl Resolver<'_> {
     }
 }
 
-pub(super) fn config(l: &Launch, pdl: bool) -> LaunchConfig {
+fn config(l: &Launch, pdl: bool) -> LaunchConfig {
     LaunchConfig {
         grid: l.grid,
         block: [l.block, 1, 1],
         shared: l.shared,
         cluster: [l.cluster, 1, 1],
-        pdl,
+        pdl: pdl && l.pdl,
     }
 }
 
