@@ -67,6 +67,41 @@ fn programs(plan: &Plan, decode: &[usize], general: &[usize]) -> Vec<CudaProgram
     all
 }
 
+/// What the plans of the golden models must not lose on the way to kernels: the bias of gated MLPs,
+/// and waiting for weights that the step itself computes.
+#[test]
+fn biases_and_computed_weights_are_kept() {
+    let biased = plan("golden/llama-mha-bias", DType::BF16, &[]);
+    for p in programs(&biased, &[1, 8], &[64, 512]) {
+        let program = biased.program(p.kind).unwrap();
+        for l in &p.launches {
+            let name = &p.kernels[l.kernel].name;
+            let has_bias = !matches!(
+                program.steps[l.step].operands.get(2),
+                None | Some(lathe_codegen::Operand::None)
+            );
+            let is_gemm = matches!(program.steps[l.step].op, lathe_ir::Op::Gemm(_));
+            if is_gemm && has_bias && !name.starts_with("norm") {
+                assert!(name.contains("bias"), "{name} drops a bias");
+            }
+        }
+    }
+    let computed = plan("golden/falcon", DType::F32, &[]);
+    for p in programs(&computed, &[1], &[64]) {
+        let program = computed.program(p.kind).unwrap();
+        let mut seen = 0;
+        for l in &p.launches {
+            let step = &program.steps[l.step];
+            let is_gemm = matches!(step.op, lathe_ir::Op::Gemm(_));
+            if is_gemm && matches!(step.operands[1], lathe_codegen::Operand::Value(_)) {
+                assert!(!l.pdl, "{} reads weights early", p.kernels[l.kernel].name);
+                seen += 1;
+            }
+        }
+        assert!(seen > 0, "falcon packs its projections at run time");
+    }
+}
+
 #[test]
 fn every_kernel_compiles_without_spills() {
     let required = std::env::var_os("LATHE_REQUIRE_NVRTC").is_some();

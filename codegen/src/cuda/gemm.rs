@@ -131,7 +131,9 @@ fn run(cx: &mut Context<'_>, mut g: Gemm) -> Result<(), CudaError> {
     let matrix_cores = g.dtype == DType::BF16
         && !cx.options.plain
         && g.n.is_multiple_of(8)
-        && g.k.is_multiple_of(8);
+        && g.k.is_multiple_of(8)
+        // Their SwiGLU takes no bias.
+        && (g.bias.is_none() || g.epilogue != Epilogue::SwiGlu);
     if streams {
         gemv::launch(cx, &g);
     } else if matrix_cores && g.m <= SKINNY_ROWS {
