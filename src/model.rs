@@ -10,6 +10,7 @@ use lathe_ir::import::{HfConfig, ImportOptions, ModelInfo, import};
 use lathe_passes::egraph::cost::DeviceModel;
 use lathe_passes::pipeline::{Compiled, compile};
 use lathe_runtime::cpu;
+use lathe_runtime::cuda::{self, CudaLoad};
 use lathe_runtime::load::{LoadOptions, Loadable, expected_tensors};
 use lathe_runtime::step::Executor;
 use lathe_runtime::weights::{Checkpoint, RandomWeights, WeightSource, check};
@@ -201,8 +202,12 @@ impl CompiledModel {
         };
         let executor = match &self.target {
             Target::Cpu => cpu::load(model, options).context("loading the model on the CPU")?,
-            Target::Cuda(..) => {
-                anyhow::bail!("running on CUDA is not implemented yet; use --device cpu")
+            Target::Cuda(ordinal, _) => {
+                let how = CudaLoad {
+                    ordinal: *ordinal as usize,
+                    ..CudaLoad::default()
+                };
+                cuda::load(model, options, &how).context("loading the model on the GPU")?
             }
         };
         self.phases.push(("load weights", start.elapsed()));
