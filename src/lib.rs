@@ -7,5 +7,8 @@ pub mod bench;
 pub mod cli;
 pub mod cmd;
 pub mod config;
+pub mod dump;
 pub mod errors;
+pub mod frontend;
 pub mod model_folder;
+pub mod phases;

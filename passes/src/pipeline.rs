@@ -407,12 +407,7 @@ impl<'a> Template<'a> {
             .filter(|r| r.stage == stage && self.config.runs(r))
             .collect();
         let known = self.egraph.analysis.log.len();
-        let iterations = saturate(
-            &mut self.egraph,
-            &rules,
-            stage.name(),
-            &self.report.name,
-        )?;
+        let iterations = saturate(&mut self.egraph, &rules, stage.name(), &self.report.name)?;
         let mut matches = IndexMap::new();
         for applied in &self.egraph.analysis.log[known..] {
             *matches.entry(applied.rule).or_insert(0) += 1;
@@ -534,19 +529,24 @@ pub(crate) fn open_windows(egraph: &mut EGraph, full: &[(String, Id)]) -> Vec<(S
             let rows = add_op(egraph, &rows, &[]);
             class = add_op(egraph, &Op::Select, &[class, rows]);
             let next = add_op(egraph, &Op::Sample, &[class]);
-            set_prov(egraph, next, "sample");
+            set_prov(egraph, next, Prov::global("sample"));
             step.push(("next".into(), next));
         }
-        set_prov(egraph, class, name);
+        // What a step computes of a value comes from where the value comes from.
+        let shown = match &egraph[*id].data {
+            crate::egraph::Data::Value(v) => v.origin().cloned(),
+            crate::egraph::Data::Payload(_) => None,
+        };
+        set_prov(egraph, class, shown.unwrap_or_else(|| Prov::global(name)));
         step.push((name.clone(), class));
     }
     egraph.rebuild();
     step
 }
 
-fn set_prov(egraph: &mut EGraph, id: Id, path: &str) {
+fn set_prov(egraph: &mut EGraph, id: Id, prov: Prov) {
     if let crate::egraph::Data::Value(v) = &mut egraph[id].data {
-        v.prov.get_or_insert_with(|| Prov::global(path));
+        v.prov.get_or_insert(prov);
     }
 }
 

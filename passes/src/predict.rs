@@ -151,9 +151,7 @@ pub fn weight_only(graph: &Graph) -> Vec<bool> {
             Op::Weight { .. } | Op::Pack(_) => true,
             op if op.is_leaf() => false,
             Op::Get(_) | Op::Win(_) | Op::Select => false,
-            _ => {
-                node.inputs.iter().any(at) && node.inputs.iter().all(|i| at(i) || neutral(i))
-            }
+            _ => node.inputs.iter().any(at) && node.inputs.iter().all(|i| at(i) || neutral(i)),
         };
         konst[id.index()] = match &node.op {
             Op::Const { .. } => true,

@@ -5,6 +5,9 @@ use clap::Subcommand;
 use crate::cli::Cli;
 
 mod compare;
+mod compile;
+mod opt;
+mod passes;
 mod prepare_dataset;
 
 /// What to do.
@@ -15,6 +18,12 @@ pub enum Command {
     PrepareDataset(prepare_dataset::PrepareDataset),
     /// Put report files side by side, with ratios to the first
     Compare(compare::Compare),
+    /// Compile a model and show what each pass did; needs no weights
+    Compile(compile::Compile),
+    /// Run passes on a program in text form and print the result
+    Opt(opt::Opt),
+    /// List passes and rewrite rules, or explain one
+    Passes(passes::Passes),
 }
 
 /// Runs the chosen command.
@@ -22,5 +31,8 @@ pub fn run(cli: &Cli) -> anyhow::Result<()> {
     match &cli.command {
         Command::PrepareDataset(command) => command.run(&cli.global),
         Command::Compare(command) => command.run(),
+        Command::Compile(command) => command.run(&cli.global),
+        Command::Opt(command) => command.run(&cli.global),
+        Command::Passes(command) => command.run(),
     }
 }

@@ -129,7 +129,10 @@ mod tests {
         assert_eq!(nearest("max_batchsize", keys()), Some("max_batch_size"));
         assert_eq!(nearest("attn-backend", keys()), Some("attn_backend"));
         assert_eq!(nearest("free_memory_ratio", keys()), Some("free_mem_ratio"));
-        assert_eq!(nearest("batch_sizes", keys()), Some("cuda_graph_batch_sizes"));
+        assert_eq!(
+            nearest("batch_sizes", keys()),
+            Some("cuda_graph_batch_sizes")
+        );
         assert_eq!(nearest("zebra", keys()), None);
         assert_eq!(distance("ab", "ba"), 1);
         assert_eq!(distance("kitten", "sitting"), 3);

@@ -23,10 +23,7 @@ impl fmt::Display for Position {
 
 /// The position of the last key of `path` (keys of nested mappings, outermost first).
 pub(super) fn key(text: &str, path: &[&str]) -> Option<Position> {
-    let seek = Seek {
-        path,
-        value: false,
-    };
+    let seek = Seek { path, value: false };
     seek_in(text, seek)
 }
 

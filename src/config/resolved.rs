@@ -52,8 +52,7 @@ pub struct Resolved {
 }
 
 fn first<T>(yaml: Option<Given<T>>, flags: Option<Given<T>>, default: T) -> Given<T> {
-    yaml.or(flags)
-        .unwrap_or_else(|| Given::default_of(default))
+    yaml.or(flags).unwrap_or_else(|| Given::default_of(default))
 }
 
 impl Resolved {

@@ -314,8 +314,10 @@ impl Reader<'_> {
                 format!("known: {}", known.join(", "))
             }
         };
-        self.problems
-            .push(format!("{}:{at}: unknown {what} '{word}'; {hint}", self.file));
+        self.problems.push(format!(
+            "{}:{at}: unknown {what} '{word}'; {hint}",
+            self.file
+        ));
     }
 }
 
