@@ -97,9 +97,6 @@ impl Compile {
         out.push('\n');
         out += &phases.table();
         std::io::stdout().lock().write_all(out.as_bytes())?;
-        if let (Some(reason), None) = (&compiled.no_step, &compiled.decode) {
-            tracing::warn!("no step program: {reason}");
-        }
         Ok(())
     }
 
