@@ -45,6 +45,9 @@ pub struct GlobalOptions {
     /// Least severity that is logged to stderr
     #[arg(long = "log_level", global = true, value_enum, default_value_t)]
     pub log_level: LogLevel,
+    /// Form of the log lines on stderr
+    #[arg(long = "log_format", global = true, value_enum, default_value_t)]
+    pub log_format: LogFormat,
     /// Folder for intermediate files
     #[arg(
         short,
@@ -133,6 +136,17 @@ pub enum LogLevel {
     Trace,
 }
 
+/// `--log_format`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "snake_case")]
+pub enum LogFormat {
+    /// Lines for people.
+    #[default]
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
 /// Parses the command line.
 ///
 /// trtllm-bench writes its flags with underscores and its dataset tool with dashes; here each flag is
@@ -162,25 +176,30 @@ fn with_both_spellings(command: clap::Command) -> clap::Command {
 
 /// Sends log lines of at least this severity to stderr. `LATHE_LOG` (a tracing filter such as
 /// `lathe_passes=debug`) overrides the level.
-pub fn init_logging(level: LogLevel) {
+pub fn init_logging(level: LogLevel, format: LogFormat) {
+    // egg reports every round of every saturation: only of interest when looking for a bug.
     let directive = match level {
         LogLevel::InternalError => "off",
         LogLevel::Error => "error",
         LogLevel::Warning => "warn",
-        LogLevel::Info => "info",
-        LogLevel::Verbose | LogLevel::Debug => "debug",
+        LogLevel::Info => "info,egg=warn",
+        LogLevel::Verbose | LogLevel::Debug => "debug,egg=warn",
         LogLevel::Trace => "trace",
     };
     let filter = tracing_subscriber::EnvFilter::try_from_env("LATHE_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(directive));
-    // A second initialisation happens only in tests and changes nothing.
-    let _ = tracing_subscriber::fmt()
+    let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .without_time()
-        .with_target(false)
-        .try_init();
+        .with_writer(std::io::stderr);
+    // A second initialisation happens only in tests and changes nothing.
+    let _ = match format {
+        LogFormat::Text => lines
+            .with_ansi(std::io::stderr().is_terminal())
+            .without_time()
+            .with_target(false)
+            .try_init(),
+        LogFormat::Json => lines.json().flatten_event(true).try_init(),
+    };
 }
 
 #[cfg(test)]

@@ -18,7 +18,7 @@ fn main() -> ExitCode {
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(USAGE));
         }
     };
-    lathe::cli::init_logging(cli.global.log_level);
+    lathe::cli::init_logging(cli.global.log_level, cli.global.log_format);
     match lathe::cmd::run(&cli).and_then(|()| Ok(std::io::stdout().flush()?)) {
         Ok(()) => ExitCode::SUCCESS,
         // The reader of our output went away (`lathe ... | head`): it has what it wanted.

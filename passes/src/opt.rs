@@ -14,17 +14,23 @@ use crate::rules;
 use egg::Id;
 use indexmap::IndexMap;
 use lathe_ir::{Dim, Graph, NodeId, Sym};
+use std::collections::BTreeSet;
 
 /// What the result is chosen by.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Goal {
     /// The fewest operations: shows what a rule makes, whether or not it pays.
     Size,
+    /// As few of the given operations as possible, then the fewest: shows what the rules make even
+    /// where that is not smaller.
+    Rewritten,
     /// The least time at a point, as the pipeline chooses. Operations without a kernel count as a
     /// second each.
     Time(CostPoint),
 }
 
+/// What an operation of the given program counts under [`Goal::Rewritten`].
+const GIVEN: u64 = 1000;
 /// Picoseconds that an operation without a kernel counts.
 const NO_KERNEL: u64 = 1_000_000_000_000;
 
@@ -87,7 +93,14 @@ pub fn run(graph: &Graph, passes: &[&str], goal: &Goal) -> Result<OptReport, Com
         saturate(&mut egraph, rules, stage, &graph.name)?;
     }
     let classes: Vec<Id> = roots.iter().map(|r| r.1).collect();
-    let chosen = extract(&egraph, &classes, &|id, n| cost(&egraph, id, n, goal))?;
+    let given = given(&egraph, graph, &ids);
+    let chosen = extract(&egraph, &classes, &|id, n| {
+        if *goal == Goal::Rewritten && given.contains(n) {
+            GIVEN
+        } else {
+            cost(&egraph, id, n, goal)
+        }
+    })?;
     let mut matches = IndexMap::new();
     for applied in &egraph.analysis.log {
         *matches.entry(applied.rule).or_insert(0) += 1;
@@ -101,10 +114,29 @@ pub fn run(graph: &Graph, passes: &[&str], goal: &Goal) -> Result<OptReport, Com
     })
 }
 
+/// The e-nodes of the operations of a graph, as the e-graph has them now.
+fn given(egraph: &EGraph, graph: &Graph, ids: &[Id]) -> BTreeSet<Lang> {
+    let mut nodes = BTreeSet::new();
+    for node in graph.nodes().iter().filter(|n| !n.inputs.is_empty()) {
+        let payload = node.op.has_payload().then(|| {
+            let leaf = Lang::Payload(node.op.clone());
+            egraph.lookup(leaf).expect("invariant: the graph was added")
+        });
+        let operands = node.inputs.iter().map(|i| ids[i.index()]);
+        let children = payload
+            .into_iter()
+            .chain(operands)
+            .map(|c| egraph.find(c))
+            .collect();
+        nodes.insert(Lang::App(node.op.name(), children));
+    }
+    nodes
+}
+
 fn cost(egraph: &EGraph, id: Id, node: &Lang, goal: &Goal) -> u64 {
     match (goal, node) {
         (_, Lang::Payload(_)) => 0,
-        (Goal::Size, Lang::App(..)) => u64::from(!node.operands().is_empty()),
+        (Goal::Size | Goal::Rewritten, Lang::App(..)) => u64::from(!node.operands().is_empty()),
         (Goal::Time(at), Lang::App(..)) => match node_cost(egraph, id, node, at) {
             c if c >= INFINITE => NO_KERNEL,
             c => c,

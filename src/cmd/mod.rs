@@ -6,10 +6,13 @@ use crate::cli::Cli;
 
 mod bench_args;
 mod compare;
+mod compile;
 mod doctor;
 mod generate;
 mod latency;
+mod opt;
 mod outputs;
+mod passes;
 mod prepare_dataset;
 mod serving;
 mod static_batch;
@@ -34,6 +37,12 @@ pub enum Command {
     PrepareDataset(prepare_dataset::PrepareDataset),
     /// Put report files side by side, with ratios to the first
     Compare(compare::Compare),
+    /// Compile a model and show what each pass did; needs no weights
+    Compile(compile::Compile),
+    /// Run passes on a program in text form and print the result
+    Opt(opt::Opt),
+    /// List passes and rewrite rules, or explain one
+    Passes(passes::Passes),
 }
 
 /// Runs the chosen command.
@@ -46,5 +55,8 @@ pub fn run(cli: &Cli) -> anyhow::Result<()> {
         Command::Doctor(command) => command.run(&cli.global),
         Command::PrepareDataset(command) => command.run(&cli.global),
         Command::Compare(command) => command.run(),
+        Command::Compile(command) => command.run(&cli.global),
+        Command::Opt(command) => command.run(&cli.global),
+        Command::Passes(command) => command.run(),
     }
 }

@@ -1,0 +1,378 @@
+//! `compile`: compiles without weights and shows what happened.
+
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::Args;
+use lathe_ir::DType;
+use lathe_passes::egraph::cost::{CostPoint, DeviceModel};
+use lathe_passes::pipeline::{Compiled, PassConfig, compile_with};
+use lathe_passes::predict::{
+    Prediction, kernels_by_layer, kv_bytes_per_token, predict, weight_bytes,
+};
+
+use crate::cli::{DeviceChoice, GlobalOptions};
+use crate::config::{Given, KvCacheDtype, Options, Resolved};
+use crate::dump::{self, Format, Points};
+use crate::errors::usage_error;
+use crate::frontend::{Imported, import_model, resolve};
+use crate::phases::{Phases, bytes, duration, picoseconds};
+
+/// Compile a model and show what each pass did; needs no weights
+#[derive(Debug, Args)]
+pub struct Compile {
+    /// YAML file of options; wins over the command line
+    #[arg(
+        long = "extra_llm_api_options",
+        visible_alias = "config",
+        value_name = "FILE"
+    )]
+    config: Option<PathBuf>,
+    /// Write the program: after-all, or after=PASS,... (stages, import, decode, general)
+    #[arg(long, value_name = "after-all|after=PASS,...")]
+    dump_ir: Option<Points>,
+    /// Folder of the dumps
+    #[arg(long, value_name = "FOLDER")]
+    dump_dir: Option<PathBuf>,
+    /// Form of the dumps; html is one page with all stages
+    #[arg(long, value_enum)]
+    dump_format: Option<Format>,
+    /// Leave out dumps that equal the one before
+    #[arg(long)]
+    only_changed: bool,
+    /// Print the resolved configuration, the memory it needs and the predicted times
+    #[arg(long)]
+    dry_run: bool,
+    /// Device to compile and predict for: h100, h200, cpu; by default that of --device
+    #[arg(long, value_name = "NAME")]
+    target: Option<String>,
+    /// Optimise the whole model as one region instead of one template a kind of layer
+    #[arg(long)]
+    no_roll: bool,
+    /// Print the generated sources
+    #[arg(long, value_name = "cuda")]
+    emit: Option<String>,
+    /// Most requests in flight
+    #[arg(long = "max_batch_size", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    max_batch_size: Option<u32>,
+    /// Longest sequence, prompt and output together
+    #[arg(long = "max_seq_len", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    max_seq_len: Option<u32>,
+    /// Most token rows of one step
+    #[arg(long = "max_num_tokens", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    max_num_tokens: Option<u32>,
+}
+
+impl Compile {
+    /// Runs the command.
+    pub fn run(&self, global: &GlobalOptions) -> anyhow::Result<()> {
+        let mut phases = Phases::new();
+        if let Some(what) = &self.emit {
+            return Err(usage_error(format!(
+                "--emit {what}: generated sources cannot be printed yet"
+            )));
+        }
+        let config = resolve(self.flags(), self.config.as_deref())?;
+        let target = target(self.target.as_deref(), global.device)?;
+        let imported = import_model(global, &config, &mut phases)?;
+
+        let mut pass_config = config.pass_config(target);
+        pass_config.no_roll = self.no_roll;
+        phases.begin("passes");
+        let compiled = compile_with(&imported.model.graph, &pass_config, true)?;
+        phases.end_parts("passes", &compiled.phases);
+
+        let mut out = String::new();
+        if self.dry_run {
+            dry_run(&mut out, &config, &imported, &compiled, &pass_config);
+        } else {
+            title(&mut out, &imported, &pass_config);
+            passes(&mut out, &compiled, &pass_config, &config);
+        }
+        programs(&mut out, &compiled, &pass_config);
+        phases.end("report");
+        self.dump(&mut out, &imported, &compiled, &pass_config, &mut phases)?;
+        out.push('\n');
+        out += &phases.table();
+        std::io::stdout().lock().write_all(out.as_bytes())?;
+        Ok(())
+    }
+
+    fn flags(&self) -> Options {
+        Options {
+            max_batch_size: Given::flag("--max_batch_size", self.max_batch_size.map(Some)),
+            max_seq_len: Given::flag("--max_seq_len", self.max_seq_len.map(Some)),
+            max_num_tokens: Given::flag("--max_num_tokens", self.max_num_tokens.map(Some)),
+            ..Options::default()
+        }
+    }
+
+    fn dump(
+        &self,
+        out: &mut String,
+        imported: &Imported,
+        compiled: &Compiled,
+        config: &PassConfig,
+        phases: &mut Phases,
+    ) -> anyhow::Result<()> {
+        let format = self.dump_format.unwrap_or_default();
+        let wanted =
+            self.dump_ir.is_some() || self.dump_dir.is_some() || self.dump_format.is_some();
+        if !wanted {
+            if self.only_changed {
+                return Err(usage_error("--only-changed needs --dump-ir"));
+            }
+            return Ok(());
+        }
+        phases.begin("dump");
+        let points = self.dump_ir.clone().unwrap_or(Points::All);
+        let dir = self.dump_dir.clone().unwrap_or_else(|| "lathe-dump".into());
+        let snapshots = dump::snapshots(&imported.model.graph, compiled, config);
+        let _ = writeln!(out);
+        if format == Format::Html {
+            let page = dump::html(imported, compiled, config)?;
+            std::fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
+            let path = dir.join("lathe.html");
+            std::fs::write(&path, &page).with_context(|| path.display().to_string())?;
+            let _ = writeln!(
+                out,
+                "dump {} ({})",
+                path.display(),
+                bytes(page.len() as f64)
+            );
+        } else {
+            let (written, skipped) =
+                dump::write(&dir, &snapshots, &points, format, self.only_changed)?;
+            for path in written {
+                let _ = writeln!(out, "dump {}", path.display());
+            }
+            for reason in skipped {
+                let _ = writeln!(out, "no dump of {reason}");
+            }
+        }
+        phases.end("dump");
+        Ok(())
+    }
+}
+
+/// The model of the device to compile for.
+pub(super) fn target(name: Option<&str>, device: DeviceChoice) -> anyhow::Result<DeviceModel> {
+    match (name, device) {
+        (Some(name), _) => DeviceModel::by_name(name)
+            .ok_or_else(|| usage_error(format!("--target {name}: expected h100, h200 or cpu"))),
+        (None, DeviceChoice::Cpu) => Ok(DeviceModel::CPU),
+        (None, _) => Ok(DeviceModel::H100),
+    }
+}
+
+fn title(out: &mut String, imported: &Imported, config: &PassConfig) {
+    let arch = &imported.model.arch;
+    let _ = writeln!(
+        out,
+        "model   {}: {}, {} layers, {:.2} B parameters, {}",
+        imported.name,
+        arch.family,
+        arch.layers,
+        arch.parameters() as f64 / 1e9,
+        imported.dtype
+    );
+    let _ = writeln!(
+        out,
+        "target  {}: decode chosen for {}; general for {}\n",
+        config.decode.device.name,
+        dump::at(&config.decode),
+        dump::at(&config.general)
+    );
+}
+
+fn passes(out: &mut String, compiled: &Compiled, config: &PassConfig, resolved: &Resolved) {
+    let disabled = resolved.disabled();
+    for s in dump::summaries(compiled, config) {
+        let name = s.stage.name();
+        if !s.enabled {
+            let why = disabled.get(name).map_or("", String::as_str);
+            let _ = writeln!(
+                out,
+                "[stage={name}, pass={name}] enabled=false reason={why}"
+            );
+            continue;
+        }
+        let _ = writeln!(
+            out,
+            "[stage={name}, pass={name}] enabled=true matches={} enodes={} eclasses={} cost={} time={}",
+            s.total(),
+            s.nodes,
+            s.classes,
+            dump::cost_change(&s).replace(' ', ""),
+            duration(s.time).replace(' ', "")
+        );
+        for (rule, n) in &s.matches {
+            let _ = writeln!(out, "[stage={name}, rule={rule}] matches={n}");
+        }
+        for rule in &s.off {
+            let why = disabled.get(rule).map_or("", String::as_str);
+            let _ = writeln!(
+                out,
+                "[stage={name}, rule={rule}] enabled=false reason={why}"
+            );
+        }
+        if !s.unmatched.is_empty() {
+            let _ = writeln!(out, "[stage={name}] unmatched={}", s.unmatched.join(","));
+        }
+    }
+}
+
+/// The kernels of each kind of layer, for both programs.
+fn programs(out: &mut String, compiled: &Compiled, config: &PassConfig) {
+    for (name, graph, at) in [
+        ("decode", &compiled.decode, &config.decode),
+        ("general", &compiled.general, &config.general),
+    ] {
+        let Some(graph) = graph else { continue };
+        let p = predict(graph, at);
+        let _ = writeln!(
+            out,
+            "\n{name} program ({}): {} kernels",
+            dump::at(at),
+            p.total.kernels
+        );
+        for (layers, kernels) in kernels_by_layer(graph, at) {
+            let _ = writeln!(out, "  {:<16} {}", layer_range(&layers), kernels.join(", "));
+        }
+    }
+    if let (None, Some(reason)) = (&compiled.decode, &compiled.no_step) {
+        let _ = writeln!(out, "\nno step program: {reason}");
+    }
+}
+
+/// `layer 0`, `layers 1-31`, `outside layers`.
+fn layer_range(layers: &[Option<u32>]) -> String {
+    let mut parts: Vec<String> = Vec::new();
+    let numbers: Vec<u32> = layers.iter().filter_map(|l| *l).collect();
+    let mut i = 0;
+    while i < numbers.len() {
+        let start = i;
+        while i + 1 < numbers.len() && numbers[i + 1] == numbers[i] + 1 {
+            i += 1;
+        }
+        parts.push(if start == i {
+            numbers[i].to_string()
+        } else {
+            format!("{}-{}", numbers[start], numbers[i])
+        });
+        i += 1;
+    }
+    match numbers.len() {
+        0 => "outside layers".to_string(),
+        1 => format!("layer {}", parts[0]),
+        _ => format!("layers {}", parts.join(",")),
+    }
+}
+
+fn dry_run(
+    out: &mut String,
+    resolved: &Resolved,
+    imported: &Imported,
+    compiled: &Compiled,
+    config: &PassConfig,
+) {
+    title(out, imported, config);
+    let rows = resolved.rows();
+    let width = |f: fn(&(String, String, String)) -> usize| rows.iter().map(f).max().unwrap_or(0);
+    let (k, v) = (width(|r| r.0.len()), width(|r| r.1.chars().count()));
+    let _ = writeln!(out, "configuration");
+    for (key, value, source) in &rows {
+        let _ = writeln!(out, "  {key:k$}  {value:v$}  {source}");
+    }
+    for (name, why) in resolved.disabled() {
+        let _ = writeln!(out, "  off: {name}, by {why}");
+    }
+    memory(out, resolved, imported, compiled);
+    for (name, graph, at) in [
+        ("decode", &compiled.decode, &config.decode),
+        ("prefill", &compiled.general, &config.general),
+    ] {
+        if let Some(graph) = graph {
+            prediction(out, name, &predict(graph, at), at);
+        }
+    }
+}
+
+fn memory(out: &mut String, resolved: &Resolved, imported: &Imported, compiled: &Compiled) {
+    let weights = weight_bytes(compiled.decode.as_ref().unwrap_or(&imported.model.graph));
+    let _ = writeln!(out, "\nmemory");
+    let _ = writeln!(out, "  weights           {}", bytes(weights as f64));
+    let Some(decode) = &compiled.decode else {
+        return;
+    };
+    let dtype = match resolved.kv_cache_dtype.value {
+        KvCacheDtype::Auto => imported.dtype,
+        KvCacheDtype::Bfloat16 => DType::BF16,
+        KvCacheDtype::Float16 => DType::F16,
+        KvCacheDtype::Float32 => DType::F32,
+    };
+    let token = kv_bytes_per_token(decode, dtype);
+    let _ = writeln!(
+        out,
+        "  KV cache          {} a token, {} a page of {} tokens ({dtype})",
+        bytes(token as f64),
+        bytes(token as f64 * f64::from(resolved.attn_page_size.value)),
+        resolved.attn_page_size.value
+    );
+    if let (Some(n), Some(len)) = (resolved.max_batch_size.value, resolved.max_seq_len.value) {
+        let all = token as f64 * f64::from(n) * f64::from(len);
+        let _ = writeln!(
+            out,
+            "  KV cache          {} for {n} sequences of {len} tokens",
+            bytes(all)
+        );
+    }
+}
+
+fn prediction(out: &mut String, name: &str, p: &Prediction, at: &CostPoint) {
+    let total = p.total.picoseconds;
+    let tokens = at.env.get(lathe_ir::Sym::T) as f64;
+    let _ = writeln!(
+        out,
+        "\nroofline of {name} ({}): {}, {:.0} tokens/s",
+        dump::at(at),
+        picoseconds(total),
+        tokens / (total.max(1) as f64 / 1e12)
+    );
+    let _ = writeln!(
+        out,
+        "  {:<12} {:>8} {:>12} {:>12} {:>10} {:>7}",
+        "", "kernels", "GFLOP", "memory", "time", "share"
+    );
+    let rows = p
+        .by_class
+        .iter()
+        .map(|(c, s)| (c.name(), s))
+        .chain(std::iter::once(("all", &p.total)));
+    for (name, s) in rows {
+        let _ = writeln!(
+            out,
+            "  {name:<12} {:>8} {:>12.2} {:>12} {:>10} {:>5.1} %",
+            s.kernels,
+            s.flops / 1e9,
+            bytes(s.bytes),
+            picoseconds(s.picoseconds),
+            100.0 * s.picoseconds as f64 / total.max(1) as f64
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layers_in_words() {
+        assert_eq!(layer_range(&[None]), "outside layers");
+        assert_eq!(layer_range(&[Some(3)]), "layer 3");
+        let some = [Some(0), Some(2), Some(3), Some(4)];
+        assert_eq!(layer_range(&some), "layers 0,2-4");
+    }
+}

@@ -1,0 +1,142 @@
+//! `opt`: passes on a program in text form. The tool behind the file tests.
+
+use std::io::{Read as _, Write as _};
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use anyhow::{Context, anyhow};
+use clap::Args;
+use lathe_ir::{Graph, text, verify};
+use lathe_passes::egraph::cost::{CostPoint, DeviceModel};
+use lathe_passes::opt::{Goal, run};
+
+use super::compile::target;
+use crate::cli::GlobalOptions;
+
+/// Run passes on a program in text form and print the result
+#[derive(Debug, Args)]
+pub struct Opt {
+    /// File with the program; - is standard input
+    #[arg(default_value = "-", value_name = "FILE")]
+    file: PathBuf,
+    /// Stages and rules, run in this order; `lathe passes` lists them
+    #[arg(long, value_delimiter = ',', value_name = "NAME,...")]
+    passes: Vec<String>,
+    /// What the result is chosen by: size, rewritten, decode[:BATCH], prefill[:TOKENS]
+    #[arg(long, default_value = "prefill", value_name = "GOAL")]
+    goal: GoalChoice,
+    /// Device of the goals that are times: h100, h200, cpu
+    #[arg(long, value_name = "NAME")]
+    target: Option<String>,
+    /// Check the program before and after
+    #[arg(long)]
+    verify: bool,
+    /// Print matches, e-nodes and cost to stderr
+    #[arg(long)]
+    stats: bool,
+}
+
+/// `--goal`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum GoalChoice {
+    /// The fewest operations.
+    Size,
+    /// The fewest of the given operations.
+    Rewritten,
+    /// The least time to decode so many sequences.
+    Decode(u32),
+    /// The least time for so many tokens.
+    Prefill(u32),
+}
+
+impl FromStr for GoalChoice {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<GoalChoice, String> {
+        let (word, n) = match s.split_once(':') {
+            Some((word, n)) => {
+                let n = n.parse::<u32>().ok().filter(|&n| n > 0);
+                (
+                    word,
+                    Some(n.ok_or("expected a positive integer after ':'")?),
+                )
+            }
+            None => (s, None),
+        };
+        match (word, n) {
+            ("size", None) => Ok(GoalChoice::Size),
+            ("rewritten", None) => Ok(GoalChoice::Rewritten),
+            ("decode", n) => Ok(GoalChoice::Decode(n.unwrap_or(1))),
+            ("prefill", n) => Ok(GoalChoice::Prefill(n.unwrap_or(2048))),
+            _ => Err("expected size, rewritten, decode[:BATCH] or prefill[:TOKENS]".to_string()),
+        }
+    }
+}
+
+impl GoalChoice {
+    /// The goal on a device.
+    pub(crate) fn on(self, device: DeviceModel) -> Goal {
+        match self {
+            GoalChoice::Size => Goal::Size,
+            GoalChoice::Rewritten => Goal::Rewritten,
+            GoalChoice::Decode(n) => Goal::Time(CostPoint::decode(n.into(), 512, device)),
+            GoalChoice::Prefill(n) => Goal::Time(CostPoint::prefill(n.into(), device)),
+        }
+    }
+}
+
+impl Opt {
+    /// Runs the command.
+    pub fn run(&self, global: &GlobalOptions) -> anyhow::Result<()> {
+        let (name, source) = if self.file.as_os_str() == "-" {
+            let mut source = String::new();
+            std::io::stdin()
+                .read_to_string(&mut source)
+                .context("standard input")?;
+            ("standard input".to_string(), source)
+        } else {
+            let name = self.file.display().to_string();
+            let source = std::fs::read_to_string(&self.file).with_context(|| name.clone())?;
+            (name, source)
+        };
+        let graph = text::parse(&source).map_err(|e| anyhow!("{name}:{e}"))?;
+        if self.verify {
+            check(&name, &graph)?;
+        }
+        let device = target(self.target.as_deref(), global.device)?;
+        let passes: Vec<&str> = self.passes.iter().map(String::as_str).collect();
+        let report = run(&graph, &passes, &self.goal.on(device))?;
+        if self.verify {
+            check("the result", &report.graph)?;
+        }
+        if self.stats {
+            let matches: Vec<String> = report
+                .matches
+                .iter()
+                .map(|(r, n)| format!("{r} {n}"))
+                .collect();
+            eprintln!(
+                "matches: {}; e-nodes {} in {} classes; cost {}",
+                matches.join(", "),
+                report.nodes,
+                report.classes,
+                report.cost
+            );
+        }
+        let mut out = std::io::stdout().lock();
+        out.write_all(text::print(&report.graph).as_bytes())?;
+        Ok(())
+    }
+}
+
+fn check(name: &str, graph: &Graph) -> anyhow::Result<()> {
+    let errors: Vec<String> = verify(graph)
+        .iter()
+        .map(|e| format!("{name}: {e}"))
+        .collect();
+    if errors.is_empty() {
+        Ok(())
+    } else {
+        Err(anyhow!(errors.join("\n")))
+    }
+}

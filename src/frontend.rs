@@ -1,0 +1,75 @@
+//! From the command line to an imported model: what every command that compiles does first.
+
+use crate::cli::{DtypeChoice, GlobalOptions};
+use crate::config::{self, Options, Resolved};
+use crate::model_folder::{model_folder, model_name};
+use crate::phases::Phases;
+use lathe_ir::DType;
+use lathe_ir::import::{HfConfig, ImportOptions, Model, import};
+use std::path::{Path, PathBuf};
+
+/// A model with where it came from.
+#[derive(Debug)]
+pub struct Imported {
+    /// What the user calls it.
+    pub name: String,
+    /// The checkpoint's folder.
+    pub folder: PathBuf,
+    /// Element type of weights and activations.
+    pub dtype: DType,
+    /// The naive graph and the model's sizes.
+    pub model: Model,
+}
+
+/// Merges the YAML file, if one was named, over the options of the command line.
+///
+/// # Errors
+/// The file cannot be read or is not a valid configuration.
+pub fn resolve(flags: Options, yaml: Option<&Path>) -> anyhow::Result<Resolved> {
+    let yaml = match yaml {
+        Some(path) => config::read(path)?,
+        None => Options::default(),
+    };
+    Ok(Resolved::new(flags, yaml))
+}
+
+/// Reads config.json (no weights) and builds the naive graph.
+///
+/// # Errors
+/// There is no such model, or it is one that cannot be imported.
+pub fn import_model(
+    global: &GlobalOptions,
+    config: &Resolved,
+    phases: &mut Phases,
+) -> anyhow::Result<Imported> {
+    phases.begin("import");
+    let folder = model_folder(global)?;
+    let file = HfConfig::from_file(&folder)?;
+    for (key, _) in config.overrides() {
+        let top = key.split('.').next().unwrap_or(key);
+        if !file.is_written(top) {
+            tracing::warn!("model_kwargs.{key} is no key of {}", file.file());
+        }
+    }
+    let file = file.with_overrides(config.overrides())?;
+    let dtype = match global.dtype {
+        // transformers loads a checkpoint without a type as float32.
+        DtypeChoice::Auto => file.dtype()?.unwrap_or(DType::F32),
+        DtypeChoice::Bfloat16 => DType::BF16,
+        DtypeChoice::Float16 => DType::F16,
+        DtypeChoice::Float32 => DType::F32,
+    };
+    phases.end("config");
+    let options = ImportOptions {
+        dtype,
+        max_seq_len: config.max_seq_len.value,
+    };
+    let model = import(&file, &options)?;
+    phases.end("import");
+    Ok(Imported {
+        name: model_name(global, &folder),
+        folder,
+        dtype,
+        model,
+    })
+}

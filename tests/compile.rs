@@ -1,0 +1,247 @@
+//! `compile` and `passes` as a user runs them.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+const MODEL: &str = concat!(
+    env!("CARGO_MANIFEST_DIR"),
+    "/tests/fixtures/configs/llama-3.1-8b"
+);
+
+fn lathe(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_lathe"))
+        .args(args)
+        .output()
+        .unwrap()
+}
+
+fn compile(args: &[&str]) -> String {
+    let mut all = vec!["--model", MODEL, "compile"];
+    all.extend(args);
+    let output = lathe(&all);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{stderr}");
+    assert_eq!(stderr, "", "quiet without a terminal");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn a_line_for_each_pass_and_kernels_of_each_layer() {
+    let out = compile(&["--target", "h100"]);
+    for line in [
+        "[stage=attention, pass=attention] enabled=true matches=160 ",
+        "[stage=attention, rule=attention-close] matches=32",
+        "[stage=recognize, rule=rmsnorm-upcast] matches=65",
+        "[stage=attention] unmatched=attention-mask-fill,attention-softcap",
+        "  layers 1-31      add+rmsnorm·gemm, attn_qkv, gemm",
+    ] {
+        assert!(out.contains(line), "no {line:?} in\n{out}");
+    }
+}
+
+#[test]
+fn phases_add_up_to_the_wall_time() {
+    let out = compile(&[]);
+    let table = out.split("time\n").last().unwrap();
+    let share = |line: &str| -> f64 {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        words[words.len() - 2].parse().unwrap()
+    };
+    let lines: Vec<&str> = table.lines().collect();
+    let (wall, parts) = lines.split_last().unwrap();
+    assert!(wall.contains("wall") && share(wall) == 100.0);
+    let sum: f64 = parts.iter().map(|l| share(l)).sum();
+    assert!((sum - 100.0).abs() < 1.0, "{table}");
+    let rest = parts.last().unwrap();
+    assert!(
+        rest.contains("unattributed") && share(rest) <= 2.0,
+        "{rest}"
+    );
+}
+
+#[test]
+fn what_is_switched_off_says_by_what() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("c.yaml");
+    let text = "compile_backend: torch-simple\ntransforms: {rope: {enabled: false}}\n\
+                model_kwargs: {num_hidden_layers: 2}\n";
+    std::fs::write(&config, text).unwrap();
+    let config = config.to_str().unwrap();
+    let out = compile(&["--config", config]);
+    let fuse = "[stage=fuse, pass=fuse] enabled=false reason=compile_backend: torch-simple (";
+    let rope = "[stage=recognize, rule=rope] enabled=false reason=transforms.rope (";
+    for line in [fuse, rope, ", 2 layers,"] {
+        assert!(out.contains(line), "no {line:?} in\n{out}");
+    }
+    let dry = compile(&[
+        "--extra_llm_api_options",
+        config,
+        "--dry-run",
+        "--max_seq_len",
+        "77",
+    ]);
+    for line in [
+        &format!("torch-simple  {config}:1"),
+        "77            command line, --max_seq_len",
+        &format!("off: fuse, by compile_backend: torch-simple ({config}:1)"),
+        "roofline of decode (batch 1, context 512, h100)",
+    ] {
+        assert!(dry.contains(line), "no {line:?} in\n{dry}");
+    }
+}
+
+#[test]
+fn a_dry_run_predicts_with_the_numbers_of_the_model() {
+    let out = compile(&["--dry-run", "--target", "h200"]);
+    // 2 (k, v) · 32 layers · 8 heads · 128 features · 2 bytes, and 8.03 B parameters of 2 bytes.
+    assert!(
+        out.contains("128.00 KiB a token, 8.00 MiB a page of 64 tokens"),
+        "{out}"
+    );
+    assert!(out.contains("weights           14.96 GiB"), "{out}");
+    let gemm = out
+        .lines()
+        .find(|l| l.trim_start().starts_with("gemm"))
+        .unwrap();
+    assert!(gemm.contains("129"), "4 a layer and lm_head: {gemm}");
+}
+
+#[test]
+fn dumps_in_each_format_and_text_goes_back_into_opt() {
+    let folder = tempfile::tempdir().unwrap();
+    let read = |name: &str| std::fs::read_to_string(folder.path().join(name)).unwrap();
+    let dir = folder.path().to_str().unwrap();
+    compile(&["--dump-ir", "after-all", "--dump-dir", dir]);
+    for name in [
+        "000_import",
+        "001_canonicalize",
+        "004_kv_cache",
+        "005_fuse",
+        "007_general",
+    ] {
+        let text = read(&format!("{name}.txt"));
+        assert!(text.starts_with("// pass: "), "{name}");
+        lathe_ir::text::parse(&text).unwrap_or_else(|e| panic!("{name}: {e}"));
+    }
+    let header = read("003_attention.txt");
+    for line in [
+        "// pass: attention (3 of 5)",
+        "attention-close 32",
+        "// e-nodes: ",
+        "// cost: ",
+        "// time: ",
+    ] {
+        assert!(header.contains(line), "no {line:?}");
+    }
+    let path = folder.path().join("002_recognize.txt");
+    let output = lathe(&[
+        "opt",
+        path.to_str().unwrap(),
+        "--passes",
+        "attention",
+        "--verify",
+    ]);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{stderr}");
+    let result = String::from_utf8(output.stdout).unwrap();
+    let graph = lathe_ir::text::parse(&result).unwrap();
+    assert_eq!(graph.count("attn"), 32);
+
+    for (format, name, inside) in [
+        ("dot", "003_attention.dot", "digraph"),
+        ("json", "003_attention.json", "\"nodes\""),
+    ] {
+        let args = [
+            "--dump-ir",
+            "after=attention",
+            "--dump-dir",
+            dir,
+            "--dump-format",
+            format,
+        ];
+        compile(&args);
+        assert!(read(name).contains(inside), "{name}");
+    }
+    let json: serde_json::Value = serde_json::from_str(&read("003_attention.json")).unwrap();
+    assert_eq!(json["header"]["pass"], "attention (3 of 5)");
+}
+
+#[test]
+fn unchanged_programs_are_left_out_on_demand() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("d");
+    let config = folder.path().join("c.yaml");
+    std::fs::write(&config, "transforms: {attention: {enabled: false}}").unwrap();
+    let args = [
+        "--config",
+        config.to_str().unwrap(),
+        "--dump-ir",
+        "after=recognize,attention",
+        "--only-changed",
+        "--dump-dir",
+        dir.to_str().unwrap(),
+    ];
+    let out = compile(&args);
+    assert!(out.contains("no dump of attention: unchanged"), "{out}");
+    assert!(Path::new(&dir).join("002_recognize.txt").exists());
+    assert!(!Path::new(&dir).join("003_attention.txt").exists());
+}
+
+#[test]
+fn wrong_usage() {
+    for (args, code, expected) in [
+        (vec!["compile"], 2, "--model is missing"),
+        (
+            vec!["-m", MODEL, "compile", "--target", "a100"],
+            2,
+            "expected h100, h200 or cpu",
+        ),
+        (
+            vec!["-m", MODEL, "compile", "--dump-ir", "after=fusee"],
+            2,
+            "no pass 'fusee'",
+        ),
+        (
+            vec!["-m", MODEL, "compile", "--only-changed"],
+            2,
+            "needs --dump-ir",
+        ),
+        (
+            vec!["-m", MODEL, "compile", "--config", "/no/such.yaml"],
+            1,
+            "/no/such.yaml: ",
+        ),
+        (
+            vec!["passes", "--explain", "softmx"],
+            1,
+            "did you mean 'softmax'?",
+        ),
+    ] {
+        let output = lathe(&args);
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(code), "{args:?}: {stderr}");
+        assert!(stderr.contains(expected), "{args:?}: {stderr}");
+    }
+}
+
+#[test]
+fn rules_are_listed_and_explained_with_an_example() {
+    let list = String::from_utf8(lathe(&["passes"]).stdout).unwrap();
+    for rule in lathe_passes::rules::all() {
+        assert!(list.contains(rule.name) && list.contains(rule.equation));
+        let output = lathe(&["passes", "--explain", rule.name]);
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(output.status.success(), "{}", rule.name);
+        let (before, after) = text
+            .split_once("\nexample\n")
+            .and_then(|(_, t)| t.split_once("\nbecomes\n"))
+            .unwrap();
+        let before = lathe_ir::text::parse(before).unwrap();
+        let after = lathe_ir::text::parse(after).unwrap();
+        assert!(
+            before.nodes() != after.nodes(),
+            "{} changes nothing",
+            rule.name
+        );
+    }
+}
