@@ -126,7 +126,7 @@ fn packed(cx: &mut Context<'_>, spec: &QkvSpec) -> Result<(), CudaError> {
         dtype: cx.tensor(0)?.dtype,
     };
     let blocks = h.d / 16;
-    if h.d % 16 != 0 || (spec.head_norm.is_some() && !blocks.is_power_of_two()) || blocks > 32 {
+    if !h.d.is_multiple_of(16) || (spec.head_norm.is_some() && !blocks.is_power_of_two()) || blocks > 32 {
         return Err(cx.refuse(format!("no kernel splits heads of {} features", h.d)));
     }
     let [cos, sin] = match spec.rope {
@@ -343,7 +343,7 @@ fn prefill_takes(cx: &Context<'_>, h: &Heads) -> bool {
     let page = cx.options.page_size;
     let page_box = page.min(64);
     let pages = matches!(page_box, 8 | 16 | 32 | 64) && page.is_multiple_of(page_box);
-    let heads = h.d % 8 == 0 && h.d <= 256 && h.hq / h.hkv.max(1) <= 64;
+    let heads = h.d.is_multiple_of(8) && h.d <= 256 && h.hq / h.hkv.max(1) <= 64;
     h.dtype == DType::BF16 && pages && heads && !cx.options.plain
 }
 
