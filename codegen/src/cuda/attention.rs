@@ -126,7 +126,10 @@ fn packed(cx: &mut Context<'_>, spec: &QkvSpec) -> Result<(), CudaError> {
         dtype: cx.tensor(0)?.dtype,
     };
     let blocks = h.d / 16;
-    if !h.d.is_multiple_of(16) || (spec.head_norm.is_some() && !blocks.is_power_of_two()) || blocks > 32 {
+    if !h.d.is_multiple_of(16)
+        || (spec.head_norm.is_some() && !blocks.is_power_of_two())
+        || blocks > 32
+    {
         return Err(cx.refuse(format!("no kernel splits heads of {} features", h.d)));
     }
     let [cos, sin] = match spec.rope {
