@@ -10,5 +10,6 @@ pub mod config;
 pub mod dump;
 pub mod errors;
 pub mod frontend;
+pub mod model;
 pub mod model_folder;
 pub mod phases;

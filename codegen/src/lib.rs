@@ -1,4 +1,13 @@
-//! placeholder
+//! lathe's plans: device-neutral steps over buffers, packed weights and KV caches, and their
+//! lowering to CUDA C.
 #![forbid(unsafe_code)]
+
 pub mod cuda;
+pub mod liveness;
+pub mod lower;
 pub mod pack;
+pub mod plan;
+
+pub use lower::{LowerError, Programs, lower};
+pub use pack::{PackDType, PackRecipe};
+pub use plan::{Operand, Plan, Program, ProgramKind, Slot, Step, ValueId};

@@ -1,6 +1,7 @@
 //! Times the CPU kernels: medians with bandwidth and arithmetic rates for the shapes of small language models.
 //!
-//! `cargo run --release -p lathe-runtime --example cpu_bench [-- FILTER]` prints the lines that contain FILTER.
+//! `cargo run --release -p lathe-runtime --example cpu_bench [-- [--single] [FILTER]]` prints the lines that contain
+//! FILTER; `--single` uses one thread, whose processor time is then the whole cost.
 //! Weights rotate through copies larger than the last-level cache where a shape is smaller than it, as the
 //! layers of a model do.
 
@@ -9,9 +10,12 @@ use std::time::Instant;
 
 use half::bf16;
 use lathe_runtime::cpu::kernels::attention::{AttentionArgs, AttentionSpec, attention};
-use lathe_runtime::cpu::kernels::linear::{Epilogue, LinearArgs, LinearSpec, Prologue, linear};
+use lathe_runtime::cpu::kernels::linear::{
+    Epilogue, LinearArgs, LinearSpec, Prologue, linear, lm_head_argmax,
+};
 use lathe_runtime::cpu::kernels::rope::{RopeAppend, rope_append};
 use lathe_runtime::cpu::kernels::{CacheShape, Elem, Isa, StepMeta, norm, pool};
+use lathe_runtime::cpu::pages::PageBuffer;
 
 /// Bytes of weights a benchmark walks through, more than the last-level caches of common machines.
 const WORKING_SET: usize = 192 << 20;
@@ -26,12 +30,14 @@ impl Bench {
         if !name.contains(&self.filter) {
             return;
         }
-        let mut seconds = Vec::new();
+        let (mut seconds, mut cpu) = (Vec::new(), Vec::new());
         let start = Instant::now();
         for i in 0.. {
+            let on_cpu = thread_seconds();
             let call = Instant::now();
             run(i);
             seconds.push(call.elapsed().as_secs_f64());
+            cpu.push(thread_seconds() - on_cpu);
             if i >= 8 && start.elapsed().as_secs_f64() > 0.6 {
                 break;
             }
@@ -39,10 +45,13 @@ impl Bench {
         seconds.sort_by(f64::total_cmp);
         let median = seconds[seconds.len() / 2];
         let best = seconds[0];
+        cpu.sort_by(f64::total_cmp);
+        let own = cpu[cpu.len() / 2];
         println!(
-            "{name:<58} {:>10.1} us  best {:>10.1} us {:>8.1} GB/s {:>8.1} GFLOP/s  (median of {})",
+            "{name:<58} {:>10.1} us  best {:>10.1} us  cpu {:>10.1} us {:>8.1} GB/s {:>8.1} GFLOP/s  (median of {})",
             median * 1e6,
             best * 1e6,
+            own * 1e6,
             bytes / median / 1e9,
             flop / median / 1e9,
             seconds.len()
@@ -50,19 +59,29 @@ impl Bench {
     }
 }
 
+/// Seconds this thread has run, where the system tells; on a busy machine the time that other programs did not take.
+fn thread_seconds() -> f64 {
+    let stat = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+    stat.split(' ')
+        .next()
+        .and_then(|ns| ns.parse::<f64>().ok())
+        .unwrap_or(f64::NAN)
+        / 1e9
+}
+
 /// Values in -0.5..0.5 from a linear congruential sequence.
-fn values<E: Elem>(len: usize) -> Vec<E> {
+fn values<E: Elem>(len: usize) -> PageBuffer<E> {
+    let mut buffer = PageBuffer::zeroed(len).expect("the memory is there");
     let mut state = 12345u32;
-    (0..len)
-        .map(|_| {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            E::from_f32((state >> 8) as f32 / (1 << 24) as f32 - 0.5)
-        })
-        .collect()
+    for value in buffer.iter_mut() {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        *value = E::from_f32((state >> 8) as f32 / (1 << 24) as f32 - 0.5);
+    }
+    buffer
 }
 
 fn bench_linear<E: Elem>(bench: &Bench, label: &str, m: usize, n: usize, k: usize, fused: bool) {
-    let copies = if m <= 16 {
+    let copies = if m <= 16 && !label.ends_with("hot") {
         (WORKING_SET / (n * k * size_of::<E>())).clamp(1, 400)
     } else {
         1
@@ -86,7 +105,7 @@ fn bench_linear<E: Elem>(bench: &Bench, label: &str, m: usize, n: usize, k: usiz
             Prologue::None
         },
         weight_offset: 0.0,
-        epilogue: if fused && n % 16 == 0 {
+        epilogue: if fused && n.is_multiple_of(16) {
             Epilogue::SwiGlu
         } else {
             Epilogue::None
@@ -216,7 +235,7 @@ fn bench_attention<E: Elem>(bench: &Bench, model: &Model, rows: usize, context: 
     } else {
         1
     };
-    let mut caches: Vec<Vec<E>> = (0..layers)
+    let mut caches: Vec<PageBuffer<E>> = (0..layers)
         .map(|_| values::<E>(pages * shape.page_len()))
         .collect();
     let positions: Vec<i32> = (context - rows..context).map(|p| p as i32).collect();
@@ -287,9 +306,171 @@ fn bench_attention<E: Elem>(bench: &Bench, model: &Model, rows: usize, context: 
     );
 }
 
+/// All kernels of one decode step at batch 1, with weights of their own for every layer.
+fn bench_decode(bench: &Bench, model: &Model, sizes: [usize; 4], context: usize) {
+    let Model {
+        q_heads,
+        kv_heads,
+        head_dim: d,
+        ..
+    } = *model;
+    let [layers, hidden, intermediate, vocabulary] = sizes;
+    let name = format!("decode step bf16 {} context={context}", model.name);
+    if !name.contains(&bench.filter) {
+        return;
+    }
+    let heads = q_heads + 2 * kv_heads;
+    let shapes = [
+        (heads * d, hidden),
+        (hidden, q_heads * d),
+        (2 * intermediate, hidden),
+        (hidden, intermediate),
+    ];
+    let weights: Vec<[PageBuffer<bf16>; 4]> = (0..layers)
+        .map(|_| shapes.map(|(n, k)| values(n * k)))
+        .collect();
+    let head = values::<bf16>(vocabulary * hidden);
+    let page_size = 64;
+    let pages = context.div_ceil(page_size);
+    let shape = CacheShape {
+        pages,
+        kv_heads,
+        page_size,
+        head_dim: d,
+    };
+    let mut caches: Vec<PageBuffer<bf16>> = (0..layers)
+        .map(|_| values(pages * shape.page_len()))
+        .collect();
+    let (positions, table) = ([context as i32 - 1], (0..pages as i32).collect::<Vec<_>>());
+    let kv_lens = [context as i32];
+    let meta = StepMeta {
+        positions: &positions,
+        row_seq: &[0],
+        cu_seqlens: &[0, 1],
+        kv_lens: &kv_lens,
+        block_table: &table,
+        max_pages: pages,
+        page_size,
+    };
+    let tables = values::<f32>(context * d / 2);
+    let gamma = values::<bf16>(hidden);
+    let (mut x, mut next) = (values::<bf16>(hidden), values::<bf16>(hidden));
+    let mut qkv = values::<bf16>(heads * d);
+    let (mut q, mut attended) = (values::<bf16>(q_heads * d), values::<bf16>(q_heads * d));
+    let mut inner = values::<bf16>(intermediate);
+    let norm = Prologue::RmsNorm { eps: 1e-5 };
+    let spec = AttentionSpec {
+        scale: 1.0 / (d as f32).sqrt(),
+        causal: true,
+        window: None,
+        softcap: None,
+        groups: q_heads / kv_heads,
+    };
+    let project = |prologue,
+                   epilogue,
+                   x: &[bf16],
+                   w: &[bf16],
+                   residual: Option<&[bf16]>,
+                   n,
+                   y: &mut [bf16]| {
+        let args = LinearArgs {
+            m: 1,
+            n,
+            k: x.len(),
+            x,
+            delta: None,
+            sum: None,
+            gamma: Some(&gamma[..x.len().min(hidden)]),
+            w,
+            bias: None,
+            residual,
+            y,
+        };
+        linear(
+            &LinearSpec {
+                prologue,
+                weight_offset: 0.0,
+                epilogue,
+            },
+            args,
+        )
+        .expect("shapes fit");
+    };
+    let weight_bytes: usize =
+        2 * (shapes.iter().map(|(n, k)| n * k).sum::<usize>() * layers + head.len());
+    let cache_bytes = layers * 4 * context * kv_heads * d;
+    let bytes = (weight_bytes + cache_bytes) as f64;
+    bench.line(&name, bytes, 0.0, |_| {
+        for (w, cache) in weights.iter().zip(&mut caches) {
+            project(norm, Epilogue::None, &x, &w[0], None, heads * d, &mut qkv);
+            rope_append(RopeAppend {
+                q_heads,
+                kv_heads,
+                head_dim: d,
+                qkv: &qkv,
+                bias: None,
+                q_norm: None,
+                k_norm: None,
+                eps: 0.0,
+                weight_offset: 0.0,
+                tables: Some((&tables, &tables)),
+                meta,
+                q: &mut q,
+                cache,
+            })
+            .expect("shapes fit");
+            let args = AttentionArgs {
+                kv_heads,
+                head_dim: d,
+                q: &q,
+                cache,
+                meta,
+                out: &mut attended,
+            };
+            attention(&spec, args).expect("shapes fit");
+            project(
+                Prologue::None,
+                Epilogue::Residual,
+                &attended,
+                &w[1],
+                Some(&x),
+                hidden,
+                &mut next,
+            );
+            project(
+                norm,
+                Epilogue::SwiGlu,
+                &next,
+                &w[2],
+                None,
+                2 * intermediate,
+                &mut inner,
+            );
+            project(
+                Prologue::None,
+                Epilogue::Residual,
+                &inner,
+                &w[3],
+                Some(&next),
+                hidden,
+                &mut x,
+            );
+        }
+        let mut id = [0];
+        lm_head_argmax(1, vocabulary, hidden, &x, &head, &mut id).expect("shapes fit");
+        black_box(id);
+        x.copy_from_slice(&gamma);
+    });
+}
+
 fn main() {
+    let mut args: Vec<String> = std::env::args().skip(1).collect();
+    if args.first().is_some_and(|a| a == "--single") {
+        pool::set_threads(1);
+        args.remove(0);
+    }
     let bench = Bench {
-        filter: std::env::args().nth(1).unwrap_or_default(),
+        filter: args.pop().unwrap_or_default(),
     };
     println!("{:?}, {} threads", Isa::detected(), pool::threads());
 
@@ -338,6 +519,8 @@ fn main() {
         bench_linear::<bf16>(&bench, label, 1, n, k, false);
         bench_linear::<bf16>(&bench, label, 8, n, k, false);
     }
+    bench_linear::<bf16>(&bench, "o hot", 1, 576, 576, false);
+    bench_linear::<bf16>(&bench, "o hot", 8, 576, 576, false);
     bench_linear::<bf16>(&bench, "gate_up fused", 1, 3072, 576, true);
     for (label, n, k) in billion {
         for m in [1, 8] {
@@ -393,6 +576,9 @@ fn main() {
     bench_attention::<f32>(&bench, &models[1], 2048, 2048);
     Isa::Avx2.with(|| bench_attention::<bf16>(&bench, &models[1], 2048, 2048));
 
+    bench_decode(&bench, &models[0], [30, 576, 1536, 49152], 128);
+    bench_decode(&bench, &models[0], [30, 576, 1536, 49152], 2048);
+    bench_decode(&bench, &models[1], [16, 2048, 8192, 128_256], 128);
     for (m, k) in [(1, 576), (1, 4096), (128, 2048)] {
         let (x, gamma, mut h) = (
             values::<bf16>(m * k),

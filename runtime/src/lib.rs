@@ -2,7 +2,9 @@
 
 pub mod cpu;
 pub mod cuda;
+pub mod load;
 pub mod sampling;
+pub mod session;
 pub mod step;
 pub mod text;
 pub mod weights;

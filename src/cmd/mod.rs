@@ -6,14 +6,26 @@ use crate::cli::Cli;
 
 mod compare;
 mod compile;
+mod doctor;
+mod generate;
 mod opt;
 mod passes;
 mod prepare_dataset;
+mod throughput;
+mod verify;
 
 /// What to do.
 #[derive(Debug, Subcommand)]
 #[allow(clippy::large_enum_variant)] // There is one value a process.
 pub enum Command {
+    /// Complete a prompt
+    Generate(generate::Generate),
+    /// Offline throughput of a dataset
+    Throughput(throughput::Throughput),
+    /// Compare with reference logits and greedy tokens
+    Verify(verify::Verify),
+    /// Say what this machine has and what is missing
+    Doctor(doctor::Doctor),
     /// Make a benchmark dataset (JSONL)
     PrepareDataset(prepare_dataset::PrepareDataset),
     /// Put report files side by side, with ratios to the first
@@ -29,6 +41,10 @@ pub enum Command {
 /// Runs the chosen command.
 pub fn run(cli: &Cli) -> anyhow::Result<()> {
     match &cli.command {
+        Command::Generate(command) => command.run(&cli.global),
+        Command::Throughput(command) => command.run(&cli.global),
+        Command::Verify(command) => command.run(&cli.global),
+        Command::Doctor(command) => command.run(&cli.global),
         Command::PrepareDataset(command) => command.run(&cli.global),
         Command::Compare(command) => command.run(),
         Command::Compile(command) => command.run(&cli.global),

@@ -55,6 +55,13 @@ fn first<T>(yaml: Option<Given<T>>, flags: Option<Given<T>>, default: T) -> Give
     yaml.or(flags).unwrap_or_else(|| Given::default_of(default))
 }
 
+impl Default for Resolved {
+    /// Every default.
+    fn default() -> Self {
+        Resolved::new(Options::default(), Options::default())
+    }
+}
+
 impl Resolved {
     /// Merges the YAML file over the command line over the defaults.
     pub fn new(flags: Options, yaml: Options) -> Resolved {

@@ -1,3 +1,10 @@
 //! The CPU device.
 
+mod exec;
+mod executor;
 pub mod kernels;
+mod memory;
+pub mod pages;
+mod plain;
+
+pub use executor::{CpuLoadError, load, run_full};

@@ -99,21 +99,41 @@ impl<'a> Packer<'a> {
     /// If `rows` are not rows of the recipe or `out` has another length.
     pub fn fill(&self, rows: Range<usize>, out: &mut [u8]) -> Result<(), WeightsError> {
         let row_bytes = self.recipe.row_bytes();
-        assert!(
-            rows.end <= self.recipe.rows && out.len() == rows.len() * row_bytes,
-            "rows and bytes differ"
-        );
+        self.assert_room(&rows, out);
         if out.is_empty() {
             return Ok(());
         }
         let rows_per_task = (TASK_BYTES / row_bytes).clamp(1, rows.len());
         out.par_chunks_mut(rows_per_task * row_bytes)
             .enumerate()
-            .try_for_each(|(i, out)| self.fill_serial(rows.start + i * rows_per_task, out))
+            .try_for_each(|(i, out)| self.fill_from(rows.start + i * rows_per_task, out))
+    }
+
+    /// As [`Packer::fill`], on the calling thread alone.
+    ///
+    /// # Errors
+    /// A file that cannot be read.
+    ///
+    /// # Panics
+    /// As [`Packer::fill`].
+    pub fn fill_serial(&self, rows: Range<usize>, out: &mut [u8]) -> Result<(), WeightsError> {
+        self.assert_room(&rows, out);
+        self.fill_from(rows.start, out)
+    }
+
+    fn assert_room(&self, rows: &Range<usize>, out: &[u8]) {
+        let fits =
+            rows.end <= self.recipe.rows && out.len() == rows.len() * self.recipe.row_bytes();
+        assert!(
+            fits,
+            "rows {rows:?} into {} bytes of a {} weight",
+            out.len(),
+            self.recipe.rows
+        );
     }
 
     /// Fills `out` with the packed rows from `first` on, run by run.
-    fn fill_serial(&self, first: usize, mut out: &mut [u8]) -> Result<(), WeightsError> {
+    fn fill_from(&self, first: usize, mut out: &mut [u8]) -> Result<(), WeightsError> {
         let row_bytes = self.recipe.row_bytes();
         let mut at = first;
         while !out.is_empty() {

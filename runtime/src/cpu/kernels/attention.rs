@@ -1,6 +1,6 @@
 //! Paged attention of any mix of prefill and decode rows, by online softmax.
 //!
-//! **Order of one row's sums.** Positions are cut at absolute multiples of [`BLOCK`] into blocks and of [`PART`]
+//! **Order of one row's sums.** Positions are cut at absolute multiples of 32 into blocks and of 512
 //! into parts. Within a part, blocks are added in ascending order with one running maximum; the parts' results are
 //! merged in ascending order. Both cuts depend on the position alone, so a row's result does not depend on the
 //! page size, on how the sequence was cut into steps, on the other rows, or on the threads. A block or a part in
@@ -13,7 +13,7 @@ use super::dot::{BLOCK_N, Block};
 use super::math::{exp, tanh};
 use super::norm::with_scratch;
 use super::pool::{SharedMut, parallel_for, threads};
-use super::simd::{Isa, Kernel, Simd, dispatch};
+use super::simd::{Isa, Kernel, Simd, dispatch, prefetch};
 use super::{CacheShape, Elem, KernelError, StepMeta, check_len};
 
 /// An `attention` kernel.
@@ -55,6 +55,8 @@ const BLOCK: usize = 32;
 const PART: usize = 512;
 /// (row, query head) pairs of a tile that share each block of keys and values, where the step has that many.
 const TILE_QUERIES: usize = 32;
+/// Queries up to which a tile is bound by memory.
+const FEW_QUERIES: usize = 16;
 
 /// out = softmax(mask(cap(scale · q kᵀ))) v per row and query head; scores and sums are f32.
 ///
@@ -73,7 +75,7 @@ pub fn attention<E: Elem>(
         out,
     } = args;
     let unsupported = |what: String| Err(KernelError::Unsupported { kernel: NAME, what });
-    if head_dim == 0 || head_dim % 16 != 0 {
+    if head_dim == 0 || !head_dim.is_multiple_of(16) {
         return unsupported(format!("a head of {head_dim}, not a multiple of 16"));
     }
     if spec.groups == 0 {
@@ -320,15 +322,22 @@ impl<E: Elem> Call<'_, E> {
         for base in (low..high).step_by(BLOCK) {
             let count = BLOCK.min(high - base);
             let (k, v) = self.rows(tile.sequence, kv_head, base, count, keys, values);
+            let ahead = if queries <= FEW_QUERIES && base + BLOCK < high {
+                self.ahead(tile.sequence, kv_head, base + BLOCK)
+            } else {
+                [&[][..]; 2]
+            };
             for n in (0..count).step_by(BLOCK_N) {
                 let operands = Block {
                     x: q.as_ptr(),
                     x_stride: d,
+                    x_packed: false,
                     m: queries,
                     w: k.wrapping_add(n * d),
                     w_stride: d,
                     n: BLOCK_N.min(count - n),
                     k: d,
+                    goes_on: false,
                     c: scores[n..].as_mut_ptr(),
                     c_stride: BLOCK,
                 };
@@ -343,12 +352,23 @@ impl<E: Elem> Call<'_, E> {
                     base,
                     count,
                     v,
+                    ahead,
                     scores,
                     rescale,
                     state,
                 },
             );
         }
+    }
+
+    /// Keys and values of the block at `base`, as far as they lie in its first page.
+    fn ahead(&self, sequence: usize, kv_head: usize, base: usize) -> [&[E]; 2] {
+        let (page, slot) = self.meta.place(sequence, base);
+        let count = BLOCK.min(self.meta.page_size - slot);
+        [false, true].map(|value| {
+            let from = self.shape.offset(page, value, kv_head, slot);
+            &self.cache[from..from + count * self.head_dim]
+        })
     }
 
     /// Pointers to `count` rows of keys and of values, D elements apart, for positions from `base`: into the
@@ -408,6 +428,9 @@ struct Step<'a, 'b, 'c, E> {
     count: usize,
     /// `[count, D]`.
     v: *const E,
+    /// Keys and values of the next block, to prefetch row by row while this one's values are summed: with few
+    /// queries the memory is the limit, and a page's two runs are too short for the hardware to foresee.
+    ahead: [&'a [E]; 2],
     /// `[queries, BLOCK]`: q·k; becomes exp(score - max).
     scores: &'a mut [f32],
     /// `[queries]`: factor of the old sums.
@@ -438,12 +461,16 @@ impl<E: Elem> Kernel for Step<'_, '_, '_, E> {
                     i += 4;
                 }
             }
-            while i + 2 <= queries {
-                self.accumulate::<S, 2>(i);
-                i += 2;
-            }
-            if i < queries {
-                self.accumulate::<S, 1>(i);
+            while i < queries {
+                match queries - i {
+                    1 => self.accumulate::<S, 1>(i),
+                    3 if S::LANES == 16 => self.accumulate::<S, 3>(i),
+                    _ => self.accumulate::<S, 2>(i),
+                }
+                i += match queries - i {
+                    3 if S::LANES == 16 => 3,
+                    left => left.min(2),
+                };
             }
         }
     }
@@ -546,7 +573,17 @@ impl<E: Elem> Step<'_, '_, '_, E> {
                     sums[q][c] = S::mul(S::load(acc.add(q * d + c * S::LANES)), factor);
                 }
             }
+            let ahead = if i == 0 && column == 0 {
+                self.ahead
+            } else {
+                [&[][..]; 2]
+            };
             for j in 0..self.count {
+                for rows in ahead {
+                    if let Some(row) = rows.get(j * d..(j + 1) * d) {
+                        prefetch(row);
+                    }
+                }
                 let mut v = [S::splat(0.0); DV];
                 for c in 0..DV {
                     v[c] = E::load::<S>(self.v.add(j * d + column + c * S::LANES));

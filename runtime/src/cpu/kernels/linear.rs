@@ -4,7 +4,7 @@
 //! in a small buffer until the epilogue has rounded them into y. The rows are cut into chunks whose operand fits
 //! the second-level cache; a weight block is read once per chunk.
 
-use super::dot::{BLOCK_N, Block};
+use super::dot::{BLOCK_N, Block, pack};
 use super::math::{Activation, act_v, silu};
 use super::pool::{SharedMut, parallel_for, threads};
 use super::simd::{Isa, Kernel, Simd, dispatch};
@@ -102,7 +102,7 @@ pub fn linear<E: Elem>(spec: &LinearSpec, args: LinearArgs<'_, E>) -> Result<(),
     check_len(NAME, "x", x, m * k)?;
     check_len(NAME, "w", w, n * k)?;
     check_len(NAME, "y", y, m * if swiglu { n / 2 } else { n })?;
-    if swiglu && n % BLOCK_N != 0 {
+    if swiglu && !n.is_multiple_of(BLOCK_N) {
         return Err(KernelError::Unsupported {
             kernel: NAME,
             what: format!("SwiGlu over {n} rows, not a multiple of 16"),
@@ -210,10 +210,11 @@ pub fn lm_head_argmax<E: Elem>(
     Ok(())
 }
 
-/// Rows of a chunk at most, and bytes of the operand of a chunk: most of a second-level cache of 1 MiB is left
-/// to the weights that stream through it.
-const MAX_CHUNK: usize = 192;
+/// Bytes of the operand of a row chunk: most of a second-level cache of 1 MiB is left to the weights that stream
+/// through it. With long rows only the current span of K has to stay, so a chunk has `MIN_CHUNK` rows at least.
 const CHUNK_BYTES: usize = 384 << 10;
+const MIN_CHUNK: usize = 96;
+const MAX_CHUNK: usize = 192;
 /// Rows of the tallest register tile.
 const TILE_M: usize = 6;
 /// Weight bytes below which a task is not worth its start.
@@ -247,7 +248,7 @@ fn product<E: Elem>(
     }
     let isa = Isa::current();
     let fitting =
-        (CHUNK_BYTES / (k.max(1) * size_of::<E>())).clamp(TILE_M, MAX_CHUNK) / TILE_M * TILE_M;
+        (CHUNK_BYTES / (k.max(1) * size_of::<E>())).clamp(MIN_CHUNK, MAX_CHUNK) / TILE_M * TILE_M;
     let chunks = m.div_ceil(fitting);
     let chunk = m
         .div_ceil(chunks)
@@ -260,6 +261,71 @@ fn product<E: Elem>(
         .max(TASK_BYTES.div_ceil(block_bytes))
         .max(1);
     let spans = blocks.div_ceil(grain);
+    let packing = E::packing(isa, m, k);
+    let run = |x: &[E]| {
+        run_tasks(
+            Tasks {
+                isa,
+                m,
+                n,
+                k,
+                x,
+                packed: packing.is_some(),
+                w,
+                chunk,
+                chunks,
+                grain,
+                spans,
+            },
+            emit,
+        )
+    };
+    match packing {
+        None => run(x),
+        Some(span) => norm::with_scratch(m * k, |packed| {
+            let out = SharedMut::new(packed);
+            parallel_for(chunks, |c| {
+                let (first, rows) = (c * chunk, chunk.min(m - c * chunk));
+                // SAFETY: the chunk's rows of `packed`, which this task alone writes.
+                let out = unsafe { std::slice::from_raw_parts_mut(out.at(first * k), rows * k) };
+                pack(&x[first * k..][..rows * k], rows, k, span, out);
+            });
+            run(packed);
+        }),
+    }
+}
+
+/// How a product is cut: task i computes span i % spans of `grain` column blocks of row chunk i / spans.
+struct Tasks<'a, E> {
+    isa: Isa,
+    m: usize,
+    n: usize,
+    k: usize,
+    /// Row chunks one after the other, each row-major or packed.
+    x: &'a [E],
+    packed: bool,
+    w: &'a [E],
+    chunk: usize,
+    chunks: usize,
+    grain: usize,
+    spans: usize,
+}
+
+fn run_tasks<E: Elem>(tasks: Tasks<'_, E>, emit: &(impl Fn(Isa, &mut TileResult) + Sync)) {
+    let Tasks {
+        isa,
+        m,
+        n,
+        k,
+        x,
+        packed,
+        w,
+        chunk,
+        chunks,
+        grain,
+        spans,
+    } = tasks;
+    let blocks = n.div_ceil(BLOCK_N);
     let (x, w) = (SharedConst(x.as_ptr()), SharedConst(w.as_ptr()));
     parallel_for(chunks * spans, |task| {
         let m0 = task / spans * chunk;
@@ -281,11 +347,13 @@ fn product<E: Elem>(
                 let operands = Block {
                     x: x.at(m0 * k),
                     x_stride: k,
+                    x_packed: packed,
                     m: rows,
                     w: w.at(n0 * k),
                     w_stride: k,
                     n: cols,
                     k,
+                    goes_on: true,
                     c,
                     c_stride: BLOCK_N,
                 };

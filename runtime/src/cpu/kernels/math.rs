@@ -74,6 +74,7 @@ pub(crate) fn tanh<S: Simd>(x: S::V) -> S::V {
 
 /// Gaussian distribution function by erfc(z) = t exp(-z² + P(t)), t = 1 / (1 + z/2), z = |x|/√2,
 /// relative error 1.2e-7 (the Chebyshev fit of Press et al., Numerical Recipes, section 6.2).
+#[allow(clippy::excessive_precision)] // the coefficients as published
 #[inline(always)]
 fn gelu_erf<S: Simd>(x: S::V) -> S::V {
     let zero = S::splat(0.0);

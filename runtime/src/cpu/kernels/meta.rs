@@ -1,6 +1,6 @@
 //! A step's metadata and the KV cache's layout.
 
-use super::{KernelError, check_index, check_len};
+use super::{KernelError, check_index, check_len, whole_rows};
 
 /// Which tokens a step has: T rows, the tokens of B sequences one after the other.
 #[derive(Clone, Copy, Debug)]
@@ -44,8 +44,8 @@ impl CacheShape {
         head_dim: usize,
     ) -> Result<CacheShape, KernelError> {
         let page = 2 * kv_heads * page_size * head_dim;
-        if page == 0 || len % page != 0 {
-            let want = if page == 0 { 0 } else { len / page * page };
+        if page == 0 || !len.is_multiple_of(page) {
+            let want = whole_rows(len, page);
             return Err(KernelError::Length {
                 kernel,
                 operand: "cache",

@@ -11,6 +11,9 @@
 //!
 //! Buffers are best aligned to 64 bytes; no kernel needs it.
 
+// Register tiles are arrays indexed by lane, row and column, as their formulas are.
+#![allow(clippy::needless_range_loop)]
+
 pub mod attention;
 mod dot;
 #[cfg(target_arch = "x86_64")]
@@ -91,6 +94,11 @@ fn check_len<T>(
             want,
         })
     }
+}
+
+/// The largest multiple of `k` up to `len`; 0 for k = 0.
+fn whole_rows(len: usize, k: usize) -> usize {
+    len.checked_div(k).unwrap_or(0) * k
 }
 
 /// Checks that `got` is in `0..limit` and returns it.

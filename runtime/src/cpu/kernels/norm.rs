@@ -4,7 +4,7 @@ use std::cell::RefCell;
 
 use super::pool::{SharedMut, parallel_for};
 use super::simd::{Isa, Kernel, Simd, dispatch};
-use super::{Elem, KernelError, check_len};
+use super::{Elem, KernelError, check_len, whole_rows};
 
 /// Elements below which rows are not shared out over threads.
 const PARALLEL_ELEMENTS: usize = 32 << 10;
@@ -27,7 +27,7 @@ pub fn rms_norm<E: Elem>(
 ) -> Result<(), KernelError> {
     const NAME: &str = "rms_norm";
     check_len(NAME, "gamma", gamma, k)?;
-    check_len(NAME, "x", x, if k == 0 { 0 } else { x.len() / k * k })?;
+    check_len(NAME, "x", x, whole_rows(x.len(), k))?;
     check_len(NAME, "h", h, x.len())?;
     rms_rows(Rows {
         x,
@@ -59,7 +59,7 @@ pub fn add_rms_norm<E: Elem>(
 ) -> Result<(), KernelError> {
     const NAME: &str = "add_rms_norm";
     check_len(NAME, "gamma", gamma, k)?;
-    check_len(NAME, "x", x, if k == 0 { 0 } else { x.len() / k * k })?;
+    check_len(NAME, "x", x, whole_rows(x.len(), k))?;
     check_len(NAME, "delta", delta, x.len())?;
     check_len(NAME, "sum", sum, x.len())?;
     check_len(NAME, "h", h, x.len())?;
@@ -92,7 +92,7 @@ pub fn layer_norm<E: Elem>(
 ) -> Result<(), KernelError> {
     const NAME: &str = "layer_norm";
     check_len(NAME, "gamma", gamma, k)?;
-    check_len(NAME, "x", x, if k == 0 { 0 } else { x.len() / k * k })?;
+    check_len(NAME, "x", x, whole_rows(x.len(), k))?;
     check_len(NAME, "y", y, x.len())?;
     if let Some(beta) = beta {
         check_len(NAME, "beta", beta, k)?;
@@ -297,23 +297,25 @@ impl<E: Elem> Kernel for LayerNormRows<'_, E> {
 }
 
 thread_local! {
-    static SCRATCH: RefCell<Vec<u64>> = const { RefCell::new(Vec::new()) };
+    /// Buffers that no call on this thread is using; nested calls take one each.
+    static SCRATCH: RefCell<Vec<Vec<u64>>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Lends `f` a buffer of `len` elements of unspecified value that this thread keeps for later calls.
 pub(crate) fn with_scratch<E: Elem, R>(len: usize, f: impl FnOnce(&mut [E]) -> R) -> R {
-    // Taken, not borrowed: a nested call gets a buffer of its own.
-    let mut words = SCRATCH.take();
+    let mut words = SCRATCH
+        .with_borrow_mut(|free| free.pop())
+        .unwrap_or_default();
     let need = (len * size_of::<E>()).div_ceil(8) + 8;
     if words.len() < need {
         words.resize(need, 0);
     }
     let base = words.as_mut_ptr().cast::<u8>();
-    // SAFETY: at most 56 bytes are skipped to reach a 64-byte boundary, which `need` allows for; any bit pattern
-    // is a value of the two storage types.
+    // SAFETY: at most 56 bytes are skipped to reach a 64-byte boundary, which `need` allows for;
+    // any bit pattern is a value of the two storage types.
     let slice =
         unsafe { std::slice::from_raw_parts_mut(base.add(base.align_offset(64)).cast::<E>(), len) };
     let result = f(slice);
-    SCRATCH.set(words);
+    SCRATCH.with_borrow_mut(|free| free.push(words));
     result
 }

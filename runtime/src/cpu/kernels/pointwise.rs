@@ -3,7 +3,7 @@
 use super::math::{Activation, act_v, silu};
 use super::pool::{SharedMut, parallel_for};
 use super::simd::{Isa, Kernel, Simd, dispatch};
-use super::{Elem, KernelError, check_len};
+use super::{Elem, KernelError, check_len, whole_rows};
 
 /// Elements of a task.
 const TASK: usize = 16 << 10;
@@ -50,23 +50,14 @@ pub fn silu_mul_packed<E: Elem>(
     out: &mut [E],
 ) -> Result<(), KernelError> {
     const NAME: &str = "silu_mul_packed";
-    if features % 8 != 0 {
+    if !features.is_multiple_of(8) {
         return Err(KernelError::Unsupported {
             kernel: NAME,
             what: format!("{features} features, not a multiple of 8"),
         });
     }
     check_len(NAME, "packed", packed, 2 * out.len())?;
-    check_len(
-        NAME,
-        "out",
-        out,
-        if features == 0 {
-            0
-        } else {
-            out.len() / features * features
-        },
-    )?;
+    check_len(NAME, "out", out, whole_rows(out.len(), features))?;
     // Rows hold whole blocks, so the blocks of all rows form one sequence.
     let mut halves = ([E::default(); 512], [E::default(); 512]);
     for (packed, out) in packed.chunks(1024).zip(out.chunks_mut(512)) {
@@ -117,38 +108,49 @@ impl<E: Elem> Kernel for Vectors<'_, E> {
     fn run<S: Simd>(self) {
         let len = self.a.len();
         let whole = len / S::LANES * S::LANES;
-        let apply = |a: *const E, b: *const E, out: *mut E| {
-            // SAFETY: the callers below pass LANES readable and writable values.
-            unsafe {
-                let x = E::load::<S>(a);
-                let v = match self.op {
-                    Op::SiluMul => S::mul(silu::<S>(x), E::load::<S>(b)),
-                    Op::Add => S::add(x, E::load::<S>(b)),
-                    Op::Act(act) => act_v::<S>(act, x),
-                };
-                E::store::<S>(out, v);
-            }
-        };
         let b = self.b.unwrap_or(self.a);
         for i in (0..whole).step_by(S::LANES) {
-            apply(
-                self.a[i..].as_ptr(),
-                b[i..].as_ptr(),
-                self.out.wrapping_add(i),
-            );
+            // SAFETY: the vectors lie inside the slices and this task's range of `out`.
+            unsafe {
+                apply::<S, E>(
+                    self.op,
+                    self.a[i..].as_ptr(),
+                    b[i..].as_ptr(),
+                    self.out.add(i),
+                );
+            }
         }
         if whole < len {
             let mut rest = [[E::default(); 16]; 3];
             rest[0][..len - whole].copy_from_slice(&self.a[whole..]);
             rest[1][..len - whole].copy_from_slice(&b[whole..]);
             let [x, y, z] = &mut rest;
-            apply(x.as_ptr(), y.as_ptr(), z.as_mut_ptr());
-            // SAFETY: this task alone writes its range of `out`, which has `len` elements.
+            // SAFETY: the arrays hold a vector; this task alone writes its range of `out`, which
+            // has `len` elements.
             unsafe {
+                apply::<S, E>(self.op, x.as_ptr(), y.as_ptr(), z.as_mut_ptr());
                 self.out
                     .add(whole)
-                    .copy_from_nonoverlapping(z.as_ptr(), len - whole)
-            };
+                    .copy_from_nonoverlapping(z.as_ptr(), len - whole);
+            }
         }
+    }
+}
+
+/// One vector. A function, because a closure would not be inlined below `dispatch` for certain.
+///
+/// # Safety
+/// Callable below `dispatch`; the pointers are valid for LANES values.
+#[inline(always)]
+unsafe fn apply<S: Simd, E: Elem>(op: Op, a: *const E, b: *const E, out: *mut E) {
+    // SAFETY: the caller's guarantee.
+    unsafe {
+        let x = E::load::<S>(a);
+        let v = match op {
+            Op::SiluMul => S::mul(silu::<S>(x), E::load::<S>(b)),
+            Op::Add => S::add(x, E::load::<S>(b)),
+            Op::Act(act) => act_v::<S>(act, x),
+        };
+        E::store::<S>(out, v);
     }
 }

@@ -15,7 +15,7 @@ pub struct RopeAppend<'a, E> {
     pub q_heads: usize,
     /// Hkv.
     pub kv_heads: usize,
-    /// D, a multiple of 16, at most 512.
+    /// D, a multiple of 16.
     pub head_dim: usize,
     /// `[T, (Hq + 2 Hkv) · D]`: raw projections, q heads, k heads, v heads.
     pub qkv: &'a [E],
@@ -40,10 +40,12 @@ pub struct RopeAppend<'a, E> {
 }
 
 const NAME: &str = "rope_append";
-/// Largest head: the working copy of a head is on the stack.
-const MAX_HEAD: usize = 512;
+/// Rows between RoPE partners, and lanes of the vectors used.
+const HALF: usize = 8;
 /// Elements below which heads are not shared out over threads.
 const PARALLEL_ELEMENTS: usize = 16 << 10;
+/// Rows of q in a task.
+const ROWS: usize = 16;
 
 /// Adds biases, normalises and rotates q and k heads in f32, and appends k and v; each result is rounded once.
 ///
@@ -59,9 +61,8 @@ pub fn rope_append<E: Elem>(args: RopeAppend<'_, E>) -> Result<(), KernelError> 
     } = args;
     let rows = meta.rows();
     let heads = q_heads + 2 * kv_heads;
-    if head_dim == 0 || head_dim % 16 != 0 || head_dim > MAX_HEAD {
-        let what =
-            format!("a head of {head_dim}; it must be a multiple of 16 and at most {MAX_HEAD}");
+    if head_dim == 0 || !head_dim.is_multiple_of(2 * HALF) {
+        let what = format!("a head of {head_dim}, not a multiple of 16");
         return Err(KernelError::Unsupported { kernel: NAME, what });
     }
     check_len(NAME, "qkv", args.qkv, rows * heads * head_dim)?;
@@ -89,7 +90,8 @@ pub fn rope_append<E: Elem>(args: RopeAppend<'_, E>) -> Result<(), KernelError> 
     let shape = CacheShape::of(NAME, args.cache.len(), kv_heads, meta.page_size, head_dim)?;
     meta.check(NAME, shape.pages)?;
 
-    let isa = Isa::current();
+    // 8 lanes on every instruction set, so that a pair of vectors holds the pairs of a block.
+    let isa = Isa::current().min(Isa::Avx2);
     let inputs = Inputs {
         q_heads,
         kv_heads,
@@ -106,28 +108,34 @@ pub fn rope_append<E: Elem>(args: RopeAppend<'_, E>) -> Result<(), KernelError> 
         q: SharedMut::new(args.q),
         cache: SharedMut::new(args.cache),
     };
-    // A task is a head, so that no two tasks can write one cache slot whatever the positions are.
     if rows * heads * head_dim < PARALLEL_ELEMENTS {
-        for head in 0..heads {
-            dispatch(
-                isa,
-                Head {
-                    inputs: &inputs,
-                    head,
-                },
-            );
-        }
-    } else {
-        parallel_for(heads, |head| {
-            dispatch(
-                isa,
-                Head {
-                    inputs: &inputs,
-                    head,
-                },
-            )
-        });
+        dispatch(
+            isa,
+            Heads {
+                inputs: &inputs,
+                heads: 0..heads,
+                rows: 0..rows,
+            },
+        );
+        return Ok(());
     }
+    // q is cut by rows. Keys and values are cut by heads, so that no two tasks can write one cache slot
+    // whatever the positions are.
+    let spans = rows.div_ceil(ROWS);
+    parallel_for(spans + 2 * kv_heads, |task| {
+        let (heads, rows) = match task.checked_sub(spans) {
+            None => (0..q_heads, task * ROWS..rows.min((task + 1) * ROWS)),
+            Some(h) => (q_heads + h..q_heads + h + 1, 0..rows),
+        };
+        dispatch(
+            isa,
+            Heads {
+                inputs: &inputs,
+                heads,
+                rows,
+            },
+        );
+    });
     Ok(())
 }
 
@@ -148,75 +156,112 @@ struct Inputs<'a, E> {
     cache: SharedMut<E>,
 }
 
-/// One head of all rows.
-struct Head<'a, 'b, E> {
+/// Some heads of some rows.
+struct Heads<'a, 'b, E> {
     inputs: &'a Inputs<'b, E>,
-    head: usize,
+    heads: std::ops::Range<usize>,
+    rows: std::ops::Range<usize>,
 }
 
-impl<E: Elem> Kernel for Head<'_, '_, E> {
+impl<E: Elem> Kernel for Heads<'_, '_, E> {
     #[inline(always)]
     fn run<S: Simd>(self) {
-        let (i, head, d) = (self.inputs, self.head, self.inputs.head_dim);
-        let heads = i.q_heads + 2 * i.kv_heads;
-        let (gamma, rotated) = match head {
-            h if h < i.q_heads => (i.q_norm, true),
-            h if h < i.q_heads + i.kv_heads => (i.k_norm, true),
-            _ => (None, false),
-        };
-        let mut buffer = [0.0f32; MAX_HEAD];
-        let x = &mut buffer[..d];
-        for row in 0..i.meta.rows() {
-            let source = &i.qkv[(row * heads + head) * d..][..d];
-            for (x, s) in x.iter_mut().zip(source) {
-                *x = s.to_f32();
+        for row in self.rows {
+            for head in self.heads.clone() {
+                one_head::<S, E>(self.inputs, row, head);
             }
-            if let Some(bias) = i.bias {
-                for (x, b) in x.iter_mut().zip(&bias[head * d..][..d]) {
-                    *x += b.to_f32();
-                }
+        }
+    }
+}
+
+/// A head as the rotation sees it: with its bias, and normalised once `gamma` is set.
+struct Projected<E> {
+    source: *const E,
+    bias: Option<*const E>,
+    gamma: Option<*const E>,
+    rstd: f32,
+    weight_offset: f32,
+}
+
+impl<E: Elem> Projected<E> {
+    /// # Safety
+    /// Callable below `dispatch`; the vector at `j` lies inside the head.
+    #[inline(always)]
+    unsafe fn load<S: Simd>(&self, j: usize) -> S::V {
+        // SAFETY: the caller's guarantee; all pointers are to heads.
+        unsafe {
+            let mut v = E::load::<S>(self.source.add(j));
+            if let Some(bias) = self.bias {
+                v = S::add(v, E::load::<S>(bias.add(j)));
             }
-            if let Some(gamma) = gamma {
-                let mut squares = [0.0f32; 16];
-                for block in x.chunks_exact(16) {
-                    for j in 0..16 {
-                        squares[j] += block[j] * block[j];
-                    }
-                }
-                let rstd = 1.0 / (squares.iter().sum::<f32>() / d as f32 + i.eps).sqrt();
-                for (x, g) in x.iter_mut().zip(gamma) {
-                    *x = *x * rstd * (g.to_f32() + i.weight_offset);
-                }
+            if let Some(gamma) = self.gamma {
+                let g = S::add(E::load::<S>(gamma.add(j)), S::splat(self.weight_offset));
+                v = S::mul(S::mul(v, S::splat(self.rstd)), g);
             }
-            let position = i.meta.positions[row] as usize;
-            if let (Some((cos, sin)), true) = (i.tables, rotated) {
-                let angles = position * (d / 2);
-                let (cos, sin) = (&cos[angles..][..d / 2], &sin[angles..][..d / 2]);
-                for (b, pair) in x.chunks_exact_mut(16).enumerate() {
-                    for j in 0..8 {
-                        let (c, s) = (cos[8 * b + j], sin[8 * b + j]);
-                        let (first, second) = (pair[j], pair[8 + j]);
-                        pair[j] = first * c - second * s;
-                        pair[8 + j] = second * c + first * s;
-                    }
-                }
+            v
+        }
+    }
+}
+
+#[inline(always)]
+fn one_head<S: Simd, E: Elem>(i: &Inputs<'_, E>, row: usize, head: usize) {
+    let d = i.head_dim;
+    let heads = i.q_heads + 2 * i.kv_heads;
+    let (gamma, rotated) = match head {
+        h if h < i.q_heads => (i.q_norm, true),
+        h if h < i.q_heads + i.kv_heads => (i.k_norm, true),
+        _ => (None, false),
+    };
+    let position = i.meta.positions[row] as usize;
+    let out = if head < i.q_heads {
+        i.q.at((row * i.q_heads + head) * d)
+    } else {
+        let kv = head - i.q_heads;
+        let (page, slot) = i.meta.place(i.meta.row_seq[row] as usize, position);
+        i.cache.at(i
+            .shape
+            .offset(page, kv >= i.kv_heads, kv % i.kv_heads, slot))
+    };
+    let source = i.qkv[(row * heads + head) * d..][..d].as_ptr();
+    let bias = i.bias.map(|b| b[head * d..][..d].as_ptr());
+    debug_assert!(
+        S::LANES == HALF,
+        "invariant rope-lanes: a vector holds half a block"
+    );
+    let weight_offset = i.weight_offset;
+    let mut projected = Projected {
+        source,
+        bias,
+        gamma: None,
+        rstd: 1.0,
+        weight_offset,
+    };
+    // SAFETY: blocks lie inside the head of d values. A task alone writes its heads of its rows of
+    // q, or its (k or v, head) planes of the cache; `check` showed pages and positions to be inside.
+    unsafe {
+        if let Some(gamma) = gamma {
+            let mut squares = S::splat(0.0);
+            for j in (0..d).step_by(HALF) {
+                let v = projected.load::<S>(j);
+                squares = S::fma(v, v, squares);
             }
-            let out = if head < i.q_heads {
-                i.q.at((row * i.q_heads + head) * d)
-            } else {
-                let kv = head - i.q_heads;
-                let (page, slot) = i.meta.place(i.meta.row_seq[row] as usize, position);
-                i.cache.at(i
-                    .shape
-                    .offset(page, kv >= i.kv_heads, kv % i.kv_heads, slot))
-            };
-            // SAFETY: a task alone writes its head of q and its (k or v, head) planes of the cache; `check`
-            // showed pages and positions to be inside.
-            unsafe {
-                for j in (0..d).step_by(S::LANES) {
-                    E::store::<S>(out.add(j), S::load(x.as_ptr().add(j)));
-                }
+            projected.rstd = 1.0 / (S::sum(squares) / d as f32 + i.eps).sqrt();
+            projected.gamma = Some(gamma.as_ptr());
+        }
+        let angles = i.tables.filter(|_| rotated).map(|(cos, sin)| {
+            let at = position * (d / 2);
+            (cos[at..][..d / 2].as_ptr(), sin[at..][..d / 2].as_ptr())
+        });
+        for j in (0..d).step_by(2 * HALF) {
+            let (mut first, mut second) = (projected.load::<S>(j), projected.load::<S>(j + HALF));
+            if let Some((cos, sin)) = angles {
+                let (c, s) = (S::load(cos.add(j / 2)), S::load(sin.add(j / 2)));
+                let (a, b) = (first, second);
+                first = S::sub(S::mul(a, c), S::mul(b, s));
+                second = S::fma(b, c, S::mul(a, s));
             }
+            E::store::<S>(out.add(j), first);
+            E::store::<S>(out.add(j + HALF), second);
         }
     }
 }

@@ -18,7 +18,7 @@ pub fn embed<E: Elem>(
 ) -> Result<(), KernelError> {
     const NAME: &str = "embed";
     check_len(NAME, "out", out, ids.len() * k)?;
-    let rows = if k == 0 { 0 } else { table.len() / k };
+    let rows = table.len().checked_div(k).unwrap_or(0);
     check_len(NAME, "table", table, rows * k)?;
     for (t, &id) in ids.iter().enumerate() {
         check_index(NAME, "id", t, id, rows)?;

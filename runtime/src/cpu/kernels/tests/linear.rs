@@ -96,6 +96,10 @@ fn shapes<E: Elem>() {
         (9, 48, 100),
         (23, 50, 70),
         (200, 19, 40),
+        // Several spans of K, packed and not, with a rest.
+        (1, 21, 2075),
+        (3, 20, 1600),
+        (14, 9, 2600),
     ] {
         let (x, w, bias) = (
             random::<E>(&mut rng, m * k),
@@ -379,4 +383,12 @@ proptest! {
 fn rows_do_not_depend_on_chunks() {
     invariant::<f32>(6, 451, 40, 300, 200);
     invariant::<bf16>(7, 451, 40, 300, 193);
+}
+
+/// The same where K has several spans, which several rows are packed by.
+#[test]
+fn rows_do_not_depend_on_spans() {
+    invariant::<f32>(8, 25, 37, 1701, 8);
+    invariant::<bf16>(9, 25, 37, 2209, 8);
+    invariant::<bf16>(10, 230, 16, 4096, 100);
 }

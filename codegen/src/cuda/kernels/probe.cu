@@ -1,0 +1,27 @@
+// probe: the two ceilings that measurements are compared with.
+//
+// Defines: LATHE_KIND 0: empty kernel (launch gap of a graph, with and without PDL) | 1: read stream.
+// Parameters: const uint4* src, u64 count (16-byte vectors), u32* sink [1] (written only if a checksum hits a magic
+//   value, so that the loads cannot be dropped).
+// Geometry: KIND 0: grid 132, block 128. KIND 1: grid 4 * multiprocessors, block 512, 8 loads in flight a thread.
+extern "C" __global__ void __launch_bounds__(512) LATHE_NAME(const uint4* src, u64 count, u32* sink) {
+  pdl_launch();
+  pdl_wait();
+#if LATHE_KIND == 1
+  u32 x = 0;
+  const u64 step = (u64)gridDim.x * blockDim.x;
+  u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+  for (; i + 7 * step < count; i += 8 * step) {
+    uint4 v[8];
+#pragma unroll
+    for (int k = 0; k < 8; ++k) v[k] = ld_stream(src + i + k * step);
+#pragma unroll
+    for (int k = 0; k < 8; ++k) x ^= v[k].x ^ v[k].y ^ v[k].z ^ v[k].w;
+  }
+  for (; i < count; i += step) {
+    const uint4 v = ld_stream(src + i);
+    x ^= v.x ^ v.y ^ v.z ^ v.w;
+  }
+  if (x == 0x9e3779b9u) *sink = x;
+#endif
+}

@@ -1,0 +1,63 @@
+// rope_append: packed qkv [T, (HQ + 2 HKV) D] -> roped q [T, HQ*D], and k, v into the paged cache.
+// Called by: prefill and mixed plans before attention; decode plans whose attention is not FUSED.
+//
+// Defines: LATHE_HQ, LATHE_HKV, LATHE_D (multiple of 16; a power of two if QKNORM), LATHE_PAGE; LATHE_BIAS 0|1 adds
+//   bias; LATHE_QKNORM 0|1 RMS norm of each q and k head over D (LATHE_EPS), weights permuted like the heads;
+//   LATHE_ROPE 0|1 (default 1; 0 only splits and appends). E = LATHE_DTYPE for all.
+// Parameters: const E* qkv, const E* bias [(HQ+2HKV)D], const E* qnorm [D], const E* knorm [D], const float* cos,
+//   const float* sin [max_pos, D/2], const i32* positions [T], const i32* row_seq [T] (< 0: padding row, only q is
+//   written), const i32* block_table [B, max_pages], E* q, E* cache, i32 rows, i32 max_pages.
+// Geometry: block 256, grid (rows, ceil((HQ + 2 HKV) * BL / 256)), BL = threads a head = D/16 rounded up to a power
+//   of two; smem 0. A thread owns one 16-element block (8 rope pairs) of a head.
+#ifndef LATHE_BIAS
+#define LATHE_BIAS 0
+#endif
+#ifndef LATHE_QKNORM
+#define LATHE_QKNORM 0
+#endif
+#ifndef LATHE_EPS
+#define LATHE_EPS 1e-6f
+#endif
+#ifndef LATHE_ROPE
+#define LATHE_ROPE 1
+#endif
+constexpr int HQ = LATHE_HQ, HKV = LATHE_HKV, D = LATHE_D, PAGE = LATHE_PAGE, HB = D / 16;
+constexpr int BL = HB <= 1 ? 1 : HB <= 2 ? 2 : HB <= 4 ? 4 : HB <= 8 ? 8 : HB <= 16 ? 16 : 32;
+static_assert(D % 16 == 0 && HB <= 32, "head size");
+
+extern "C" __global__ void __launch_bounds__(256)
+LATHE_NAME(const E* qkv, const E* bias, const E* qnorm, const E* knorm, const float* cosv, const float* sinv,
+           const i32* positions, const i32* row_seq, const i32* block_table, E* q, E* cache, i32 rows, i32 max_pages) {
+  pdl_launch();
+  pdl_wait();
+  const int row = blockIdx.x, unit = blockIdx.y * 256 + threadIdx.x;
+  const int head = unit / BL, blk = unit % BL;
+  const bool on = head < HQ + 2 * HKV && blk < HB;
+  float v[16];
+#pragma unroll
+  for (int e = 0; e < 16; ++e) v[e] = 0.0f;
+  if (on) load_block16(qkv + ((i64)row * (HQ + 2 * HKV) + head) * D + blk * 16, LATHE_BIAS ? bias + head * D + blk * 16 : nullptr, v);
+  float rstd = 1.0f;
+#if LATHE_QKNORM
+  float ss = 0.0f;
+#pragma unroll
+  for (int e = 0; e < 16; ++e) ss = fmaf(v[e], v[e], ss);
+#pragma unroll
+  for (int o = BL / 2; o; o >>= 1) ss += __shfl_xor_sync(~0u, ss, o);
+  rstd = rsqrtf(ss * (1.0f / D) + LATHE_EPS);
+#endif
+  if (!on) return;
+  const int pos = positions[row], seq = row_seq[row];
+  if (head < HQ + HKV) {
+    const E* nw = LATHE_QKNORM ? (head < HQ ? qnorm : knorm) + blk * 16 : nullptr;
+    const i64 at = (i64)pos * (D / 2) + blk * 8;
+    rope_block16(v, nw, rstd, LATHE_ROPE ? cosv + at : nullptr, LATHE_ROPE ? sinv + at : nullptr);
+  }
+  if (head < HQ) {
+    store_block16(q + ((i64)row * HQ + head) * D + blk * 16, v);
+  } else if (seq >= 0) {
+    const int kv = head >= HQ + HKV, h = head - HQ - kv * HKV;
+    const i64 page = block_table[(i64)seq * max_pages + pos / PAGE];
+    store_block16(cache + (((page * 2 + kv) * HKV + h) * PAGE + pos % PAGE) * D + blk * 16, v);
+  }
+}

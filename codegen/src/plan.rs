@@ -1,0 +1,235 @@
+//! The plan of a model: what every device executes.
+//!
+//! A plan holds up to three programs over one set of packed weights. Each is a list of steps, one
+//! kernel family each, whose operands are values in reusable slots of memory, weights, tables,
+//! caches or inputs. Views cost nothing: a reshape or an element of a tuple is the same operand
+//! under another type.
+
+use crate::pack::PackRecipe;
+use lathe_ir::{DType, Op, Prov, Real, SymEnv, TensorType, Type};
+
+/// Index of a value of a program.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct ValueId(pub u32);
+
+/// Which program a step belongs to.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub enum ProgramKind {
+    /// One row a sequence; symbols T = B = R.
+    Decode,
+    /// Ragged rows; symbols T, B and R.
+    General,
+    /// Whole sequences without a cache; symbols B and S.
+    Full,
+}
+
+impl ProgramKind {
+    /// The name in dumps.
+    pub fn name(self) -> &'static str {
+        match self {
+            ProgramKind::Decode => "decode",
+            ProgramKind::General => "general",
+            ProgramKind::Full => "full",
+        }
+    }
+}
+
+/// A compiled model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Plan {
+    /// Name of the model.
+    pub name: String,
+    /// Element type of activations.
+    pub dtype: DType,
+    /// Packed weights, shared by all programs.
+    pub weights: Vec<WeightBuffer>,
+    /// Constant f32 vectors (rotary frequencies), shared by all programs.
+    pub tables: Vec<Table>,
+    /// KV caches by layer, in layer order.
+    pub caches: Vec<CacheSpec>,
+    /// The programs that exist, in the order of [`ProgramKind`].
+    pub programs: Vec<Program>,
+}
+
+/// One packed weight in memory.
+#[derive(Clone, Debug, PartialEq)]
+pub struct WeightBuffer {
+    /// How it is filled from the checkpoint.
+    pub recipe: PackRecipe,
+    /// Extents and element type.
+    pub ty: TensorType,
+}
+
+/// A constant vector.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Table {
+    /// What it is, for readers.
+    pub name: String,
+    /// The elements.
+    pub data: Vec<Real>,
+}
+
+/// The KV cache of one layer: `[page][2][kv_heads][page_size][head_dim]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CacheSpec {
+    /// Layer.
+    pub layer: u32,
+    /// Key and value heads.
+    pub kv_heads: u32,
+    /// Features per head.
+    pub head_dim: u32,
+    /// Element type.
+    pub dtype: DType,
+}
+
+impl CacheSpec {
+    /// Bytes of one cached token of this layer, keys and values.
+    pub fn token_bytes(&self) -> usize {
+        2 * self.kv_heads as usize * self.head_dim as usize * self.dtype.size()
+    }
+}
+
+/// A list of steps with their memory.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Program {
+    /// What it computes.
+    pub kind: ProgramKind,
+    /// Names and types of the run-time inputs.
+    pub inputs: Vec<(String, TensorType)>,
+    /// The steps in order.
+    pub steps: Vec<Step>,
+    /// Types of the values and the slots that hold them.
+    pub values: Vec<(TensorType, usize)>,
+    /// Memory of the values, reused along the program.
+    pub slots: Vec<Slot>,
+    /// Results by name.
+    pub outputs: Vec<(String, Operand, TensorType)>,
+}
+
+/// One kernel family with its operands.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Step {
+    /// What is computed.
+    pub op: Op,
+    /// Operands in the order of the operation.
+    pub operands: Vec<Operand>,
+    /// Types under which the operation sees them.
+    pub types: Vec<Type>,
+    /// Results: one for a tensor, one for each element of a tuple; `None` where nothing reads it
+    /// and for caches.
+    pub results: Vec<Option<ValueId>>,
+    /// Type of the result.
+    pub ty: Type,
+    /// Where it comes from in the model.
+    pub prov: Prov,
+}
+
+impl Step {
+    /// The operand's tensor type.
+    pub fn tensor(&self, operand: usize) -> Option<&TensorType> {
+        self.types.get(operand)?.as_tensor()
+    }
+
+    /// The type of a result that is read: the type itself, or a tuple's element.
+    pub fn result_type(&self, i: usize) -> Option<&TensorType> {
+        match &self.ty {
+            Type::Tuple(ts) => ts.get(i)?.as_tensor(),
+            t => t.as_tensor().filter(|_| i == 0),
+        }
+    }
+}
+
+/// What a step reads.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Operand {
+    /// A value of the program.
+    Value(ValueId),
+    /// A packed weight, by index.
+    Weight(usize),
+    /// A constant vector, by index.
+    Table(usize),
+    /// A run-time input, by index.
+    Input(usize),
+    /// A scalar.
+    Const {
+        /// Its value.
+        value: Real,
+        /// Its element type.
+        dtype: DType,
+    },
+    /// The cache of a layer, by index.
+    Cache(usize),
+    /// Absent.
+    None,
+}
+
+/// A piece of memory that holds values one after the other.
+#[derive(Clone, Debug, PartialEq, Default)]
+pub struct Slot {
+    /// Types of the values that it holds.
+    pub types: Vec<TensorType>,
+}
+
+impl Slot {
+    /// Bytes needed under an assignment of the symbols.
+    pub fn bytes(&self, env: &SymEnv) -> usize {
+        self.types.iter().map(|t| t.bytes(env)).max().unwrap_or(0)
+    }
+}
+
+impl Program {
+    /// Bytes of all slots under an assignment of the symbols, each rounded up to 256.
+    pub fn activation_bytes(&self, env: &SymEnv) -> usize {
+        self.slots
+            .iter()
+            .map(|s| s.bytes(env).next_multiple_of(256))
+            .sum()
+    }
+
+    /// The slot of a value.
+    pub fn slot(&self, v: ValueId) -> usize {
+        self.values[v.0 as usize].1
+    }
+
+    /// Steps that belong to a layer.
+    pub fn steps_of_layer(&self, layer: u32) -> usize {
+        self.steps
+            .iter()
+            .filter(|s| s.prov.layer == Some(layer))
+            .count()
+    }
+
+    /// The result of a name.
+    pub fn output(&self, name: &str) -> Option<&Operand> {
+        self.outputs
+            .iter()
+            .find(|(n, ..)| n == name)
+            .map(|(_, o, _)| o)
+    }
+}
+
+impl Plan {
+    /// The program of a kind.
+    pub fn program(&self, kind: ProgramKind) -> Option<&Program> {
+        self.programs.iter().find(|p| p.kind == kind)
+    }
+
+    /// Bytes of all packed weights.
+    pub fn weight_bytes(&self) -> usize {
+        self.weights.iter().map(|w| w.recipe.bytes()).sum()
+    }
+
+    /// Bytes of one cached token over all layers.
+    pub fn token_bytes(&self) -> usize {
+        self.caches.iter().map(CacheSpec::token_bytes).sum()
+    }
+
+    /// Bytes of activations of the largest program under an assignment of the symbols.
+    pub fn activation_bytes(&self, env: &SymEnv) -> usize {
+        self.programs
+            .iter()
+            .map(|p| p.activation_bytes(env))
+            .max()
+            .unwrap_or(0)
+    }
+}

@@ -1,0 +1,391 @@
+//! The CPU device: executes the same plan as the GPU, with the kernels of [`super::kernels`].
+
+use super::exec::{Inputs, Run};
+use super::kernels::Elem;
+use super::memory::{Arena, Layout};
+use super::pages::PageBuffer;
+use crate::load::{LoadOptions, Loadable};
+use crate::step::{Capacity, Executor, StepBatch, StepError, StepKind, StepOutput, StepTime};
+use crate::weights::{WeightsError, pack::Packer};
+use half::bf16;
+use lathe_codegen::{Plan, ProgramKind};
+use lathe_ir::{DType, Op, Sym, SymEnv};
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Instant;
+
+/// A model cannot be loaded on the CPU.
+#[derive(Debug, thiserror::Error)]
+pub enum CpuLoadError {
+    /// The weights do not fit the plan.
+    #[error("{0}")]
+    Weights(#[from] WeightsError),
+    /// The CPU has no kernels for this element type.
+    #[error("the CPU runs models in float32 or bfloat16, not in {0}; choose one with --dtype")]
+    DType(DType),
+    /// The plan has no program that decodes with a cache.
+    #[error("the plan has no step program with a KV cache")]
+    NoStepProgram,
+    /// The system refuses memory.
+    #[error("the system grants no memory: {0}")]
+    Allocate(std::io::Error),
+    /// Not enough memory.
+    #[error(
+        "{what} needs {needed:.2} GB, {available:.2} GB are available; lower the batch size or the sequence length"
+    )]
+    Memory {
+        /// What was to be allocated.
+        what: &'static str,
+        /// Bytes wanted, in GB.
+        needed: f64,
+        /// Bytes available, in GB.
+        available: f64,
+    },
+}
+
+/// Loads a plan; the executor runs step programs.
+///
+/// # Errors
+/// The element type has no kernels, the weights do not fit, or the memory does not suffice.
+pub fn load(model: Loadable<'_>, options: LoadOptions) -> Result<Box<dyn Executor>, CpuLoadError> {
+    if model.plan.program(ProgramKind::General).is_none() {
+        return Err(CpuLoadError::NoStepProgram);
+    }
+    Ok(match model.plan.dtype {
+        DType::F32 => Box::new(CpuExecutor::<f32>::new(model, options)?),
+        DType::BF16 => Box::new(CpuExecutor::<bf16>::new(model, options)?),
+        other => return Err(CpuLoadError::DType(other)),
+    })
+}
+
+/// Runs whole sequences without a cache: `tokens` `[batch, len]` to logits `[batch, len, vocab]`.
+///
+/// # Errors
+/// As [`load`], or a kernel fails.
+pub fn run_full(
+    model: Loadable<'_>,
+    tokens: &[i32],
+    batch: usize,
+) -> Result<Vec<f32>, Box<dyn std::error::Error>> {
+    let len = tokens.len() / batch.max(1);
+    let options = LoadOptions::contiguous(batch, len, tokens.len());
+    Ok(match model.plan.dtype {
+        DType::F32 => CpuExecutor::<f32>::new(model, options)?.full(tokens, batch, len)?,
+        DType::BF16 => CpuExecutor::<bf16>::new(model, options)?.full(tokens, batch, len)?,
+        other => return Err(CpuLoadError::DType(other).into()),
+    })
+}
+
+/// A plan in memory, with activations and KV caches in element type `E`.
+pub(super) struct CpuExecutor<E> {
+    pub(super) plan: Plan,
+    pub(super) options: LoadOptions,
+    pub(super) weights: Vec<PageBuffer<E>>,
+    /// Cosines and sines `[max_pos, D/2]` by table and scaling.
+    pub(super) rope: BTreeMap<(usize, u64), (Vec<f32>, Vec<f32>)>,
+    pub(super) caches: Vec<PageBuffer<E>>,
+    vocab: usize,
+    arena: Arena,
+    layouts: Vec<Layout>,
+    scratch: Vec<E>,
+    done: VecDeque<StepOutput>,
+    last: Vec<i32>,
+}
+
+impl<E: Elem> CpuExecutor<E> {
+    fn new(model: Loadable<'_>, options: LoadOptions) -> Result<CpuExecutor<E>, CpuLoadError> {
+        let plan = model.plan.clone();
+        let cache_bytes = options.cache_bytes(&plan);
+        let full_env = SymEnv::new(&[
+            (Sym::B, options.max_sequences as i64),
+            (Sym::S, options.max_seq_len as i64),
+        ]);
+        let layouts: Vec<Layout> = plan
+            .programs
+            .iter()
+            .map(|p| {
+                let env = match p.kind {
+                    ProgramKind::Decode => options.decode_env(),
+                    ProgramKind::General => options.general_env(),
+                    ProgramKind::Full => full_env,
+                };
+                Layout::new(p, &env)
+            })
+            .collect();
+        // Without step programs the cache is never used; with them, the full program is not.
+        let stepped = plan.program(ProgramKind::General).is_some();
+        let wanted = |kind| (kind == ProgramKind::Full) != stepped;
+        let arena_bytes = plan
+            .programs
+            .iter()
+            .zip(&layouts)
+            .filter(|(p, _)| wanted(p.kind))
+            .map(|(_, l)| l.bytes)
+            .max()
+            .unwrap_or(0);
+        check_memory(plan.weight_bytes() + cache_bytes + arena_bytes)?;
+        let mut weights = Vec::with_capacity(plan.weights.len());
+        for w in &plan.weights {
+            let mut data = buffer::<E>(w.recipe.rows * w.recipe.cols)?;
+            let packer = Packer::new(&w.recipe, model.weights)?;
+            // SAFETY: E is f32 or bf16, plain bytes without padding or invalid patterns; the
+            // slice covers exactly the vector's elements.
+            let bytes = unsafe {
+                std::slice::from_raw_parts_mut(
+                    data.as_mut_ptr().cast::<u8>(),
+                    std::mem::size_of_val(&data[..]),
+                )
+            };
+            packer.fill(0..w.recipe.rows, bytes)?;
+            weights.push(data);
+        }
+        let caches = plan
+            .caches
+            .iter()
+            .map(|c| {
+                let row = 2 * c.kv_heads as usize * c.head_dim as usize;
+                let tokens = if stepped {
+                    options.pages * options.page_size
+                } else {
+                    0
+                };
+                buffer(tokens * row)
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        let rope = rope_tables(&plan, options.max_seq_len);
+        Ok(CpuExecutor {
+            scratch: Vec::new(),
+            plan,
+            options,
+            weights,
+            rope,
+            caches,
+            vocab: model.vocab,
+            arena: Arena::new(arena_bytes),
+            layouts,
+            done: VecDeque::new(),
+            last: Vec::new(),
+        })
+    }
+
+    fn run(
+        &mut self,
+        kind: ProgramKind,
+        env: SymEnv,
+        inputs: &Inputs<'_>,
+        logits: bool,
+    ) -> Result<StepOutput, StepError> {
+        let start = Instant::now();
+        let at = self
+            .plan
+            .programs
+            .iter()
+            .position(|p| p.kind == kind)
+            .ok_or_else(|| StepError::Device(format!("the plan has no {} program", kind.name())))?;
+        let mut caches = std::mem::take(&mut self.caches);
+        let mut scratch = std::mem::take(&mut self.scratch);
+        let base = self.arena.base();
+        let mut run = Run {
+            model: self,
+            program: &self.plan.programs[at],
+            layout: &self.layouts[at],
+            base,
+            env,
+            inputs,
+            caches: &mut caches,
+            scratch: &mut scratch,
+        };
+        let result = run.all(logits);
+        self.caches = caches;
+        self.scratch = scratch;
+        let mut out = result?;
+        out.time = StepTime {
+            device: start.elapsed().as_secs_f64(),
+        };
+        Ok(out)
+    }
+
+    fn full(&mut self, tokens: &[i32], batch: usize, len: usize) -> Result<Vec<f32>, StepError> {
+        check_tokens(tokens, self.vocab)?;
+        let env = SymEnv::new(&[(Sym::B, batch as i64), (Sym::S, len as i64)]);
+        let step = StepBatch {
+            tokens: tokens.to_vec(),
+            ..StepBatch::default()
+        };
+        let inputs = Inputs { batch: &step };
+        let out = self.run(ProgramKind::Full, env, &inputs, true)?;
+        out.logits
+            .ok_or_else(|| StepError::Device("the full program has no logits".into()))
+    }
+
+    /// Puts sampled tokens of the previous step in the place of references to them.
+    fn resolve(&self, batch: &StepBatch) -> Result<StepBatch, StepError> {
+        let mut batch = batch.clone();
+        for t in &mut batch.tokens {
+            if *t < 0 {
+                let i = (-1 - *t) as usize;
+                *t = *self.last.get(i).ok_or_else(|| {
+                    StepError::Batch(format!(
+                        "token refers to sampled row {i} of a step of {}",
+                        self.last.len()
+                    ))
+                })?;
+            }
+        }
+        Ok(batch)
+    }
+}
+
+impl<E: Elem> Executor for CpuExecutor<E> {
+    fn capacity(&self) -> Capacity {
+        self.options.capacity(self.vocab)
+    }
+
+    fn step(&mut self, batch: &StepBatch, logits: bool) -> Result<StepOutput, StepError> {
+        let resolved;
+        let batch = if batch.tokens.iter().any(|&t| t < 0) {
+            resolved = self.resolve(batch)?;
+            &resolved
+        } else {
+            batch
+        };
+        check_batch(batch, &self.options, self.vocab)?;
+        let kind = match batch.kind() {
+            StepKind::Decode if self.plan.program(ProgramKind::Decode).is_some() => {
+                ProgramKind::Decode
+            }
+            _ => ProgramKind::General,
+        };
+        let env = SymEnv::new(&[
+            (Sym::T, batch.tokens_len() as i64),
+            (Sym::B, batch.sequences() as i64),
+            (Sym::R, batch.rows.len() as i64),
+        ]);
+        let out = self.run(kind, env, &Inputs { batch }, logits)?;
+        self.last.clone_from(&out.next);
+        Ok(out)
+    }
+
+    fn submit(&mut self, batch: &StepBatch) -> Result<(), StepError> {
+        let out = self.step(batch, false)?;
+        self.done.push_back(out);
+        Ok(())
+    }
+
+    fn collect(&mut self) -> Result<StepOutput, StepError> {
+        self.done
+            .pop_front()
+            .ok_or_else(|| StepError::Batch("nothing was submitted".into()))
+    }
+}
+
+/// `cos` and `sin` of position times frequency, scaled, for every table and scaling in use.
+fn rope_tables(plan: &Plan, max_pos: usize) -> BTreeMap<(usize, u64), (Vec<f32>, Vec<f32>)> {
+    let mut tables = BTreeMap::new();
+    for step in plan.programs.iter().flat_map(|p| &p.steps) {
+        let Op::AttnQkv(spec) = &step.op else {
+            continue;
+        };
+        let (Some(rope), Some(lathe_codegen::Operand::Table(t))) =
+            (spec.rope, step.operands.get(4))
+        else {
+            continue;
+        };
+        let key = (*t, rope.scaling.get().to_bits());
+        tables.entry(key).or_insert_with(|| {
+            let scaling = rope.scaling.get() as f32;
+            let freqs = &plan.tables[*t].data;
+            let mut cos = Vec::with_capacity(max_pos * freqs.len());
+            let mut sin = Vec::with_capacity(max_pos * freqs.len());
+            for p in 0..max_pos {
+                for f in freqs {
+                    // Hugging Face multiplies in f32; the angle is rounded before the functions.
+                    let angle = p as f32 * f.get() as f32;
+                    cos.push((f64::from(angle).cos() as f32) * scaling);
+                    sin.push((f64::from(angle).sin() as f32) * scaling);
+                }
+            }
+            (cos, sin)
+        });
+    }
+    tables
+}
+
+fn check_tokens(tokens: &[i32], vocab: usize) -> Result<(), StepError> {
+    match tokens
+        .iter()
+        .find(|&&t| !usize::try_from(t).is_ok_and(|t| t < vocab))
+    {
+        None => Ok(()),
+        Some(t) => Err(StepError::Batch(format!(
+            "token id {t} is outside the vocabulary of {vocab}"
+        ))),
+    }
+}
+
+/// Checks a batch against the limits that it was loaded with, so that kernels cannot leave their
+/// buffers.
+pub(crate) fn check_batch(b: &StepBatch, o: &LoadOptions, vocab: usize) -> Result<(), StepError> {
+    let fail = |what: String| Err(StepError::Batch(what));
+    let (t, n) = (b.tokens.len(), b.kv_lens.len());
+    if t == 0
+        || t > o.max_tokens
+        || n > o.max_sequences
+        || b.rows.len() > o.max_rows.max(o.max_sequences)
+    {
+        return fail(format!(
+            "{t} tokens of {n} sequences with {} sampled rows; limits are {}, {} and {}",
+            b.rows.len(),
+            o.max_tokens,
+            o.max_sequences,
+            o.max_rows
+        ));
+    }
+    if b.positions.len() != t || b.row_seq.len() != t || b.cu_seqlens.len() != n + 1 {
+        return fail("metadata of another length than the rows".into());
+    }
+    if b.block_table.len() != n * b.max_pages {
+        return fail("a block table of another size than the sequences".into());
+    }
+    check_tokens(&b.tokens, vocab)?;
+    let inside = |v: &[i32], limit: usize| {
+        v.iter()
+            .all(|&x| usize::try_from(x).is_ok_and(|x| x < limit))
+    };
+    if !inside(&b.positions, o.max_seq_len) {
+        return fail(format!("a position beyond max_seq_len {}", o.max_seq_len));
+    }
+    if !inside(&b.row_seq, n) || !inside(&b.rows, t) || !inside(&b.block_table, o.pages) {
+        return fail("an index outside its range".into());
+    }
+    let reach = b.max_pages * o.page_size;
+    if b.kv_lens
+        .iter()
+        .any(|&l| l < 1 || l as usize > reach.min(o.max_seq_len))
+    {
+        return fail("a sequence longer than its pages".into());
+    }
+    Ok(())
+}
+
+fn buffer<E: Elem>(len: usize) -> Result<PageBuffer<E>, CpuLoadError> {
+    PageBuffer::zeroed(len).map_err(CpuLoadError::Allocate)
+}
+
+/// Compares with the memory that the system says is available, where it says so.
+fn check_memory(needed: usize) -> Result<(), CpuLoadError> {
+    let Ok(text) = std::fs::read_to_string("/proc/meminfo") else {
+        return Ok(());
+    };
+    let available = text
+        .lines()
+        .find_map(|l| l.strip_prefix("MemAvailable:"))
+        .and_then(|l| l.trim().trim_end_matches("kB").trim().parse::<usize>().ok());
+    match available {
+        Some(kb) if needed > kb * 1024 => Err(CpuLoadError::Memory {
+            what: "weights, KV cache and activations",
+            needed: needed as f64 / 1e9,
+            available: kb as f64 * 1024.0 / 1e9,
+        }),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,92 @@
+//! What a device needs to know before it loads a plan.
+
+use crate::step::Capacity;
+use crate::weights::WeightSource;
+use lathe_codegen::Plan;
+use lathe_ir::Sym;
+use lathe_ir::SymEnv;
+
+/// Sizes that are fixed while a model is loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LoadOptions {
+    /// Most token rows of one step.
+    pub max_tokens: usize,
+    /// Most sampled rows of one general step.
+    pub max_rows: usize,
+    /// Most sequences of one step.
+    pub max_sequences: usize,
+    /// Longest sequence, prompt and output.
+    pub max_seq_len: usize,
+    /// Tokens a page of the KV cache.
+    pub page_size: usize,
+    /// Pages of the KV cache.
+    pub pages: usize,
+}
+
+impl LoadOptions {
+    /// A static batch with a contiguous cache: one page a sequence.
+    pub fn contiguous(sequences: usize, max_seq_len: usize, max_tokens: usize) -> LoadOptions {
+        LoadOptions {
+            max_tokens: max_tokens.max(sequences),
+            max_rows: sequences,
+            max_sequences: sequences,
+            max_seq_len,
+            page_size: max_seq_len,
+            pages: sequences,
+        }
+    }
+
+    /// The limits as an executor reports them.
+    pub fn capacity(&self, vocab: usize) -> Capacity {
+        Capacity {
+            max_tokens: self.max_tokens,
+            max_sequences: self.max_sequences,
+            max_seq_len: self.max_seq_len,
+            page_size: self.page_size,
+            pages: self.pages,
+            vocab,
+        }
+    }
+
+    /// The largest values of the symbols in a general step.
+    pub fn general_env(&self) -> SymEnv {
+        SymEnv::new(&[
+            (Sym::T, self.max_tokens as i64),
+            (Sym::B, self.max_sequences as i64),
+            (Sym::R, self.max_rows as i64),
+        ])
+    }
+
+    /// The largest values of the symbols in a decode step.
+    pub fn decode_env(&self) -> SymEnv {
+        let n = self.max_sequences as i64;
+        SymEnv::new(&[(Sym::T, n), (Sym::B, n), (Sym::R, n)])
+    }
+
+    /// Bytes of the KV cache.
+    pub fn cache_bytes(&self, plan: &Plan) -> usize {
+        self.pages * self.page_size * plan.token_bytes()
+    }
+}
+
+/// The tensors that a plan reads, with the shapes that the checkpoint must have.
+pub fn expected_tensors(weights: &[lathe_ir::WeightRef]) -> Vec<(String, Vec<usize>)> {
+    weights
+        .iter()
+        .map(|w| {
+            let shape = w.shape.iter().map(|&n| n as usize).collect();
+            (w.name.clone(), shape)
+        })
+        .collect()
+}
+
+/// A plan with the source of its weights.
+#[derive(Clone, Copy)]
+pub struct Loadable<'a> {
+    /// What to execute.
+    pub plan: &'a Plan,
+    /// Where the weights come from.
+    pub weights: &'a dyn WeightSource,
+    /// Vocabulary size.
+    pub vocab: usize,
+}

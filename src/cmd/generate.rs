@@ -1,0 +1,147 @@
+//! `generate`: completes prompts and streams the text.
+
+use anyhow::Context;
+use clap::Args;
+use lathe_runtime::load::LoadOptions;
+use lathe_runtime::sampling::SamplingParams;
+use lathe_runtime::session::{StaticRequest, run_static};
+use lathe_runtime::text::{ChatMessage, ChatTemplate, TextTokenizer, eos_token_ids};
+use std::io::Write;
+
+use crate::cli::GlobalOptions;
+use crate::config::Resolved;
+use crate::model::{CompiledModel, WeightChoice};
+
+/// Complete a prompt.
+#[derive(Debug, Args)]
+pub struct Generate {
+    /// What to complete or answer; several prompts make one batch, printed one after the other
+    #[arg(long, short, required = true, value_name = "TEXT")]
+    prompt: Vec<String>,
+    /// Most new tokens
+    #[arg(long = "max_tokens", default_value_t = 128, value_name = "N")]
+    max_tokens: usize,
+    /// 0 takes the most probable token
+    #[arg(long, default_value_t = 0.0)]
+    temperature: f32,
+    /// Only the K most probable tokens; 0 means all
+    #[arg(long = "top_k", default_value_t = 0, value_name = "K")]
+    top_k: u32,
+    /// Only the most probable tokens whose probabilities add up to P
+    #[arg(long = "top_p", default_value_t = 1.0, value_name = "P")]
+    top_p: f32,
+    /// The same seed gives the same tokens
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Complete the text as it is, without the chat template
+    #[arg(long)]
+    raw: bool,
+    /// Go on after a token that ends the text
+    #[arg(long = "ignore_eos")]
+    ignore_eos: bool,
+}
+
+impl Generate {
+    /// Prints the completions.
+    pub fn run(&self, global: &GlobalOptions) -> anyhow::Result<()> {
+        let params = SamplingParams {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            seed: self.seed,
+        };
+        params.validate()?;
+        let mut model = CompiledModel::compile(global, &Resolved::default())?;
+        let tokenizer = TextTokenizer::load(&model.folder)?;
+        let template = if self.raw {
+            None
+        } else {
+            ChatTemplate::load(&model.folder, tokenizer.special())?
+        };
+        let stop = if self.ignore_eos {
+            Vec::new()
+        } else {
+            eos_token_ids(&model.folder)?
+        };
+        let mut requests = Vec::with_capacity(self.prompt.len());
+        for (i, prompt) in self.prompt.iter().enumerate() {
+            let ids = match &template {
+                Some(t) => tokenizer
+                    .encode(&t.render(&[ChatMessage::new("user", prompt)], true)?, false)?,
+                None => tokenizer.encode(prompt, true)?,
+            };
+            anyhow::ensure!(!ids.is_empty(), "prompt {} has no tokens", i + 1);
+            requests.push(StaticRequest {
+                id: i as u64,
+                prompt: ids,
+                max_new: self.max_tokens,
+                stop: stop.clone(),
+                params,
+            });
+        }
+        let longest = requests
+            .iter()
+            .map(|r| r.prompt.len() + r.max_new)
+            .max()
+            .unwrap_or(0);
+        model.check_length(longest)?;
+        let prompts: usize = requests.iter().map(|r| r.prompt.len()).sum();
+        let options = LoadOptions::contiguous(requests.len(), longest, prompts.min(2048));
+        let mut executor = model.load(WeightChoice::Checkpoint, options)?;
+        if requests.len() == 1 {
+            self.stream(&mut *executor, &requests, &tokenizer)
+        } else {
+            self.batch(&mut *executor, &requests, &tokenizer)
+        }
+    }
+
+    fn stream(
+        &self,
+        executor: &mut dyn lathe_runtime::step::Executor,
+        requests: &[StaticRequest],
+        tokenizer: &TextTokenizer,
+    ) -> anyhow::Result<()> {
+        let mut decoder = tokenizer.stream(true);
+        let mut failed = None;
+        let mut out = std::io::stdout();
+        let (outputs, times) = run_static(executor, requests, |event| {
+            let text = decoder.push(event.token).map_err(anyhow::Error::from);
+            let written = text.and_then(|t| {
+                out.write_all(t.as_bytes())?;
+                Ok(out.flush()?)
+            });
+            if let Err(e) = written {
+                failed.get_or_insert(e);
+            }
+        })?;
+        if let Some(e) = failed {
+            return Err(e);
+        }
+        out.write_all(decoder.finish()?.as_bytes())?;
+        writeln!(out)?;
+        let decoded = outputs[0].len().saturating_sub(1);
+        tracing::info!(
+            "prefill {} tokens in {:.3} s; decode {} tokens, {:.1} tokens/s",
+            requests[0].prompt.len(),
+            times.prefill.as_secs_f64(),
+            decoded,
+            decoded as f64 / times.decode.as_secs_f64().max(1e-9)
+        );
+        Ok(())
+    }
+
+    fn batch(
+        &self,
+        executor: &mut dyn lathe_runtime::step::Executor,
+        requests: &[StaticRequest],
+        tokenizer: &TextTokenizer,
+    ) -> anyhow::Result<()> {
+        let (outputs, _) = run_static(executor, requests, |_| {})?;
+        let mut out = std::io::stdout().lock();
+        for (i, ids) in outputs.iter().enumerate() {
+            let text = tokenizer.decode(ids, true).context("decoding the output")?;
+            writeln!(out, "--- {}\n{text}", i + 1)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,387 @@
+//! `verify`: compares a model with reference logits and greedy tokens.
+
+use anyhow::Context;
+use clap::Args;
+use lathe_runtime::load::{LoadOptions, Loadable};
+use lathe_runtime::sampling::SamplingParams;
+use lathe_runtime::session::{StaticRequest, run_static};
+use lathe_runtime::step::{Executor, StepBatch};
+use safetensors::SafeTensors;
+use std::io::Write;
+use std::path::PathBuf;
+
+use crate::cli::GlobalOptions;
+use crate::config::{Given, Options, Resolved, Switch};
+use crate::model::{CompiledModel, Target, WeightChoice};
+
+/// Compare with reference logits and greedy tokens.
+#[derive(Debug, Args)]
+pub struct Verify {
+    /// File with `input_ids` i64[B,T], `logits` f32[B,T,V], and optionally `generated` i64[B,T+N] and
+    /// `logits_bf16`; golden.safetensors in the model's folder by default
+    #[arg(long, value_name = "FILE")]
+    golden: Option<PathBuf>,
+    /// Largest relative error ‖out−ref‖/‖ref‖; by default 5e-6 in float32 on the CPU, 1e-4 on a GPU, and
+    /// 1.5 times the reference's own bf16 error in bfloat16
+    #[arg(long)]
+    rtol: Option<f64>,
+    /// Rules or stages to switch off, e.g. kv_cache to recompute whole sequences
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    disable: Vec<String>,
+    /// Tokens of one step; prompts are cut into chunks of at most as many
+    #[arg(long, value_name = "N")]
+    max_num_tokens: Option<usize>,
+    /// Tokens a page of the KV cache; one page a sequence by default
+    #[arg(long, value_name = "N")]
+    attn_page_size: Option<usize>,
+}
+
+struct Golden {
+    input_ids: Vec<u32>,
+    batch: usize,
+    len: usize,
+    logits: Vec<f32>,
+    vocab: usize,
+    bf16: Option<Vec<f32>>,
+    generated: Option<(Vec<u32>, usize)>,
+}
+
+impl Verify {
+    /// Runs the comparison; an error past the tolerance fails the command.
+    pub fn run(&self, global: &GlobalOptions) -> anyhow::Result<()> {
+        let mut flags = Options::default();
+        for name in &self.disable {
+            let enabled = false;
+            let name = name.clone();
+            flags
+                .switches
+                .extend(Given::flag("--disable", Some(Switch { name, enabled })));
+        }
+        let resolved = Resolved::new(flags, Options::default());
+        let mut model = CompiledModel::compile(global, &resolved)?;
+        let path = self
+            .golden
+            .clone()
+            .unwrap_or_else(|| model.folder.join("golden.safetensors"));
+        let golden = Golden::read(&path)?;
+        anyhow::ensure!(
+            golden.vocab == model.info.vocab as usize,
+            "{}: logits have {} columns, the model's vocabulary has {}",
+            path.display(),
+            golden.vocab,
+            model.info.vocab
+        );
+        let (logits, generated) = if model.compiled.no_step.is_none() {
+            self.stepped(&mut model, &golden)?
+        } else {
+            self.recomputed(&model, &golden)?
+        };
+        report(self.rtol, &model, &golden, &logits, generated.as_deref())
+    }
+
+    /// Through the step programs with their cache.
+    fn stepped(
+        &self,
+        model: &mut CompiledModel,
+        g: &Golden,
+    ) -> anyhow::Result<(Vec<f32>, Option<Vec<u32>>)> {
+        let total = g.generated.as_ref().map_or(g.len, |(_, n)| *n);
+        let mut options = LoadOptions::contiguous(g.batch, total, g.batch * g.len);
+        if let Some(page) = self.attn_page_size {
+            anyhow::ensure!(page > 0, "--attn_page_size must be at least 1");
+            options.page_size = page;
+            options.pages = g.batch * total.div_ceil(page);
+        }
+        if let Some(n) = self.max_num_tokens {
+            options.max_tokens = n.max(g.batch);
+        }
+        options.max_rows = options.max_tokens;
+        let mut executor = model.load(WeightChoice::Checkpoint, options)?;
+        let logits = all_logits(&mut *executor, g, &options)?;
+        let generated = match &g.generated {
+            None => None,
+            Some((tokens, n)) => Some(self.greedy(&mut *executor, g, tokens, *n)?),
+        };
+        Ok((logits, generated))
+    }
+
+    fn greedy(
+        &self,
+        executor: &mut dyn Executor,
+        g: &Golden,
+        tokens: &[u32],
+        n: usize,
+    ) -> anyhow::Result<Vec<u32>> {
+        let requests: Vec<StaticRequest> = (0..g.batch)
+            .map(|b| StaticRequest {
+                id: b as u64,
+                prompt: tokens[b * n..][..g.len].to_vec(),
+                max_new: n - g.len,
+                stop: Vec::new(),
+                params: SamplingParams::default(),
+            })
+            .collect();
+        let (outputs, _) = run_static(executor, &requests, |_| {})?;
+        Ok(requests
+            .iter()
+            .zip(outputs)
+            .flat_map(|(r, o)| r.prompt.iter().copied().chain(o).collect::<Vec<_>>())
+            .collect())
+    }
+
+    /// Without a cache: whole sequences again for every token.
+    fn recomputed(
+        &self,
+        model: &CompiledModel,
+        g: &Golden,
+    ) -> anyhow::Result<(Vec<f32>, Option<Vec<u32>>)> {
+        anyhow::ensure!(
+            model.target == Target::Cpu,
+            "full recompute runs on the CPU only; use --device cpu"
+        );
+        if let Some(reason) = &model.compiled.no_step {
+            eprintln!("no KV cache, whole sequences are recomputed: {reason}");
+        }
+        let weights = model.weights(WeightChoice::Checkpoint)?;
+        let loadable = Loadable {
+            plan: &model.plan,
+            weights: &*weights,
+            vocab: g.vocab,
+        };
+        let run = |tokens: &[u32]| -> anyhow::Result<Vec<f32>> {
+            let tokens: Vec<i32> = tokens.iter().map(|&t| t as i32).collect();
+            lathe_runtime::cpu::run_full(loadable, &tokens, g.batch)
+                .map_err(|e| anyhow::anyhow!("{e}"))
+        };
+        let logits = run(&g.input_ids)?;
+        let Some((_, n)) = g.generated else {
+            return Ok((logits, None));
+        };
+        let mut rows: Vec<Vec<u32>> = g.input_ids.chunks(g.len).map(<[u32]>::to_vec).collect();
+        for len in g.len..n {
+            let out = run(&rows.concat())?;
+            for (b, row) in rows.iter_mut().enumerate() {
+                let last = &out[(b * len + len - 1) * g.vocab..][..g.vocab];
+                let best = lathe_runtime::sampling::argmax(last).context("no logit is a number")?;
+                row.push(best);
+            }
+        }
+        Ok((logits, Some(rows.concat())))
+    }
+}
+
+/// Logits of every row of the reference's inputs, in chunks of what fits a step.
+fn all_logits(
+    executor: &mut dyn Executor,
+    g: &Golden,
+    o: &LoadOptions,
+) -> anyhow::Result<Vec<f32>> {
+    let pages_each = g
+        .generated
+        .as_ref()
+        .map_or(g.len, |(_, n)| *n)
+        .div_ceil(o.page_size);
+    let mut logits = vec![0.0; g.batch * g.len * g.vocab];
+    let mut cached = vec![0; g.batch];
+    while cached.iter().any(|&c| c < g.len) {
+        let mut batch = StepBatch {
+            max_pages: pages_each,
+            ..StepBatch::default()
+        };
+        let mut rows = Vec::new();
+        for (b, at) in cached.iter_mut().enumerate() {
+            let end = g.len.min(*at + o.max_tokens - batch.tokens.len());
+            if *at == end {
+                continue;
+            }
+            let chunk: Vec<i32> = g.input_ids[b * g.len..][*at..end]
+                .iter()
+                .map(|&t| t as i32)
+                .collect();
+            let pages: Vec<i32> = (b * pages_each..(b + 1) * pages_each)
+                .map(|p| p as i32)
+                .collect();
+            batch.push_sequence(&chunk, *at, &pages, None);
+            rows.extend((*at..end).map(|p| b * g.len + p));
+            *at = end;
+        }
+        batch.rows = (0..batch.tokens.len() as i32).collect();
+        let out = executor.step(&batch, true)?;
+        let got = out.logits.context("the device returned no logits")?;
+        for (row, values) in rows.iter().zip(got.chunks(g.vocab)) {
+            logits[row * g.vocab..][..g.vocab].copy_from_slice(values);
+        }
+    }
+    Ok(logits)
+}
+
+fn report(
+    rtol: Option<f64>,
+    model: &CompiledModel,
+    g: &Golden,
+    logits: &[f32],
+    generated: Option<&[u32]>,
+) -> anyhow::Result<()> {
+    let float32 = model.dtype == lathe_ir::DType::F32;
+    let error = relative_error(logits, &g.logits);
+    let own = g.bf16.as_ref().map(|b| relative_error(b, &g.logits));
+    let limit = rtol.unwrap_or(match (float32, &model.target) {
+        (true, Target::Cpu) => 5e-6,
+        (true, Target::Cuda(..)) => 1e-4,
+        (false, _) => own.map_or(0.05, |o| 1.5 * o),
+    });
+    let max_abs = logits
+        .iter()
+        .zip(&g.logits)
+        .map(|(a, b)| (a - b).abs())
+        .fold(0.0, f32::max);
+    let same_top = logits
+        .chunks(g.vocab)
+        .zip(g.logits.chunks(g.vocab))
+        .filter(|(a, b)| lathe_runtime::sampling::argmax(a) == lathe_runtime::sampling::argmax(b))
+        .count();
+    let rows = g.batch * g.len;
+    let mut out = std::io::stdout().lock();
+    writeln!(
+        out,
+        "model               {} ({}, {})",
+        model.name,
+        model.dtype,
+        model.target.name()
+    )?;
+    writeln!(out, "max abs error       {max_abs:.3e}")?;
+    writeln!(out, "relative error      {error:.3e}  (limit {limit:.3e})")?;
+    if let Some(own) = own {
+        writeln!(
+            out,
+            "reference's bf16    {own:.3e}  (ours is {:.2} times that)",
+            error / own
+        )?;
+    }
+    writeln!(out, "top-1 agreement     {same_top} of {rows}")?;
+    let mut mismatch = None;
+    if let (Some(ours), Some((theirs, n))) = (generated, &g.generated) {
+        mismatch = ours.iter().zip(theirs).position(|(a, b)| a != b);
+        match mismatch {
+            None => writeln!(
+                out,
+                "greedy tokens       all {} equal",
+                g.batch * (n - g.len)
+            )?,
+            Some(i) => writeln!(
+                out,
+                "greedy tokens       first mismatch in sequence {} at position {}: {} instead of {}",
+                i / n,
+                i % n,
+                ours[i],
+                theirs[i]
+            )?,
+        }
+    }
+    // NaN never passes.
+    if !(error <= limit) {
+        anyhow::bail!("relative error {error:.3e} is past the limit {limit:.3e}");
+    }
+    if float32 && mismatch.is_some() {
+        anyhow::bail!("a greedy token differs in float32");
+    }
+    Ok(())
+}
+
+/// ‖a−b‖ / ‖b‖ in f64.
+fn relative_error(a: &[f32], b: &[f32]) -> f64 {
+    let square = |x: f64| x * x;
+    let diff: f64 = a
+        .iter()
+        .zip(b)
+        .map(|(x, y)| square(f64::from(*x) - f64::from(*y)))
+        .sum();
+    let norm: f64 = b.iter().map(|y| square(f64::from(*y))).sum();
+    (diff / norm).sqrt()
+}
+
+impl Golden {
+    fn read(path: &std::path::Path) -> anyhow::Result<Golden> {
+        let bytes = std::fs::read(path).with_context(|| format!("reading {}", path.display()))?;
+        let file =
+            SafeTensors::deserialize(&bytes).with_context(|| format!("{}", path.display()))?;
+        let tensor = |name: &str| {
+            file.tensor(name)
+                .with_context(|| format!("{}: tensor {name}", path.display()))
+        };
+        let ids = tensor("input_ids")?;
+        let logits = tensor("logits")?;
+        let (&[batch, len], &[b2, l2, vocab]) = (ids.shape(), logits.shape()) else {
+            anyhow::bail!(
+                "{}: expected input_ids [B,T] and logits [B,T,V]",
+                path.display()
+            );
+        };
+        anyhow::ensure!(
+            (batch, len) == (b2, l2) && batch * len > 0,
+            "{}: input_ids {:?} and logits {:?} do not fit",
+            path.display(),
+            ids.shape(),
+            logits.shape()
+        );
+        let generated = match file.tensor("generated") {
+            Ok(t) => {
+                let &[b, n] = t.shape() else {
+                    anyhow::bail!("{}: expected generated [B,T+N]", path.display());
+                };
+                anyhow::ensure!(
+                    b == batch && n > len,
+                    "{}: generated {:?}",
+                    path.display(),
+                    t.shape()
+                );
+                Some((ints(&t)?, n))
+            }
+            Err(_) => None,
+        };
+        Ok(Golden {
+            input_ids: ints(&ids)?,
+            batch,
+            len,
+            logits: floats(&logits)?,
+            vocab,
+            bf16: file
+                .tensor("logits_bf16")
+                .ok()
+                .map(|t| floats(&t))
+                .transpose()?,
+            generated,
+        })
+    }
+}
+
+fn ints(t: &safetensors::tensor::TensorView<'_>) -> anyhow::Result<Vec<u32>> {
+    anyhow::ensure!(
+        t.dtype() == safetensors::Dtype::I64,
+        "token ids are {:?}, expected I64",
+        t.dtype()
+    );
+    t.data()
+        .chunks_exact(8)
+        .map(|b| {
+            let v = i64::from_le_bytes(b.try_into().unwrap_or_default());
+            u32::try_from(v).with_context(|| format!("token id {v}"))
+        })
+        .collect()
+}
+
+fn floats(t: &safetensors::tensor::TensorView<'_>) -> anyhow::Result<Vec<f32>> {
+    Ok(match t.dtype() {
+        safetensors::Dtype::F32 => t
+            .data()
+            .chunks_exact(4)
+            .map(|b| f32::from_le_bytes(b.try_into().unwrap_or_default()))
+            .collect(),
+        safetensors::Dtype::BF16 => t
+            .data()
+            .chunks_exact(2)
+            .map(|b| half::bf16::from_le_bytes(b.try_into().unwrap_or_default()).to_f32())
+            .collect(),
+        other => anyhow::bail!("logits are {other:?}, expected F32 or BF16"),
+    })
+}
