@@ -53,8 +53,7 @@ pub fn import_model(
     }
     let file = file.with_overrides(config.overrides())?;
     let dtype = match global.dtype {
-        // transformers loads a checkpoint without a type as float32.
-        DtypeChoice::Auto => file.dtype()?.unwrap_or(DType::F32),
+        DtypeChoice::Auto => file.dtype()?.unwrap_or(DType::BF16),
         DtypeChoice::Bfloat16 => DType::BF16,
         DtypeChoice::Float16 => DType::F16,
         DtypeChoice::Float32 => DType::F32,

@@ -92,6 +92,8 @@ pub struct CompiledModel {
     pub compiled: Compiled,
     /// What devices execute.
     pub plan: Plan,
+    /// Whether decode steps are captured as CUDA graphs.
+    pub cuda_graphs: bool,
     /// Phases with their times, in order.
     pub phases: Vec<(&'static str, Duration)>,
 }
@@ -143,6 +145,7 @@ impl CompiledModel {
             target,
             compiled,
             plan,
+            cuda_graphs: run.compile_backend.value.cuda_graphs(),
             phases: vec![
                 ("import", imported),
                 ("passes", optimised - imported),
@@ -205,6 +208,7 @@ impl CompiledModel {
             Target::Cuda(ordinal, _) => {
                 let how = CudaLoad {
                     ordinal: *ordinal as usize,
+                    graphs: self.cuda_graphs,
                     ..CudaLoad::default()
                 };
                 cuda::load(model, options, &how).context("loading the model on the GPU")?

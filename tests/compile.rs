@@ -98,7 +98,7 @@ fn a_dry_run_predicts_with_the_numbers_of_the_model() {
         out.contains("128.00 KiB a token, 8.00 MiB a page of 64 tokens"),
         "{out}"
     );
-    assert!(out.contains("weights           14.96 GiB"), "{out}");
+    assert!(out.contains("weights      14.96 GiB in "), "{out}");
     let gemm = out
         .lines()
         .find(|l| l.trim_start().starts_with("gemm"))

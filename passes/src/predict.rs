@@ -1,9 +1,9 @@
 //! What a program will cost on a device, before it exists: kernels, traffic and roofline time of
 //! each kind of operation, per layer and in all.
 
-use crate::egraph::cost::{CostPoint, Work, kv_token_bytes, picoseconds, work};
+use crate::egraph::cost::{CostPoint, Work, picoseconds, work};
 use indexmap::IndexMap;
-use lathe_ir::{DType, Epilogue, Graph, NodeId, Op, Type};
+use lathe_ir::{Epilogue, Graph, NodeId, Op, Type};
 
 /// Kinds of operations, for tables.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -161,35 +161,6 @@ pub fn weight_only(graph: &Graph) -> Vec<bool> {
         };
     }
     only
-}
-
-/// Bytes of memory of the weights that a program reads, each once.
-pub fn weight_bytes(graph: &Graph) -> u64 {
-    graph
-        .nodes()
-        .iter()
-        .filter_map(|n| match &n.op {
-            Op::Weight { weight, dtype } => {
-                let elements: i64 = weight.shape.iter().product();
-                Some(elements as u64 * dtype.size() as u64)
-            }
-            _ => None,
-        })
-        .sum()
-}
-
-/// Bytes of one cached token, over all layers of a step program.
-pub fn kv_bytes_per_token(graph: &Graph, dtype: DType) -> u64 {
-    graph
-        .nodes()
-        .iter()
-        .map(|n| match &n.op {
-            Op::Cache {
-                kv_heads, head_dim, ..
-            } => kv_token_bytes(*kv_heads, *head_dim, dtype),
-            _ => 0,
-        })
-        .sum()
 }
 
 /// A name for one kernel in lists: the operation, with what is fused into it.

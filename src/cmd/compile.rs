@@ -6,12 +6,12 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Args;
+use lathe_codegen::plan::ProgramKind;
+use lathe_codegen::{Plan, Programs, lower};
 use lathe_ir::DType;
-use lathe_passes::egraph::cost::{CostPoint, DeviceModel};
+use lathe_passes::egraph::cost::{CostPoint, DeviceModel, kv_token_bytes};
 use lathe_passes::pipeline::{Compiled, PassConfig, compile_with};
-use lathe_passes::predict::{
-    Prediction, kernels_by_layer, kv_bytes_per_token, predict, weight_bytes,
-};
+use lathe_passes::predict::{Prediction, kernels_by_layer, predict};
 
 use crate::cli::{DeviceChoice, GlobalOptions};
 use crate::config::{Given, KvCacheDtype, Options, Resolved};
@@ -83,6 +83,13 @@ impl Compile {
         phases.begin("passes");
         let compiled = compile_with(&imported.model.graph, &pass_config, true)?;
         phases.end_parts("passes", &compiled.phases);
+        let programs_of = Programs {
+            decode: compiled.decode.as_ref(),
+            general: compiled.general.as_ref(),
+            full: compiled.general.is_none().then_some(&compiled.full),
+        };
+        let plan = lower(&imported.name, imported.dtype, &programs_of)?;
+        phases.end("lower");
 
         let mut out = String::new();
         if self.dry_run {
@@ -91,6 +98,8 @@ impl Compile {
             title(&mut out, &imported, &pass_config);
             passes(&mut out, &compiled, &pass_config, &config);
         }
+        let _ = writeln!(out, "\nmemory");
+        memory(&mut out, &config, &imported, &plan, &pass_config);
         programs(&mut out, &compiled, &pass_config);
         phases.end("report");
         self.dump(&mut out, &imported, &compiled, &pass_config, &mut phases)?;
@@ -289,7 +298,6 @@ fn dry_run(
     for (name, why) in resolved.disabled() {
         let _ = writeln!(out, "  off: {name}, by {why}");
     }
-    memory(out, resolved, imported, compiled);
     for (name, graph, at) in [
         ("decode", &compiled.decode, &config.decode),
         ("prefill", &compiled.general, &config.general),
@@ -300,33 +308,66 @@ fn dry_run(
     }
 }
 
-fn memory(out: &mut String, resolved: &Resolved, imported: &Imported, compiled: &Compiled) {
-    let weights = weight_bytes(compiled.decode.as_ref().unwrap_or(&imported.model.graph));
-    let _ = writeln!(out, "\nmemory");
-    let _ = writeln!(out, "  weights           {}", bytes(weights as f64));
-    let Some(decode) = &compiled.decode else {
-        return;
+/// Packed weights, cache and activations, as the plan has them.
+fn memory(
+    out: &mut String,
+    resolved: &Resolved,
+    imported: &Imported,
+    plan: &Plan,
+    config: &PassConfig,
+) {
+    let mut line = |name: &str, text: String| {
+        let _ = writeln!(out, "  {name:<12} {text}");
     };
+    line(
+        "weights",
+        format!(
+            "{} in {} buffers",
+            bytes(plan.weight_bytes() as f64),
+            plan.weights.len()
+        ),
+    );
     let dtype = match resolved.kv_cache_dtype.value {
         KvCacheDtype::Auto => imported.dtype,
         KvCacheDtype::Bfloat16 => DType::BF16,
         KvCacheDtype::Float16 => DType::F16,
         KvCacheDtype::Float32 => DType::F32,
     };
-    let token = kv_bytes_per_token(decode, dtype);
-    let _ = writeln!(
-        out,
-        "  KV cache          {} a token, {} a page of {} tokens ({dtype})",
-        bytes(token as f64),
-        bytes(token as f64 * f64::from(resolved.attn_page_size.value)),
-        resolved.attn_page_size.value
-    );
+    let token: u64 = plan
+        .caches
+        .iter()
+        .map(|c| kv_token_bytes(c.kv_heads, c.head_dim, dtype))
+        .sum();
+    if token > 0 {
+        let page = resolved.attn_page_size.value;
+        line(
+            "KV cache",
+            format!(
+                "{} a token, {} a page of {page} tokens ({dtype})",
+                bytes(token as f64),
+                bytes(token as f64 * f64::from(page)),
+            ),
+        );
+    }
     if let (Some(n), Some(len)) = (resolved.max_batch_size.value, resolved.max_seq_len.value) {
         let all = token as f64 * f64::from(n) * f64::from(len);
-        let _ = writeln!(
-            out,
-            "  KV cache          {} for {n} sequences of {len} tokens",
-            bytes(all)
+        let text = format!("{} for {n} sequences of {len} tokens", bytes(all));
+        line("", text);
+    }
+    for p in &plan.programs {
+        let at = match p.kind {
+            ProgramKind::Decode => &config.decode,
+            ProgramKind::General | ProgramKind::Full => &config.general,
+        };
+        line(
+            "activations",
+            format!(
+                "{} in {} slots: {} ({})",
+                bytes(p.activation_bytes(&at.env) as f64),
+                p.slots.len(),
+                p.kind.name(),
+                dump::at(at)
+            ),
         );
     }
 }
