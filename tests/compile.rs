@@ -33,7 +33,7 @@ fn a_line_for_each_pass_and_kernels_of_each_layer() {
         "[stage=attention, rule=attention-close] matches=32",
         "[stage=recognize, rule=rmsnorm-upcast] matches=65",
         "[stage=attention] unmatched=attention-mask-fill,attention-softcap",
-        "  layers 1-31      add+rmsnorm·gemm, attn_qkv, gemm",
+        "  layers 0-31      rmsnorm·gemm, attn_qkv, gemm·residual, rmsnorm·gemm·swiglu, gemm·residual",
     ] {
         assert!(out.contains(line), "no {line:?} in\n{out}");
     }

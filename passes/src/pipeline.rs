@@ -1,6 +1,7 @@
 //! From the imported graph to step programs: the stages, in order, on one e-graph a template.
 
-use crate::egraph::analysis::Applied;
+use crate::diagnose::unmatched_attention;
+use crate::egraph::analysis::{Applied, Data, is_step_shape};
 use crate::egraph::convert::{Choice, add_graph, add_op, to_graph};
 use crate::egraph::cost::{CostPoint, INFINITE};
 use crate::egraph::extract::{ExtractError, Extraction, extract, node_cost};
@@ -316,13 +317,30 @@ struct Chosen {
     general: Result<Graph, CompileError>,
 }
 
+/// All forms that the rules found for a program.
+#[derive(Clone, Debug)]
+pub struct Terms {
+    /// The forms.
+    pub egraph: EGraph,
+    /// Output names and their full-sequence classes.
+    pub full: Vec<(String, Id)>,
+    /// Output names and their step classes, once the `kv_cache` stage has begun.
+    pub step: Vec<(String, Id)>,
+}
+
+/// Runs all stages on one program and returns everything that they found: for tests and tools.
+///
+/// # Errors
+/// As [`compile`].
+pub fn terms_of(graph: &Graph, config: &PassConfig) -> Result<Terms, CompileError> {
+    let mut t = Template::new(graph, 0, Vec::new(), config);
+    t.run(false, &mut Clock::default())?;
+    Ok(t.terms)
+}
+
 struct Template<'a> {
     config: &'a PassConfig,
-    egraph: EGraph,
-    /// Output names and their full-sequence classes.
-    full: Vec<(String, Id)>,
-    /// Output names and their step classes, once the `kv_cache` stage has begun.
-    step: Vec<(String, Id)>,
+    terms: Terms,
     report: TemplateReport,
 }
 
@@ -338,9 +356,11 @@ impl<'a> Template<'a> {
             .collect();
         Template {
             config,
-            egraph,
-            full,
-            step: Vec::new(),
+            terms: Terms {
+                egraph,
+                full,
+                step: Vec::new(),
+            },
             report: TemplateReport {
                 name: format!(
                     "{index}-{}",
@@ -361,7 +381,7 @@ impl<'a> Template<'a> {
         clock.lap("extract");
         for stage in Stage::ALL {
             if stage == Stage::KvCache {
-                self.step = open_windows(&mut self.egraph, &self.full);
+                self.terms.step = open_windows(&mut self.terms.egraph, &self.terms.full);
             }
             let mut report = self.saturate(stage)?;
             report.saturate = clock.lap("saturate");
@@ -370,17 +390,22 @@ impl<'a> Template<'a> {
             cost = best.as_ref().map(|e| e.cost);
             if let Some(e) = best {
                 let roots = if stage >= Stage::KvCache {
-                    &self.step
+                    &self.terms.step
                 } else {
-                    &self.full
+                    &self.terms.full
                 };
-                report.best = Some(to_graph(&self.egraph, &e.choice, &self.report.name, roots));
+                report.best = Some(to_graph(
+                    &self.terms.egraph,
+                    &e.choice,
+                    &self.report.name,
+                    roots,
+                ));
             }
             report.cost_after = cost;
             report.extract = clock.lap("extract");
             self.report.stages.push(report);
         }
-        self.report.log = std::mem::take(&mut self.egraph.analysis.log);
+        self.report.log = std::mem::take(&mut self.terms.egraph.analysis.log);
         Ok(())
     }
 
@@ -389,14 +414,14 @@ impl<'a> Template<'a> {
         if !dumps {
             return None;
         }
-        let (roots, at) = if self.step.is_empty() {
-            (&self.full, &self.config.general)
+        let (roots, at) = if self.terms.step.is_empty() {
+            (&self.terms.full, &self.config.general)
         } else {
-            (&self.step, &self.config.decode)
+            (&self.terms.step, &self.config.decode)
         };
         let roots: Vec<Id> = roots.iter().map(|r| r.1).collect();
-        extract(&self.egraph, &roots, &|id, n| {
-            node_cost(&self.egraph, id, n, at)
+        extract(&self.terms.egraph, &roots, &|id, n| {
+            node_cost(&self.terms.egraph, id, n, at)
         })
         .ok()
     }
@@ -406,18 +431,23 @@ impl<'a> Template<'a> {
             .into_iter()
             .filter(|r| r.stage == stage && self.config.runs(r))
             .collect();
-        let known = self.egraph.analysis.log.len();
-        let iterations = saturate(&mut self.egraph, &rules, stage.name(), &self.report.name)?;
+        let known = self.terms.egraph.analysis.log.len();
+        let iterations = saturate(
+            &mut self.terms.egraph,
+            &rules,
+            stage.name(),
+            &self.report.name,
+        )?;
         let mut matches = IndexMap::new();
-        for applied in &self.egraph.analysis.log[known..] {
+        for applied in &self.terms.egraph.analysis.log[known..] {
             *matches.entry(applied.rule).or_insert(0) += 1;
         }
         matches.sort_keys();
         Ok(StageReport {
             stage,
             matches,
-            nodes: self.egraph.total_number_of_nodes(),
-            classes: self.egraph.number_of_classes(),
+            nodes: self.terms.egraph.total_number_of_nodes(),
+            classes: self.terms.egraph.number_of_classes(),
             iterations,
             cost_before: None,
             cost_after: None,
@@ -427,59 +457,107 @@ impl<'a> Template<'a> {
         })
     }
 
+    /// Why there is no step program: an attention that was not recognised, or else the value
+    /// without an executable form. Layers are those of the model, not of the template.
+    fn refuse(&self, e: ExtractError) -> CompileError {
+        let real = |layer: Option<u32>| self.report.layers.first().copied().or(layer);
+        let place = |path: &str, layer: Option<u32>| match layer {
+            Some(l) => layer_name(path, l),
+            None => path.to_string(),
+        };
+        let Some(u) = unmatched_attention(&self.terms.egraph, &self.config.disabled) else {
+            let layer = e.layer.and_then(|l| real(Some(l)));
+            return CompileError::Extract(ExtractError {
+                path: place(&e.path, layer),
+                layer,
+                ..e
+            });
+        };
+        let layer = real(u.prov.layer);
+        CompileError::Attention {
+            layer: layer.unwrap_or(0),
+            path: place(&u.prov.path, layer),
+            detail: place(&u.detail, layer),
+            rule: u.rule.to_string(),
+        }
+    }
+
     /// Decode first: it fixes the weight layouts; then the general program under them.
     fn choose(&self, clock: &mut Clock) -> Chosen {
         let name = &self.report.name;
-        let full_roots: Vec<Id> = self.full.iter().map(|r| r.1).collect();
+        let full_roots: Vec<Id> = self.terms.full.iter().map(|r| r.1).collect();
         let at = &self.config.general;
-        let full = extract(&self.egraph, &full_roots, &|id, n| {
-            node_cost(&self.egraph, id, n, at)
+        let full = extract(&self.terms.egraph, &full_roots, &|id, n| {
+            node_cost(&self.terms.egraph, id, n, at)
         })
         .map_or_else(
             |_| self.report.imported.clone(),
-            |e| to_graph(&self.egraph, &e.choice, name, &self.full),
+            |e| to_graph(&self.terms.egraph, &e.choice, name, &self.terms.full),
         );
-        let roots: Vec<Id> = self.step.iter().map(|r| r.1).collect();
+        let roots: Vec<Id> = self.terms.step.iter().map(|r| r.1).collect();
         let at = &self.config.decode;
-        let decode = extract(&self.egraph, &roots, &|id, n| {
-            node_cost(&self.egraph, id, n, at)
+        let decode = extract(&self.terms.egraph, &roots, &|id, n| {
+            self.terms.step_cost(id, n, at)
         });
         let chosen = match decode {
-            Err(e) => Chosen {
-                full,
-                decode: Err(e.clone().into()),
-                general: Err(e.into()),
-            },
+            Err(e) => {
+                let e = self.refuse(e);
+                Chosen {
+                    full,
+                    decode: Err(e.clone()),
+                    general: Err(e),
+                }
+            }
             Ok(d) => {
-                let layouts = self.weight_operands(&d.choice, &roots);
+                let layouts = self.terms.weight_operands(&d.choice, &roots);
                 let at = &self.config.general;
-                let general = extract(&self.egraph, &roots, &|id, n| {
-                    if self.reads_other_layout(id, n, &layouts) {
+                let general = extract(&self.terms.egraph, &roots, &|id, n| {
+                    if self.terms.reads_other_layout(id, n, &layouts) {
                         INFINITE
                     } else {
-                        node_cost(&self.egraph, id, n, at)
+                        self.terms.step_cost(id, n, at)
                     }
                 });
                 Chosen {
                     full,
-                    decode: Ok(to_graph(&self.egraph, &d.choice, name, &self.step)),
+                    decode: Ok(to_graph(
+                        &self.terms.egraph,
+                        &d.choice,
+                        name,
+                        &self.terms.step,
+                    )),
                     general: general
-                        .map(|e| to_graph(&self.egraph, &e.choice, name, &self.step))
-                        .map_err(CompileError::from),
+                        .map(|e| to_graph(&self.terms.egraph, &e.choice, name, &self.terms.step))
+                        .map_err(|e| self.refuse(e)),
                 }
             }
         };
         clock.lap("extract");
         chosen
     }
+}
 
+impl Terms {
+    /// The cost of a form in a step program, which has no values of whole sequences.
+    pub fn step_cost(&self, id: Id, node: &Lang, at: &CostPoint) -> u64 {
+        let whole = match &self.egraph[id].data {
+            Data::Value(v) => v.ty.as_tensor().is_some_and(|t| !is_step_shape(&t.shape)),
+            Data::Payload(_) => false,
+        };
+        if whole {
+            return INFINITE;
+        }
+        node_cost(&self.egraph, id, node, at)
+    }
+
+    /// Whether a class is a weight in some layout.
     fn is_weight(&self, id: Id) -> bool {
         let v = self.egraph[id].data.value();
         v.weight_only && v.ty != Type::None
     }
 
     /// Weight-only classes that the chosen program reads from elsewhere: the layouts in memory.
-    fn weight_operands(&self, choice: &Choice, roots: &[Id]) -> BTreeSet<Id> {
+    pub fn weight_operands(&self, choice: &Choice, roots: &[Id]) -> BTreeSet<Id> {
         let mut layouts = BTreeSet::new();
         let mut seen = BTreeSet::new();
         let mut stack: Vec<Id> = roots.iter().map(|&r| self.egraph.find(r)).collect();
@@ -499,7 +577,8 @@ impl<'a> Template<'a> {
         layouts
     }
 
-    fn reads_other_layout(&self, id: Id, node: &Lang, layouts: &BTreeSet<Id>) -> bool {
+    /// Whether a form reads a weight in another layout than these.
+    pub fn reads_other_layout(&self, id: Id, node: &Lang, layouts: &BTreeSet<Id>) -> bool {
         if matches!(node, Lang::Payload(_)) || self.is_weight(id) {
             return false;
         }
@@ -520,6 +599,8 @@ pub(crate) fn open_windows(egraph: &mut EGraph, full: &[(String, Id)]) -> Vec<(S
             seq: Some(1),
         });
         let mut class = add_op(egraph, &window, &[*id]);
+        let origin = egraph[*id].data.value().origin().cloned();
+        let origin = origin.unwrap_or_else(|| Prov::global(name));
         if name == "logits" {
             let rows = Op::Input {
                 name: format!("{STEP}rows"),
@@ -532,12 +613,7 @@ pub(crate) fn open_windows(egraph: &mut EGraph, full: &[(String, Id)]) -> Vec<(S
             set_prov(egraph, next, Prov::global("sample"));
             step.push(("next".into(), next));
         }
-        // What a step computes of a value comes from where the value comes from.
-        let shown = match &egraph[*id].data {
-            crate::egraph::Data::Value(v) => v.origin().cloned(),
-            crate::egraph::Data::Payload(_) => None,
-        };
-        set_prov(egraph, class, shown.unwrap_or_else(|| Prov::global(name)));
+        set_prov(egraph, class, origin);
         step.push((name.clone(), class));
     }
     egraph.rebuild();
@@ -545,7 +621,7 @@ pub(crate) fn open_windows(egraph: &mut EGraph, full: &[(String, Id)]) -> Vec<(S
 }
 
 fn set_prov(egraph: &mut EGraph, id: Id, prov: Prov) {
-    if let crate::egraph::Data::Value(v) = &mut egraph[id].data {
+    if let Data::Value(v) = &mut egraph[id].data {
         v.prov.get_or_insert(prov);
     }
 }

@@ -1,14 +1,13 @@
 //! Cutting a model into regions: embedding, one per decoder layer, head.
 //!
 //! Layers of one signature share a template that is optimised once and replayed for each, so 80
-//! layers cost as much as one. A boundary that is a residual add is carried as its two operands
-//! (residual, delta) and the add is repeated on the far side: that way the fusion of an add with
-//! the next layer's norm stays inside a region. What depends on positions only (masks, rotary
-//! angles) and what depends on weights only is repeated in every region that uses it.
+//! layers cost as much as one. A residual add belongs to the region that makes its second operand:
+//! the last GEMM of a layer adds the residual in its epilogue, which no program of the whole model
+//! does better (the tests compare them). What depends on positions only (masks, rotary angles) and
+//! what depends on weights only is repeated in every region that uses it.
 
-use lathe_ir::{BinaryFn, Graph, NodeId, Op, Prov, Sym, TypeError, WeightRef};
+use lathe_ir::{Graph, NodeId, Op, Prov, Sym, TypeError, WeightRef};
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 
 /// A value that a region takes from an earlier one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -98,7 +97,6 @@ struct Cutter<'a> {
     graph: &'a Graph,
     /// Region of each node; `None` for what is repeated in every user's region.
     home: Vec<Option<usize>>,
-    users: Vec<Vec<NodeId>>,
     count: usize,
 }
 
@@ -123,27 +121,7 @@ impl<'a> Cutter<'a> {
                 (None, _) => 0,
             });
         }
-        Cutter {
-            graph,
-            home,
-            users: graph.users(),
-            count,
-        }
-    }
-
-    /// Whether a value that leaves its region is a residual add to be carried as a pair.
-    fn is_pair(&self, id: NodeId) -> bool {
-        let node = self.graph.node(id);
-        let home = self.home[id.index()];
-        let apart = self.users[id.index()]
-            .iter()
-            .all(|u| self.home[u.index()] != home);
-        let operands_vary = node.inputs.iter().all(|i| {
-            self.home[i.index()].is_some()
-                && self.graph.tensor(*i).map(|t| &t.shape)
-                    == self.graph.tensor(id).map(|t| &t.shape)
-        });
-        node.op == Op::Binary(BinaryFn::Add) && apart && operands_vary
+        Cutter { graph, home, count }
     }
 
     fn run(&self) -> Result<Regions, TypeError> {
@@ -211,9 +189,11 @@ impl<'a> Cutter<'a> {
 }
 
 fn output_name(i: usize) -> String {
-    ["residual", "delta"]
-        .get(i)
-        .map_or_else(|| format!("out{i}"), |s| (*s).to_string())
+    if i == 0 {
+        "residual".to_string()
+    } else {
+        format!("out{i}")
+    }
 }
 
 struct RegionBuild {
@@ -255,7 +235,7 @@ impl RegionBuild {
         let node = c.graph.node(id);
         let home = c.home[id.index()];
         let foreign = home.is_some_and(|h| h != region);
-        let new = if foreign && !c.is_pair(id) {
+        let new = if foreign {
             let ty = c.graph.tensor(id).expect("boundary values are tensors");
             let name = output_name(self.inputs.len());
             self.inputs.push((id, name.clone()));
@@ -264,7 +244,12 @@ impl RegionBuild {
                 dtype: ty.dtype,
                 shape: ty.shape.clone(),
             };
-            self.graph.add(op, &[], &self.generic(&node.prov))?
+            // Where the value comes from differs between layers and does not matter to a template.
+            let prov = match self.layer {
+                Some(_) => Prov::layer(0, "boundary"),
+                None => node.prov.clone(),
+            };
+            self.graph.add(op, &[], &prov)?
         } else {
             let mut inputs = Vec::with_capacity(node.inputs.len());
             for &i in &node.inputs {
@@ -291,11 +276,6 @@ impl RegionBuild {
             (Some(l), Some(p)) if l == p => Prov {
                 layer: Some(0),
                 path: generic_name(&prov.path, l).into(),
-            },
-            // Values of the previous layer: which one does not matter to the template.
-            (Some(_), Some(_)) => Prov {
-                layer: Some(0),
-                path: Arc::from("boundary"),
             },
             _ => prov.clone(),
         }

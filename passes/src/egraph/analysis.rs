@@ -5,7 +5,7 @@ use super::EGraph;
 use super::lang::Lang;
 use super::mask::{self, Fact, Operand};
 use egg::{Analysis, DidMerge, Id};
-use lathe_ir::{Op, Prov, Type, infer};
+use lathe_ir::{Dim, Op, Prov, Sym, Type, infer};
 
 /// Facts about one e-class.
 #[derive(Clone, Debug)]
@@ -38,6 +38,14 @@ impl Value {
     pub fn origin(&self) -> Option<&Prov> {
         self.prov.as_ref().or(self.near.as_ref())
     }
+}
+
+/// Whether a step can have a value of these extents: it knows its rows, but neither whole
+/// sequences nor their number.
+pub fn is_step_shape(shape: &[Dim]) -> bool {
+    shape
+        .iter()
+        .all(|d| d.coef(Sym::B) == 0 && d.coef(Sym::S) == 0)
 }
 
 /// One application of a rule: for `explain`.
@@ -188,6 +196,8 @@ fn merge_option<T: PartialEq>(a: &mut Option<T>, b: Option<T>) -> DidMerge {
 fn constant(op: &Op, x: &[&Value]) -> Option<f64> {
     match op {
         Op::Const { value, .. } => Some(value.get()),
+        Op::Cast(lathe_ir::DType::Bool) => x[0].konst.map(|v| f64::from(v != 0.0)),
+        Op::Cast(to) if !to.is_float() => x[0].konst.map(f64::trunc),
         Op::Cast(_) | Op::Reshape(_) | Op::Expand(_) => x[0].konst,
         Op::Unary(lathe_ir::UnaryFn::Neg) => Some(-x[0].konst?),
         _ => None,

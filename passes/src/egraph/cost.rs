@@ -174,7 +174,7 @@ pub fn work(
         Op::Matmul => {
             let k = inputs[0].as_tensor()?.shape.last()?.eval(env) as f64;
             w.matrix = 2.0 * elements(output) * k;
-            // A product with a weight costs as much as its lowered forms: they are preferred.
+            // At equal work the projection with a weight as it is stored is preferred.
             w.bytes += 2048.0;
         }
         Op::Linear | Op::Proj(_) => {

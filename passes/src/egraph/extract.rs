@@ -6,7 +6,7 @@
 //! together, are switched as long as the whole gets cheaper. Tests hold the result against the
 //! exact optimum of an integer program.
 
-use super::analysis::{Data, op_of};
+use super::analysis::{Data, is_step_shape, op_of};
 use super::convert::Choice;
 use super::cost::{CostPoint, INFINITE, op_cost};
 use super::lang::Lang;
@@ -262,7 +262,9 @@ impl<'a> Problem<'a> {
         }
     }
 
-    /// Single switches, and for each tuple the switch of all classes that are its elements.
+    /// Single switches, for each tuple the switch of all classes that are its elements, and every
+    /// pair of forms of two classes that are elements of one tuple: leaving a tuple pays off only
+    /// when nothing is left to read from it.
     fn moves(&self) -> Vec<Vec<(usize, usize)>> {
         let mut moves = Vec::new();
         let mut parts: std::collections::BTreeMap<usize, Vec<(usize, usize)>> =
@@ -278,7 +280,23 @@ impl<'a> Problem<'a> {
                 }
             }
         }
+        let mut pairs = std::collections::BTreeSet::new();
+        for p in parts.values() {
+            for (i, &(a, _)) in p.iter().enumerate() {
+                pairs.extend(
+                    p[i + 1..]
+                        .iter()
+                        .map(|&(b, _)| (a, b))
+                        .filter(|(a, b)| a != b),
+                );
+            }
+        }
         moves.extend(parts.into_values().filter(|p| p.len() > 1));
+        for (a, b) in pairs {
+            for f in 0..self.forms[a].len() {
+                moves.extend((0..self.forms[b].len()).map(|g| vec![(a, f), (b, g)]));
+            }
+        }
         moves
     }
 
@@ -313,6 +331,10 @@ impl<'a> Problem<'a> {
                 Data::Payload(_) => None,
             };
             let op = node.name().unwrap_or("payload");
+            let whole = match &self.egraph[id].data {
+                Data::Value(v) => v.ty.as_tensor().is_some_and(|t| !is_step_shape(&t.shape)),
+                Data::Payload(_) => false,
+            };
             return ExtractError {
                 op: op.to_string(),
                 path: prov.as_ref().map_or(String::new(), |p| p.path.to_string()),
@@ -326,6 +348,9 @@ impl<'a> Problem<'a> {
                         "its scores have an unknown modifier; they are {}",
                         names.join(" or ")
                     ),
+                    _ if whole => {
+                        "it is of whole sequences, which a step does not have".to_string()
+                    }
                     _ => format!("no kernel at this size; forms: {}", names.join(", ")),
                 },
             };

@@ -4,7 +4,7 @@
 //! follows index values (`iota` along an axis), comparisons of them, and the arithmetic that
 //! turns booleans into additive masks; attention rules ask only for the resulting [`Mask`].
 
-use lathe_ir::{BinaryFn, Dim, Mask, Op, UnaryFn};
+use lathe_ir::{BinaryFn, DType, Dim, Mask, Op, UnaryFn};
 
 /// The set of (query `i`, key `j`) with `lo < j - i <= hi`; a missing bound is infinite.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -28,7 +28,7 @@ impl Band {
     }
 
     /// The complement, if it is a band too.
-    fn complement(self) -> Option<Band> {
+    pub fn complement(self) -> Option<Band> {
         match (self.lo, self.hi) {
             (None, Some(hi)) => Some(Band {
                 lo: Some(hi),
@@ -108,13 +108,19 @@ pub struct Operand<'a> {
 /// The fact about the result of an operation, if its operands' facts give one.
 pub fn derive(op: &Op, x: &[Operand<'_>], shape: &[Dim]) -> Option<Fact> {
     match (op, x) {
+        // The only index of an axis of extent 1 would be repeated by broadcasting.
+        (Op::Iota { len, .. }, _) if len.is(1) => None,
         (Op::Iota { .. }, _) => Some(Fact::Index { axis: 0, offset: 0 }),
         (Op::Cast(to), [a]) => match a.fact? {
             Fact::Bool { band, inverted } if to.is_float() => {
                 Some(Fact::Indicator { band, inverted })
             }
+            // Narrow floats do not tell long positions apart.
+            f @ Fact::Index { .. } => {
+                matches!(to, DType::I32 | DType::I64 | DType::F32).then_some(f)
+            }
+            f @ (Fact::Indicator { .. } | Fact::Additive { .. }) => to.is_float().then_some(f),
             Fact::Bool { .. } => None,
-            f => Some(f),
         },
         (Op::Reshape(_), [a]) => reshape(a.fact?, a.shape, shape),
         (Op::Expand(_), [a]) => Some(a.fact?),
@@ -357,9 +363,42 @@ mod tests {
     }
 
     #[test]
-    fn an_anticausal_comparison_is_no_mask() {
-        assert_eq!(mask_of(compare(BinaryFn::Ge, KEY, query(0))), None);
+    fn an_anticausal_comparison_is_no_causal_mask() {
+        // The keys j >= i are a window of one to the left, and not causal.
+        let later = Mask {
+            causal: false,
+            window: Some(1),
+        };
+        assert_eq!(mask_of(compare(BinaryFn::Ge, KEY, query(0))), Some(later));
+        assert_eq!(mask_of(compare(BinaryFn::Gt, KEY, query(0))), None);
         assert_eq!(mask_of(compare(BinaryFn::Le, KEY, query(1))), None);
+    }
+
+    #[test]
+    fn conversions_that_lose_positions_lose_the_fact() {
+        let (i, shape) = (Dim::sym(lathe_ir::Sym::S), [Dim::sym(lathe_ir::Sym::S)]);
+        let fact = derive(
+            &Op::Iota {
+                len: i,
+                dtype: DType::I64,
+            },
+            &[],
+            &shape,
+        );
+        assert_eq!(fact, Some(KEY));
+        let x = Operand {
+            fact,
+            konst: None,
+            shape: &shape,
+        };
+        assert_eq!(derive(&Op::Cast(DType::F32), &[x], &shape), Some(KEY));
+        assert_eq!(derive(&Op::Cast(DType::BF16), &[x], &shape), None);
+        assert_eq!(derive(&Op::Cast(DType::Bool), &[x], &shape), None);
+        let one = Op::Iota {
+            len: Dim::new(1),
+            dtype: DType::I64,
+        };
+        assert_eq!(derive(&one, &[], &[Dim::new(1)]), None);
     }
 
     #[test]

@@ -128,7 +128,8 @@ const PEEL_MASK: Rule = Rule {
         let (scores, v) = operands(&mut q, g, dt);
         let (window, spelling) = (g.pick(&[None, Some(3)]), g.pick(&[0, 1, 2, 3]));
         let m = mask(&mut q, dt, window, spelling);
-        let y = q.bin(BinaryFn::Add, scores, m);
+        let (x, y) = g.pick(&[(scores, m), (m, scores)]);
+        let y = q.bin(BinaryFn::Add, x, y);
         let y = q.op(Op::Sdpa(AttnSpec::open()), &[y, v]);
         q.done(&[y])
     },
@@ -141,11 +142,11 @@ const PEEL_MASK: Rule = Rule {
             let y = q.op(Op::Sdpa(AttnSpec::open()), &[y, v]);
             q.done(&[y])
         }),
-        ("earlier keys are hidden, not later ones", |g| {
+        ("only later keys are seen", |g| {
             let mut q = Build::new();
             let (scores, v) = operands(&mut q, g, DType::F32);
             let (i, j) = indices(&mut q);
-            let seen = q.bin(BinaryFn::Ge, j, i);
+            let seen = q.bin(BinaryFn::Gt, j, i);
             let m = additive(&mut q, seen, DType::F32);
             let y = q.bin(BinaryFn::Add, scores, m);
             let y = q.op(Op::Sdpa(AttnSpec::open()), &[y, v]);
@@ -198,30 +199,54 @@ const PEEL_MASK_FILL: Rule = Rule {
         }
         // Which branch holds the scores decides which side of the band is seen.
         let scores_when_true = a.spelling == 0;
+        let seen = if inverted == scores_when_true {
+            band.complement()?
+        } else {
+            band
+        };
         let (s, v) = (a.id("?s"), a.id("?v"));
-        if inverted == scores_when_true || !keeps_shape(a, s) {
+        if !keeps_shape(a, s) {
             return None;
         }
         let spec = AttnSpec {
-            mask: spec.mask.and(band.as_mask()?),
+            mask: spec.mask.and(seen.as_mask()?),
             ..spec
         };
         a.add(Op::Sdpa(spec), &[s, v])
     },
     sample: |g| fill(g, true),
-    near_misses: &[("the seen pairs are filled", |g| fill(g, false))],
+    near_misses: &[
+        ("the seen pairs are filled", |g| fill(g, false)),
+        ("the filler is a score", |g| {
+            let mut q = Build::new();
+            let (scores, v) = operands(&mut q, g, DType::F32);
+            let (i, j) = indices(&mut q);
+            let seen = q.bin(BinaryFn::Le, j, i);
+            let small = q.konst(-1.0, DType::F32);
+            let y = q.op(Op::Where, &[seen, scores, small]);
+            let y = q.op(Op::Sdpa(AttnSpec::open()), &[y, v]);
+            q.done(&[y])
+        }),
+    ],
 };
 
 fn fill(g: &mut Gen, keep_seen: bool) -> Graph {
     let mut q = Build::new();
     let (scores, v) = operands(&mut q, g, DType::F32);
     let (i, j) = indices(&mut q);
-    let seen = q.bin(BinaryFn::Le, j, i);
     let big = q.konst(-1e9, DType::F32);
-    let y = if keep_seen {
-        q.op(Op::Where, &[seen, scores, big])
+    // `masked_fill` says what is hidden, `where` what is seen.
+    let says_seen = g.pick(&[true, false]);
+    let f = if says_seen {
+        BinaryFn::Le
     } else {
-        q.op(Op::Where, &[seen, big, scores])
+        BinaryFn::Gt
+    };
+    let said = q.bin(f, j, i);
+    let y = if says_seen == keep_seen {
+        q.op(Op::Where, &[said, scores, big])
+    } else {
+        q.op(Op::Where, &[said, big, scores])
     };
     let y = q.op(Op::Sdpa(AttnSpec::open()), &[y, v]);
     q.done(&[y])
@@ -253,6 +278,9 @@ const PEEL_SOFTCAP: Rule = Rule {
             ..spec
         };
         let (s, v) = (a.id("?s"), a.id("?v"));
+        if !keeps_shape(a, s) {
+            return None;
+        }
         a.add(Op::Sdpa(spec), &[s, v])
     },
     sample: |g| softcap(g, 5.0, 5.0),
@@ -262,8 +290,13 @@ const PEEL_SOFTCAP: Rule = Rule {
 fn softcap(g: &mut Gen, inner: f64, outer: f64) -> Graph {
     let mut q = Build::new();
     let (scores, v) = operands(&mut q, g, DType::F32);
-    let c = q.konst(inner, DType::F32);
-    let y = q.bin(BinaryFn::Div, scores, c);
+    let y = if g.pick(&[true, false]) {
+        let c = q.konst(inner, DType::F32);
+        q.bin(BinaryFn::Div, scores, c)
+    } else {
+        let c = q.konst(1.0 / inner, DType::F32);
+        q.bin(BinaryFn::Mul, scores, c)
+    };
     let y = q.un(UnaryFn::Tanh, y);
     let c = q.konst(outer, DType::F32);
     let y = q.bin(BinaryFn::Mul, y, c);

@@ -29,7 +29,8 @@ const MUL_ONE: Rule = Rule {
         let d = g.float();
         let x = q.input("x", d, &[n(g.dim()), n(g.dim())]);
         let c = q.konst(1.0, d);
-        let y = q.bin(BinaryFn::Mul, x, c);
+        let (a, b) = g.pick(&[(x, c), (c, x)]);
+        let y = q.bin(BinaryFn::Mul, a, b);
         q.done(&[y])
     },
     near_misses: &[

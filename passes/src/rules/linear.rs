@@ -119,7 +119,8 @@ const GEMM_RESIDUAL: Rule = Rule {
         let x = q.input("x", d, &[t(), n(k)]);
         let r = q.input("r", d, &[t(), n(o)]);
         let y = gemm(&mut q, x, k, o, d);
-        let y = q.bin(BinaryFn::Add, r, y);
+        let (a, b) = g.pick(&[(r, y), (y, r)]);
+        let y = q.bin(BinaryFn::Add, a, b);
         q.done(&[y])
     },
     near_misses: &[("the addend is one row for all", |g| {

@@ -23,7 +23,8 @@ const SILU: Rule = Rule {
         let mut q = Build::new();
         let x = q.input("x", g.float(), &[n(g.dim()), n(g.dim())]);
         let y = q.un(UnaryFn::Sigmoid, x);
-        let y = q.bin(BinaryFn::Mul, x, y);
+        let (a, b) = g.pick(&[(x, y), (y, x)]);
+        let y = q.bin(BinaryFn::Mul, a, b);
         q.done(&[y])
     },
     near_misses: &[("the sigmoid is of another value", |g| {
@@ -55,7 +56,8 @@ const SWIGLU: Rule = Rule {
         let x = q.input("g", d, &shape);
         let u = q.input("u", d, &shape);
         let y = q.op(Op::Silu, &[x]);
-        let y = q.bin(BinaryFn::Mul, y, u);
+        let (a, b) = g.pick(&[(y, u), (u, y)]);
+        let y = q.bin(BinaryFn::Mul, a, b);
         q.done(&[y])
     },
     near_misses: &[("up broadcasts over the gate", |g| {

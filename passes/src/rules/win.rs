@@ -5,6 +5,7 @@
 //! What it cannot move through (a reduction over the sequence, an attention that sees later rows)
 //! keeps it, and extraction names that value.
 
+use crate::egraph::analysis::is_step_shape;
 use crate::rule::{Apply, Exactness, Rule, Stage};
 use crate::sample::{Build, Gen, b, n, s};
 use egg::Id;
@@ -21,10 +22,11 @@ pub(super) const RULES: &[Rule] = &[
 /// Prefix of the names of step inputs that are windows of full-sequence inputs.
 pub const STEP: &str = "step.";
 
-/// The payload of the matched `win`.
+/// The payload of the matched `win`. A window that still holds whole sequences is no value of a
+/// step: it goes nowhere.
 pub(super) fn spec(a: &Apply<'_>) -> Option<WinSpec> {
     match a.op("?w") {
-        Op::Win(w) => Some(w),
+        Op::Win(w) if is_step_shape(&a.tensor(a.root)?.shape) => Some(w),
         _ => None,
     }
 }
@@ -101,6 +103,7 @@ const INPUT: Rule = Rule {
         let Op::Input { name, dtype, .. } = a.op("?i") else {
             return None;
         };
+        spec(a)?;
         let shape = a.tensor(a.root)?.shape;
         let name = format!("{STEP}{name}");
         a.add(Op::Input { name, dtype, shape }, &[])
@@ -111,7 +114,12 @@ const INPUT: Rule = Rule {
         let y = q.win(x, Some(0), Some(1));
         q.done(&[y])
     },
-    near_misses: &[],
+    near_misses: &[("the window holds whole sequences", |g| {
+        let mut q = Build::new();
+        let x = full(&mut q, g, "x", DType::F32);
+        let y = q.win(x, Some(0), None);
+        q.done(&[y])
+    })],
 };
 
 const POSITIONS: Rule = Rule {
@@ -179,8 +187,13 @@ const UNARY: Rule = Rule {
     rhs: |a| pointwise(a, Op::Unary(UnaryFn::ALL[a.spelling]), &["?x"]),
     sample: |g| {
         let mut q = Build::new();
-        let x = full(&mut q, g, "x", DType::F32);
-        let f = g.pick(&[UnaryFn::Neg, UnaryFn::Exp, UnaryFn::Sigmoid, UnaryFn::Cos]);
+        let f = g.pick(&UnaryFn::ALL);
+        let dt = if f == UnaryFn::Not {
+            DType::Bool
+        } else {
+            DType::F32
+        };
+        let x = full(&mut q, g, "x", dt);
         let y = q.un(f, x);
         let y = q.win(y, Some(0), Some(1));
         q.done(&[y])
@@ -236,7 +249,13 @@ const BINARY: Rule = Rule {
     sample: |g| {
         let mut q = Build::new();
         let (h, d) = (g.dim(), g.dim());
-        let x = q.input("x", DType::F32, &[b(), n(h), s(), n(d)]);
+        let f = g.pick(&BinaryFn::ALL);
+        let dt = if matches!(f, BinaryFn::And | BinaryFn::Or) {
+            DType::Bool
+        } else {
+            DType::F32
+        };
+        let x = q.input("x", dt, &[b(), n(h), s(), n(d)]);
         let shapes: [&[Dim]; 5] = [
             &[b(), n(1), s(), n(d)],
             &[n(1), n(1), s(), n(1)],
@@ -244,18 +263,19 @@ const BINARY: Rule = Rule {
             &[n(h), n(1), n(d)],
             &[b(), n(1), n(1), n(d)],
         ];
-        let y = q.input("y", DType::F32, shapes[g.pick(&[0, 1, 2, 3, 4])]);
-        let f = g.pick(&[
-            BinaryFn::Add,
-            BinaryFn::Mul,
-            BinaryFn::Sub,
-            BinaryFn::Maximum,
-        ]);
+        let y = q.input("y", dt, shapes[g.pick(&[0, 1, 2, 3, 4])]);
         let y = q.bin(f, x, y);
         let y = q.win(y, Some(0), Some(2));
         q.done(&[y])
     },
-    near_misses: &[],
+    near_misses: &[("one side is the keys of all rows", |g| {
+        let mut q = Build::new();
+        let x = q.input("x", DType::F32, &[b(), s(), n(1)]);
+        let y = q.input("y", DType::F32, &[b(), s(), n(g.wide())]);
+        let y = q.bin(BinaryFn::Mul, x, y);
+        let y = q.win(y, Some(0), None);
+        q.done(&[y])
+    })],
 };
 
 const WHERE: Rule = Rule {
@@ -263,7 +283,7 @@ const WHERE: Rule = Rule {
     stage: Stage::KvCache,
     equation: "win(where(c, x, y)) => where(win(c), win(x), win(y))",
     exactness: Exactness::Exact,
-    doc: "As win-binary.",
+    doc: "Elementwise, as win-binary.",
     lhs: &["(win ?w (where ?c ?x ?y))"],
     rhs: |a| pointwise(a, Op::Where, &["?c", "?x", "?y"]),
     sample: |g| {
@@ -275,7 +295,15 @@ const WHERE: Rule = Rule {
         let y = q.win(y, Some(0), Some(1));
         q.done(&[y])
     },
-    near_misses: &[],
+    near_misses: &[("whole sequences are chosen from", |g| {
+        let mut q = Build::new();
+        let x = full(&mut q, g, "x", DType::F32);
+        let zero = q.konst(0.0, DType::F32);
+        let c = q.bin(BinaryFn::Gt, x, zero);
+        let y = q.op(Op::Where, &[c, x, zero]);
+        let y = q.win(y, Some(0), None);
+        q.done(&[y])
+    })],
 };
 
 const REDUCE: Rule = Rule {
@@ -301,15 +329,16 @@ const REDUCE: Rule = Rule {
             batch: shift(w.batch),
             seq: shift(w.seq),
         };
-        let axis = window_axis(w, usize::from(axis))? as u8;
         let x = a.id("?x");
+        a.tensor(x)?.shape[usize::from(axis)].known()?;
+        let axis = window_axis(w, usize::from(axis))? as u8;
         let x = a.add(Op::Win(w), &[x])?;
         a.add(Op::Reduce { f, axis, keepdim }, &[x])
     },
     sample: |g| {
         let mut q = Build::new();
         let x = full(&mut q, g, "x", DType::F32);
-        let f = g.pick(&[ReduceFn::Sum, ReduceFn::Mean, ReduceFn::Amax]);
+        let f = g.pick(&ReduceFn::ALL);
         let keepdim = g.pick(&[false, true]);
         let y = q.op(
             Op::Reduce {
@@ -374,12 +403,20 @@ const LINEAR: Rule = Rule {
         let mut q = Build::new();
         let (k, o) = (g.dim(), g.dim());
         let x = q.input("x", DType::F32, &[b(), s(), n(k)]);
-        let w = q.weight("w", DType::F32, &[o, k]);
-        let y = q.op(Op::Linear, &[x, w]);
+        let (op, shape) = [(Op::Linear, [o, k]), (Op::Matmul, [k, o])][g.pick(&[0, 1])].clone();
+        let w = q.weight("w", DType::F32, &shape);
+        let y = q.op(op, &[x, w]);
         let y = q.win(y, Some(0), Some(1));
         q.done(&[y])
     },
-    near_misses: &[],
+    near_misses: &[("the sum is over the sequence", |g| {
+        let mut q = Build::new();
+        let x = q.input("x", DType::F32, &[b(), s(), s()]);
+        let v = q.input("v", DType::F32, &[s(), n(g.dim())]);
+        let y = q.op(Op::Matmul, &[x, v]);
+        let y = q.win(y, Some(0), Some(1));
+        q.done(&[y])
+    })],
 };
 
 const ROWWISE: Rule = Rule {
@@ -542,6 +579,7 @@ const EMBEDDING: Rule = Rule {
     lhs: &["(win ?w (embedding ?t ?x))"],
     rhs: |a| {
         let (w, t, x) = (spec(a)?, a.id("?t"), a.id("?x"));
+        a.ty("?t")?.shape[0].known()?;
         window_axis(w, a.ty("?x")?.rank())?;
         let x = a.add(Op::Win(w), &[x])?;
         a.add(Op::Embedding, &[t, x])
@@ -554,7 +592,14 @@ const EMBEDDING: Rule = Rule {
         let y = q.win(y, Some(0), Some(1));
         q.done(&[y])
     },
-    near_misses: &[],
+    near_misses: &[("the table holds whole sequences", |_| {
+        let mut q = Build::new();
+        let t = q.input("t", DType::F32, &[n(7), s()]);
+        let ids = q.input("ids", DType::I64, &[b()]);
+        let y = q.op(Op::Embedding, &[t, ids]);
+        let y = q.win(y, Some(0), Some(1));
+        q.done(&[y])
+    })],
 };
 
 const ATTENTION: Rule = Rule {

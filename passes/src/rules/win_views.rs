@@ -133,7 +133,14 @@ const EXPAND: Rule = Rule {
         let y = q.win(y, Some(0), Some(2));
         q.done(&[y])
     },
-    near_misses: &[],
+    near_misses: &[("stretched to whole sequences", |g| {
+        let mut q = Build::new();
+        let d = n(g.dim());
+        let x = q.input("x", DType::F32, &[b(), n(1), d]);
+        let y = q.op(Op::Expand(vec![b(), s(), d]), &[x]);
+        let y = q.win(y, Some(0), None);
+        q.done(&[y])
+    })],
 };
 
 const SLICE: Rule = Rule {
@@ -160,7 +167,13 @@ const SLICE: Rule = Rule {
         let y = q.win(y, Some(0), Some(1));
         q.done(&[y])
     },
-    near_misses: &[],
+    near_misses: &[("features of whole sequences", |g| {
+        let mut q = Build::new();
+        let x = q.input("x", DType::F32, &[b(), s(), n(g.wide())]);
+        let y = q.slice(x, 2, 0, 1);
+        let y = q.win(y, Some(0), None);
+        q.done(&[y])
+    })],
 };
 
 const CONCAT: Rule = Rule {
@@ -188,7 +201,13 @@ const CONCAT: Rule = Rule {
         let y = q.win(y, Some(0), Some(1));
         q.done(&[y])
     },
-    near_misses: &[],
+    near_misses: &[("one sequence after another", |g| {
+        let mut q = Build::new();
+        let x = full(&mut q, g, "x", DType::F32);
+        let y = q.op(Op::Concat { axis: 1 }, &[x, x]);
+        let y = q.win(y, Some(0), None);
+        q.done(&[y])
+    })],
 };
 
 const REPEAT_KV: Rule = Rule {

@@ -1,0 +1,357 @@
+//! Every rule against the interpreter: its sample must match and all forms must be equal; graphs
+//! that look alike must not match.
+
+mod common;
+
+use common::{Noise, V, all_outputs, distance, random_input, random_weight};
+use egg::{Id, Rewrite, Runner, SimpleScheduler, StopReason};
+use indexmap::IndexMap;
+use lathe_ir::interp::{Interp, KvState, StepMeta, Tensor, Value};
+use lathe_ir::{Graph, Op, Sym, SymEnv, Type, WeightRef};
+use lathe_passes::egraph::convert::{Choice, add_graph, to_graph};
+use lathe_passes::sample::Gen;
+use lathe_passes::{EGraph, Exactness, Lang, Rule, Stage, rules};
+use proptest::test_runner::{
+    Config, FileFailurePersistence, RngAlgorithm, TestCaseError, TestRng, TestRunner,
+};
+use std::collections::{BTreeMap, BTreeSet};
+
+type Rewrites = Vec<Rewrite<Lang, lathe_passes::egraph::TensorAnalysis>>;
+
+/// Rules that hold for all well-typed operands: nothing looks like them and is none.
+const UNCONDITIONAL: [&str; 6] = [
+    "win-unary",
+    "win-cast",
+    "win-swiglu",
+    "win-angles",
+    "win-rope",
+    "win-permute",
+];
+
+/// Runs some rewrites on a graph until nothing changes; returns the class of each node.
+fn saturate(graph: &Graph, rewrites: &Rewrites) -> (EGraph, Vec<Id>) {
+    let mut egraph = EGraph::default();
+    let ids = add_graph(&mut egraph, graph);
+    egraph.rebuild();
+    let runner = Runner::default()
+        .with_egraph(egraph)
+        .with_iter_limit(100)
+        .with_scheduler(SimpleScheduler)
+        .run(rewrites);
+    assert!(
+        matches!(runner.stop_reason, Some(StopReason::Saturated)),
+        "{:?}",
+        runner.stop_reason
+    );
+    (runner.egraph, ids)
+}
+
+fn fired(egraph: &EGraph, rule: &Rule) -> usize {
+    let log = egraph.analysis.log.iter();
+    log.filter(|a| a.rule == rule.name).count()
+}
+
+/// The smallest term of each class, with one class held to one form. `None` if a class under the
+/// roots has no finite term then, because the form contains its own class.
+fn smallest(egraph: &EGraph, forced: (Id, &Lang), roots: &[Id]) -> Option<Choice> {
+    let mut ids: Vec<Id> = egraph.classes().map(|c| c.id).collect();
+    ids.sort();
+    let mut size: BTreeMap<Id, u64> = BTreeMap::new();
+    let mut choice = Choice::new();
+    loop {
+        let mut changed = false;
+        for &id in &ids {
+            for node in &egraph[id].nodes {
+                if id == forced.0 && node != forced.1 {
+                    continue;
+                }
+                let operands = node.operands().iter().map(|c| size.get(&egraph.find(*c)));
+                let Some(sum) = operands.sum::<Option<u64>>() else {
+                    continue;
+                };
+                let own = sum.saturating_add(1);
+                if size.get(&id).is_none_or(|&s| own < s) {
+                    size.insert(id, own);
+                    choice.insert(id, node.clone());
+                    changed = true;
+                }
+            }
+        }
+        if !changed {
+            break;
+        }
+    }
+    roots
+        .iter()
+        .all(|r| size.contains_key(&egraph.find(*r)))
+        .then_some(choice)
+}
+
+/// New rows and cached rows of two sequences, step after step.
+const STEPS: [([usize; 2], [usize; 2]); 2] = [([2, 0], [0, 0]), ([2, 3], [2, 0])];
+
+/// What a sample's inputs and weights are, and its results in every step.
+struct World<'a> {
+    sample: &'a Graph,
+    seed: u64,
+}
+
+impl World<'_> {
+    fn env(lens: &[usize]) -> SymEnv {
+        let t = lens.iter().sum::<usize>() as i64;
+        SymEnv::new(&[(Sym::B, 2), (Sym::S, 5), (Sym::T, t), (Sym::R, 2)])
+    }
+
+    /// The value of an input in a step: `step.x` is the window of x.
+    fn input(&self, name: &str, ty: &Type, lens: &[usize], step: &StepMeta) -> V {
+        let env = Self::env(lens);
+        let full = name.strip_prefix("step.").and_then(|full| {
+            self.sample.ids().find(
+                |&i| matches!(&self.sample.node(i).op, Op::Input { name, .. } if name == full),
+            )
+        });
+        if let Some(full) = full {
+            let users = self.sample.users();
+            let win = users[full.index()]
+                .first()
+                .expect("the window of the input");
+            let node = self.sample.node(full);
+            let value = self.input(&name["step.".len()..], &node.ty, lens, step);
+            let mut interp = Interp::new(env, &|_| Err("no weights".to_string()));
+            interp.step = Some(step.clone());
+            let win = self.sample.node(*win);
+            return lathe_ir::interp::eval_op(&win.op, &[&value], &win.ty, &mut interp)
+                .expect("a window");
+        }
+        if name == "step.positions" {
+            let p: Vec<i64> = step.rows().map(|(_, p)| p as i64).collect();
+            return Value::Int(Tensor::new([p.len()], p));
+        }
+        let t = ty.as_tensor().expect("inputs are tensors");
+        let limit = if name == "rows" { lens.iter().sum() } else { 7 };
+        random_input(self.seed, name, t.dtype, &t.shape, &env, limit)
+    }
+
+    /// The results of a graph in each step, with its caches kept between the steps.
+    fn run(&self, graph: &Graph) -> Result<Vec<IndexMap<String, V>>, String> {
+        let weights = |w: &WeightRef| random_weight(self.seed, w);
+        let mut caches: BTreeMap<u32, KvState<f64>> = BTreeMap::new();
+        let mut results = Vec::new();
+        for (lens, past) in STEPS {
+            let step = StepMeta::new(&lens, &past);
+            let mut interp = Interp::new(Self::env(&lens), &weights);
+            for node in graph.nodes() {
+                if let Op::Input { name, .. } = &node.op {
+                    let value = self.input(name, &node.ty, &lens, &step);
+                    interp.inputs.insert(name.clone(), value);
+                }
+            }
+            interp.step = Some(step);
+            interp.caches = caches;
+            results.push(interp.run(graph).map_err(|e| e.to_string())?);
+            caches = interp.caches;
+        }
+        Ok(results)
+    }
+}
+
+/// Checks that the rule matches its sample of this seed and that all forms of all values are
+/// equal. Returns how many forms were compared.
+fn check(rule: &Rule, rewrites: &Rewrites, seed: u64) -> Result<usize, String> {
+    let sample = (rule.sample)(&mut Gen::new(seed));
+    let (egraph, ids) = saturate(&sample, rewrites);
+    if fired(&egraph, rule) == 0 {
+        return Err(format!(
+            "does not match\n{}",
+            lathe_ir::text::print(&sample)
+        ));
+    }
+    let world = World {
+        sample: &sample,
+        seed,
+    };
+    let expected = world.run(&all_outputs(&sample))?;
+    let roots: Vec<(String, Id)> = sample
+        .ids()
+        .filter(|&i| matches!(sample.node(i).ty, Type::Tensor(_)))
+        .map(|i| (format!("n{}", i.index()), ids[i.index()]))
+        .collect();
+    let root_ids: Vec<Id> = roots.iter().map(|r| r.1).collect();
+    let mut compared = 0;
+    let mut classes: Vec<Id> = egraph.classes().map(|c| c.id).collect();
+    classes.sort();
+    for class in classes {
+        if egraph[class].nodes.len() < 2 {
+            continue;
+        }
+        for form in &egraph[class].nodes {
+            let Some(choice) = smallest(&egraph, (class, form), &root_ids) else {
+                continue;
+            };
+            let graph = to_graph(&egraph, &choice, "form", &roots);
+            let text = || lathe_ir::text::print(&graph);
+            let found = world.run(&graph).map_err(|e| format!("{e}\n{}", text()))?;
+            for (step, (found, expected)) in found.iter().zip(&expected).enumerate() {
+                for (name, value) in expected {
+                    let d = distance(&found[name], value);
+                    if d > rule.exactness.tolerance() {
+                        return Err(format!(
+                            "{name} differs by {d:.2e} in step {step}\n{}\n{}",
+                            lathe_ir::text::print(&sample),
+                            text()
+                        ));
+                    }
+                }
+            }
+            compared += 1;
+        }
+    }
+    if compared == 0 {
+        return Err("no other form".to_string());
+    }
+    Ok(compared)
+}
+
+#[test]
+fn samples_match_and_all_forms_are_equal() {
+    let mut failures = Vec::new();
+    for rule in rules::all() {
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/regressions/rules.txt");
+        let config = Config {
+            cases: 40,
+            failure_persistence: Some(Box::new(FileFailurePersistence::Direct(file))),
+            ..Config::default()
+        };
+        let rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
+        let rewrites = rule.rewrites();
+        let result =
+            TestRunner::new_with_rng(config, rng).run(&proptest::arbitrary::any::<u64>(), |seed| {
+                match check(rule, &rewrites, seed) {
+                    Ok(_) => Ok(()),
+                    Err(e) => Err(TestCaseError::fail(e)),
+                }
+            });
+        if let Err(e) = result {
+            failures.push(format!("{}: {e}", rule.name));
+        }
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n\n"));
+}
+
+/// A pattern that no sample reaches is an untested rule of its own.
+#[test]
+fn every_pattern_matches_some_sample() {
+    let mut missed = Vec::new();
+    for rule in rules::all() {
+        for (i, rewrite) in rule.rewrites().into_iter().enumerate() {
+            let one = vec![rewrite];
+            let reached = (0..200).any(|seed| {
+                let sample = (rule.sample)(&mut Gen::new(seed));
+                fired(&saturate(&sample, &one).0, rule) > 0
+            });
+            if !reached {
+                missed.push(format!("{}: {}", rule.name, rule.lhs[i]));
+            }
+        }
+    }
+    assert!(missed.is_empty(), "{}", missed.join("\n"));
+}
+
+#[test]
+fn near_misses_do_not_match() {
+    let mut matched = Vec::new();
+    for rule in rules::all() {
+        let rewrites = rule.rewrites();
+        for (why, build) in rule.near_misses {
+            for seed in 0..16 {
+                let graph = build(&mut Gen::new(seed));
+                let (egraph, _) = saturate(&graph, &rewrites);
+                if fired(&egraph, rule) > 0 {
+                    matched.push(format!("{}: {why} (seed {seed})", rule.name));
+                    break;
+                }
+            }
+        }
+    }
+    assert!(matched.is_empty(), "{}", matched.join("\n"));
+}
+
+/// A near miss is one edit away from the left side, so it is a program like any other: it
+/// evaluates, and with all rules of its stage on it still means the same.
+#[test]
+fn near_misses_are_programs() {
+    for rule in rules::all() {
+        for (why, build) in rule.near_misses {
+            let graph = build(&mut Gen::new(3));
+            let errors: Vec<String> = lathe_ir::verify(&graph)
+                .iter()
+                .filter(|e| e.kind != lathe_ir::verify::VerifyKind::OpenAttention)
+                .map(ToString::to_string)
+                .collect();
+            assert!(errors.is_empty(), "{} ({why}): {errors:?}", rule.name);
+            assert!(!graph.outputs().is_empty(), "{} ({why})", rule.name);
+        }
+    }
+}
+
+#[test]
+fn rules_are_complete() {
+    let mut names = BTreeSet::new();
+    let mut bare = BTreeSet::new();
+    for rule in rules::all() {
+        let name = rule.name;
+        assert!(names.insert(name), "{name} stands twice");
+        assert!(Stage::ALL.iter().all(|s| s.name() != name), "{name}");
+        assert!(rule.equation.contains("=>"), "{name}: equation");
+        assert!(
+            rule.doc.len() >= 15 && rule.doc.ends_with('.'),
+            "{name}: doc"
+        );
+        assert!(!rule.lhs.is_empty(), "{name}: no pattern");
+        assert_eq!(rule.rewrites().len(), rule.lhs.len(), "{name}");
+        let sample = (rule.sample)(&mut Gen::new(0));
+        assert!(!sample.outputs().is_empty(), "{name}: the sample is empty");
+        if rule.near_misses.is_empty() {
+            bare.insert(name);
+        }
+        for (why, _) in rule.near_misses {
+            assert!(!why.is_empty(), "{name}: a near miss without a reason");
+        }
+        assert!(
+            !matches!(rule.exactness, Exactness::Approximate(t) if t > 1e-6),
+            "{name}: a tolerance that hides errors"
+        );
+        assert!(rules::by_name(name).is_some());
+    }
+    assert_eq!(bare, BTreeSet::from(UNCONDITIONAL));
+}
+
+/// Elementwise rules have one pattern a function, in the order of the functions.
+#[test]
+fn elementwise_windows_name_their_functions() {
+    let unary = rules::by_name("win-unary").expect("a rule");
+    for (lhs, f) in unary.lhs.iter().zip(lathe_ir::UnaryFn::ALL) {
+        assert_eq!(*lhs, format!("(win ?w ({} ?x))", f.name()));
+    }
+    let binary = rules::by_name("win-binary").expect("a rule");
+    for (lhs, f) in binary.lhs.iter().zip(lathe_ir::BinaryFn::ALL) {
+        assert_eq!(*lhs, format!("(win ?w ({} ?x ?y))", f.name()));
+    }
+    assert_eq!(unary.lhs.len(), lathe_ir::UnaryFn::ALL.len());
+    assert_eq!(binary.lhs.len(), lathe_ir::BinaryFn::ALL.len());
+}
+
+/// The harness itself: a wrong rule is found.
+#[test]
+fn a_wrong_rule_is_found() {
+    let wrong = Rule {
+        name: "wrong",
+        rhs: |a| {
+            let (x, c) = (a.id("?x"), a.id("?c"));
+            a.add(Op::Binary(lathe_ir::BinaryFn::Add), &[x, c])
+        },
+        ..*rules::by_name("mul-one").expect("a rule")
+    };
+    let found = check(&wrong, &wrong.rewrites(), Noise::new(1, "seed").next());
+    assert!(found.is_err_and(|e| e.contains("differs by")));
+}
