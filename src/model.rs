@@ -10,6 +10,7 @@ use lathe_ir::import::{HfConfig, ImportOptions, ModelInfo, import};
 use lathe_passes::egraph::cost::DeviceModel;
 use lathe_passes::pipeline::{Compiled, compile};
 use lathe_runtime::cpu;
+use lathe_runtime::cuda::{self, CudaLoad};
 use lathe_runtime::load::{LoadOptions, Loadable, expected_tensors};
 use lathe_runtime::step::Executor;
 use lathe_runtime::weights::{Checkpoint, RandomWeights, WeightSource, check};
@@ -91,6 +92,8 @@ pub struct CompiledModel {
     pub compiled: Compiled,
     /// What devices execute.
     pub plan: Plan,
+    /// Whether decode steps are captured as CUDA graphs.
+    pub cuda_graphs: bool,
     /// Phases with their times, in order.
     pub phases: Vec<(&'static str, Duration)>,
 }
@@ -142,6 +145,7 @@ impl CompiledModel {
             target,
             compiled,
             plan,
+            cuda_graphs: run.compile_backend.value.cuda_graphs(),
             phases: vec![
                 ("import", imported),
                 ("passes", optimised - imported),
@@ -201,8 +205,13 @@ impl CompiledModel {
         };
         let executor = match &self.target {
             Target::Cpu => cpu::load(model, options).context("loading the model on the CPU")?,
-            Target::Cuda(..) => {
-                anyhow::bail!("running on CUDA is not implemented yet; use --device cpu")
+            Target::Cuda(ordinal, _) => {
+                let how = CudaLoad {
+                    ordinal: *ordinal as usize,
+                    graphs: self.cuda_graphs,
+                    ..CudaLoad::default()
+                };
+                cuda::load(model, options, &how).context("loading the model on the GPU")?
             }
         };
         self.phases.push(("load weights", start.elapsed()));

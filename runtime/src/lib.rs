@@ -2,8 +2,10 @@
 
 pub mod cpu;
 pub mod cuda;
+pub mod interrupt;
 pub mod load;
 pub mod sampling;
+pub mod scheduler;
 pub mod session;
 pub mod step;
 pub mod text;

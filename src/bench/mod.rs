@@ -2,10 +2,13 @@
 
 pub mod dataset;
 pub mod files;
+pub mod kv_size;
 pub mod metrics;
 pub mod prepare;
 pub mod report;
 mod report_json;
 mod report_text;
+pub mod serve;
+pub mod sizing;
 pub mod tuning;
 pub mod warnings;

@@ -186,12 +186,18 @@ pub struct FailedRequests {
 pub struct StepBreakdown {
     /// Steps that were measured.
     pub steps: u64,
-    /// Attention kernels.
-    pub attention_ms: f64,
+    /// All work of the device.
+    pub device_ms: f64,
+    /// Attention kernels; this and the next two are absent where the device does not tell kernels
+    /// apart.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attention_ms: Option<f64>,
     /// Matrix multiplications.
-    pub gemm_ms: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gemm_ms: Option<f64>,
     /// All other kernels.
-    pub other_ms: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub other_ms: Option<f64>,
     /// Time between steps in which the device waits for the host.
     pub host_gap_ms: f64,
 }
@@ -376,9 +382,10 @@ pub(super) mod tests {
             roofline_percent: Some(71.5),
             step_breakdown: Some(StepBreakdown {
                 steps: 12,
-                attention_ms: 1.0,
-                gemm_ms: 2.5,
-                other_ms: 0.5,
+                device_ms: 4.0,
+                attention_ms: Some(1.0),
+                gemm_ms: Some(2.5),
+                other_ms: Some(0.5),
                 host_gap_ms: 0.0625,
             }),
             kv_cache: Some(KvOccupancy {
@@ -506,6 +513,7 @@ pub(super) mod tests {
                 "lathe/step_breakdown",
                 &[
                     "steps",
+                    "device_ms",
                     "attention_ms",
                     "gemm_ms",
                     "other_ms",

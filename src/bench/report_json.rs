@@ -125,6 +125,12 @@ pub struct IterationStats {
     pub kv_cache_stats: KvCacheStats,
     /// What the step computed.
     pub inflight_batching_stats: InflightBatchingStats,
+    /// Time on the device in milliseconds; 0 when the device does not tell.
+    #[serde(rename = "deviceMS")]
+    pub device_ms: f64,
+    /// Part of the wall time in which the device waited for the host, in milliseconds.
+    #[serde(rename = "hostGapMS")]
+    pub host_gap_ms: f64,
 }
 
 /// State of the KV cache.
@@ -271,7 +277,7 @@ mod tests {
             "{\"iter\":3,\"iterLatencyMS\":1.5,\"numActiveRequests\":0,\"numQueuedRequests\":0,\
              \"numCompletedRequests\":0,\"kvCacheStats\":{\"maxNumBlocks\":0,\"usedNumBlocks\":0,\"freeNumBlocks\":0,\
              \"tokensPerBlock\":0},\"inflightBatchingStats\":{\"numScheduledRequests\":0,\"numContextRequests\":0,\
-             \"numGenRequests\":0,\"numCtxTokens\":0,\"numPausedRequests\":0}}\n"
+             \"numGenRequests\":0,\"numCtxTokens\":0,\"numPausedRequests\":0},\"deviceMS\":0.0,\"hostGapMS\":0.0}\n"
         );
     }
 }

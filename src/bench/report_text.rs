@@ -263,19 +263,21 @@ impl LatheSection {
             )?;
         }
         if let Some(step) = &self.step_breakdown {
-            let total = step.attention_ms + step.gemm_ms + step.other_ms + step.host_gap_ms;
+            let total = step.device_ms + step.host_gap_ms;
             writeln!(
                 out,
                 "Step time (ms):       {total:.4} mean of {} steps",
                 step.steps
             )?;
             let rows = [
+                ("device", Some(step.device_ms)),
                 ("attention", step.attention_ms),
                 ("GEMM", step.gemm_ms),
                 ("other", step.other_ms),
-                ("host gap", step.host_gap_ms),
+                ("host gap", Some(step.host_gap_ms)),
             ];
             for (name, ms) in rows {
+                let Some(ms) = ms else { continue };
                 let percent = if total > 0.0 { ms / total * 100.0 } else { 0.0 };
                 writeln!(out, "  {name:<19} {ms:.4} ({percent:.1} %)")?;
             }

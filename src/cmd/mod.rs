@@ -4,13 +4,18 @@ use clap::Subcommand;
 
 use crate::cli::Cli;
 
+mod bench_args;
 mod compare;
 mod compile;
 mod doctor;
 mod generate;
+mod latency;
 mod opt;
+mod outputs;
 mod passes;
 mod prepare_dataset;
+mod serving;
+mod static_batch;
 mod throughput;
 mod verify;
 
@@ -22,6 +27,8 @@ pub enum Command {
     Generate(generate::Generate),
     /// Offline throughput of a dataset
     Throughput(throughput::Throughput),
+    /// Latency of one request at a time
+    Latency(latency::Latency),
     /// Compare with reference logits and greedy tokens
     Verify(verify::Verify),
     /// Say what this machine has and what is missing
@@ -43,6 +50,7 @@ pub fn run(cli: &Cli) -> anyhow::Result<()> {
     match &cli.command {
         Command::Generate(command) => command.run(&cli.global),
         Command::Throughput(command) => command.run(&cli.global),
+        Command::Latency(command) => command.run(&cli.global),
         Command::Verify(command) => command.run(&cli.global),
         Command::Doctor(command) => command.run(&cli.global),
         Command::PrepareDataset(command) => command.run(&cli.global),

@@ -1,63 +1,72 @@
 //! `throughput`: how many tokens a second a dataset is completed with.
 
-use anyhow::Context;
-use clap::Args;
-use lathe_runtime::load::LoadOptions;
-use lathe_runtime::sampling::SamplingParams;
-use lathe_runtime::session::{StaticRequest, run_static};
-use lathe_runtime::text::TextTokenizer;
-use std::io::Write;
 use std::path::PathBuf;
-use std::time::Instant;
 
+use clap::Args;
+use lathe_runtime::scheduler::Policy;
+use lathe_runtime::text::TextTokenizer;
+
+use super::bench_args::{BenchArgs, stop_tokens};
+use super::outputs::Outputs;
+use super::serving::ServingJob;
+use super::static_batch::StaticJob;
 use crate::bench::dataset::{Dataset, ReadOptions};
-use crate::bench::metrics::RequestRecord;
-use crate::bench::report::{
-    Engine, LatheSection, Phase, Report, WorldInfo, write_output_json, write_report_json,
-    write_request_json,
-};
-use crate::bench::warnings::{RunLimits, warnings};
+use crate::bench::serve::Load;
 use crate::cli::GlobalOptions;
-use crate::config::{Given, Options, Resolved, RuntimeKind};
+use crate::config::{Given, Options, Resolved, RuntimeKind, Source};
 use crate::errors::usage_error;
 use crate::model::{CompiledModel, WeightChoice};
+
+/// Sequences for which the decode program is chosen, unless the configuration says otherwise. It does
+/// not depend on the other flags, so that these change no token.
+const DECODE_BATCH: u32 = 64;
 
 /// Offline throughput of a dataset.
 #[derive(Debug, Args)]
 pub struct Throughput {
-    /// JSON lines with task_id, input_ids (or prompt) and output_tokens; - is stdin
-    #[arg(long, value_name = "FILE")]
-    dataset: PathBuf,
-    /// Accepted for compatibility: _autodeploy, or any word that means this program
-    #[arg(long, default_value = "_autodeploy", value_parser = ["_autodeploy", "lathe"])]
-    backend: String,
-    /// YAML file whose keys override the command line
-    #[arg(long = "extra_llm_api_options", alias = "config", value_name = "FILE")]
-    extra_llm_api_options: Option<PathBuf>,
-    /// Most sequences of a batch; all requests by default
+    #[command(flatten)]
+    bench: BenchArgs,
+    /// Most sequences that run at a time; chosen from memory and dataset by default
     #[arg(long = "max_batch_size", value_name = "N")]
     max_batch_size: Option<u32>,
-    /// Most token rows of a step
+    /// Most token rows of a step; chosen from memory and dataset by default
     #[arg(long = "max_num_tokens", value_name = "N")]
     max_num_tokens: Option<u32>,
-    /// Longest sequence; the dataset's longest by default
-    #[arg(long = "max_seq_len", value_name = "N")]
-    max_seq_len: Option<u32>,
-    /// Only the first N requests; 0 means all
-    #[arg(long = "num_requests", default_value_t = 0, value_name = "N")]
-    num_requests: usize,
-    /// Requests that are run before the clock starts
-    #[arg(long, default_value_t = 2, value_name = "N")]
-    warmup: usize,
+    /// Input length to choose sizes for; the dataset's average by default
+    #[arg(long = "target_input_len", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    target_input_len: Option<u32>,
+    /// Output length to choose sizes for; the dataset's average by default
+    #[arg(long = "target_output_len", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    target_output_len: Option<u32>,
     /// Token that ends an output; -1 runs every request to its output_tokens
-    #[arg(long = "eos_id", default_value_t = -1, allow_negative_numbers = true, value_name = "ID")]
+    #[arg(
+        long = "eos_id",
+        default_value_t = -1,
+        allow_negative_numbers = true,
+        value_name = "ID"
+    )]
     eos_id: i64,
+    /// Most requests in flight; 0 or less is no limit
+    #[arg(long, default_value_t = -1, allow_negative_numbers = true, value_name = "N")]
+    concurrency: i64,
     /// Report the times of first tokens
     #[arg(long)]
     streaming: bool,
-    /// Write the report as JSON
-    #[arg(long = "report_json", value_name = "FILE")]
-    report_json: Option<PathBuf>,
+    /// Compute long prompts in several steps (the default)
+    #[arg(
+        long = "enable_chunked_context",
+        overrides_with = "disable_chunked_context"
+    )]
+    enable_chunked_context: bool,
+    /// Compute every prompt in one step
+    #[arg(long = "disable_chunked_context")]
+    disable_chunked_context: bool,
+    /// When requests are admitted: guaranteed_no_evict or max_utilization
+    #[arg(long = "scheduler_policy", default_value_t, value_name = "POLICY")]
+    scheduler_policy: Policy,
+    /// Accepted for compatibility: the tokenizer is loaded when there is one
+    #[arg(long = "no_skip_tokenizer_init", hide = true)]
+    _no_skip_tokenizer_init: bool,
     /// Write the outputs as text
     #[arg(long = "output_json", value_name = "FILE")]
     output_json: Option<PathBuf>,
@@ -69,192 +78,126 @@ pub struct Throughput {
 impl Throughput {
     /// Runs the benchmark and prints the report.
     pub fn run(&self, global: &GlobalOptions) -> anyhow::Result<()> {
-        let flags = Options {
-            max_batch_size: Given::flag("--max_batch_size", self.max_batch_size.map(Some)),
-            max_num_tokens: Given::flag("--max_num_tokens", self.max_num_tokens.map(Some)),
-            max_seq_len: Given::flag("--max_seq_len", self.max_seq_len.map(Some)),
-            ..Options::default()
-        };
-        let yaml = match &self.extra_llm_api_options {
-            Some(path) => crate::config::read(path)?,
-            None => Options::default(),
-        };
-        let resolved = Resolved::new(flags, yaml);
-        if resolved.runtime.value == RuntimeKind::Trtllm {
+        let bench = &self.bench;
+        bench.check()?;
+        let stop = stop_tokens(self.eos_id)?;
+        let params = bench.sampling()?;
+        let mut resolved = Resolved::new(self.flags(), bench.yaml()?);
+        if resolved.decode_batch.source == Source::Default {
+            resolved.decode_batch.value = DECODE_BATCH;
+        }
+        let serving = resolved.runtime.value == RuntimeKind::Trtllm;
+        if !serving && (self.concurrency > 0 || bench.iteration_log.is_some()) {
             return Err(usage_error(
-                "runtime: trtllm (continuous batching) is not implemented yet; put `runtime: demollm` into the \
-                 file of --extra_llm_api_options",
+                "runtime: demollm runs static batches, so that --concurrency and --iteration_log have no meaning",
             ));
         }
+        let path = bench.dataset()?;
         let mut model = CompiledModel::compile(global, &resolved)?;
         model.require_cache()?;
+        let vocab = model.info.vocab;
+        if let Some(&id) = stop.iter().find(|&&id| u64::from(id) >= vocab as u64) {
+            return Err(usage_error(format!(
+                "--eos_id {id} is outside the vocabulary of {vocab}"
+            )));
+        }
         let tokenizer = TextTokenizer::load(&model.folder).ok();
-        let dataset = Dataset::read(
-            &self.dataset,
-            ReadOptions {
-                num_requests: self.num_requests,
-                vocab_size: Some(model.info.vocab as usize),
-                tokenizer: tokenizer.as_ref(),
-            },
+        let (dataset, max_seq_len) = read_dataset(
+            path,
+            bench.num_requests,
+            &model,
+            &resolved,
+            tokenizer.as_ref(),
         )?;
-        let stats = dataset.stats();
-        let max_seq_len = resolved
-            .max_seq_len
-            .value
-            .map_or(stats.max_sequence_length, |n| n as usize);
-        dataset.check_lengths(max_seq_len)?;
-        model.check_length(max_seq_len)?;
-        let batch = resolved
-            .max_batch_size
-            .value
-            .map_or(dataset.requests.len(), |n| n as usize)
-            .clamp(1, dataset.requests.len());
-        let max_tokens = resolved.max_num_tokens.value.map_or(2048, |n| n as usize);
-        let options = LoadOptions::contiguous(batch, max_seq_len, max_tokens);
-        let weights = if resolved.skip_loading_weights.value {
-            WeightChoice::Random(0)
-        } else {
-            WeightChoice::Checkpoint
+        let outputs = Outputs {
+            report_json: bench.report_json.as_deref(),
+            request_json: self.request_json.as_deref(),
+            output_json: self.output_json.as_deref(),
+            iteration_log: bench.iteration_log.as_deref(),
         };
-        let mut executor = model.load(weights, options)?;
-        let requests = self.requests(&dataset)?;
-        let warmup: Vec<StaticRequest> = requests
-            .iter()
-            .take(self.warmup.min(batch))
-            .cloned()
-            .collect();
-        if !warmup.is_empty() {
-            run_static(&mut *executor, &warmup, |_| {}).context("warm-up")?;
+        let weights = weight_choice(&resolved);
+        if !serving {
+            let job = StaticJob {
+                resolved: &resolved,
+                dataset: &dataset,
+                tokenizer: tokenizer.as_ref(),
+                warmup: bench.warmup,
+                stop,
+                params,
+                streaming: self.streaming,
+                max_seq_len,
+                weights,
+                outputs,
+            };
+            return job.run(&mut model);
         }
-        let start = Instant::now();
-        let mut records = Vec::with_capacity(requests.len());
-        for chunk in requests.chunks(batch) {
-            records.extend(run_chunk(&mut *executor, chunk, start, self.streaming)?);
-        }
-        let mut phases: Vec<Phase> = model
-            .phases
-            .iter()
-            .map(|(name, d)| phase(name, d.as_secs_f64()))
-            .collect();
-        phases.push(phase("benchmark", start.elapsed().as_secs_f64()));
-        let limits = RunLimits {
-            concurrency: -1,
-            max_batch_size: batch,
-            cached_sequences: batch,
-        };
-        let section = LatheSection {
-            device: model.target.name(),
-            phases,
-            warnings: warnings(&stats, limits),
-            ..LatheSection::default()
-        };
-        let report = Report::new(
-            engine(&model),
-            None,
-            WorldInfo {
-                tp_size: 1,
-                pp_size: 1,
-                ep_size: 1,
-                world_size: 1,
-                max_batch_size: batch,
-                max_num_tokens: options.max_tokens,
-                scheduling_policy: "static batch".into(),
-                kv_cache_percentage: None,
-                issue_rate: 0.0,
+        let job = ServingJob {
+            resolved: &resolved,
+            dataset: &dataset,
+            tokenizer: tokenizer.as_ref(),
+            load: Load {
+                concurrency: self.concurrency,
+                warmup: bench.warmup,
+                streaming: self.streaming,
+                stop: stop.iter().map(|&id| id as i32).collect(),
+                params,
             },
-            &records,
-            self.streaming,
-            stats,
-            section,
-        );
-        write!(std::io::stdout().lock(), "{report}")?;
-        if let Some(path) = &self.report_json {
-            write_report_json(path, &report)?;
-        }
-        if let Some(path) = &self.request_json {
-            write_request_json(path, &records, tokenizer.as_ref())?;
-        }
-        if let Some(path) = &self.output_json {
-            write_output_json(path, &records, tokenizer.as_ref())?;
-        }
-        Ok(())
-    }
-
-    fn requests(&self, dataset: &Dataset) -> anyhow::Result<Vec<StaticRequest>> {
-        let stop = match self.eos_id {
-            -1 => Vec::new(),
-            id => vec![
-                u32::try_from(id)
-                    .map_err(|_| usage_error(format!("--eos_id {id} is no token id")))?,
-            ],
+            policy: self.scheduler_policy,
+            latency: false,
+            targets: (self.target_input_len, self.target_output_len),
+            max_seq_len,
+            weights,
+            outputs,
         };
-        Ok(dataset
-            .requests
-            .iter()
-            .enumerate()
-            .map(|(i, r)| StaticRequest {
-                id: i as u64,
-                prompt: r.input_ids.clone(),
-                max_new: r.output_tokens as usize,
-                stop: stop.clone(),
-                params: SamplingParams::default(),
-            })
-            .collect())
+        job.run(&mut model)
     }
-}
 
-fn phase(name: &str, seconds: f64) -> Phase {
-    Phase {
-        name: name.into(),
-        seconds,
-    }
-}
-
-fn engine(model: &CompiledModel) -> Engine {
-    Engine {
-        model: model.name.clone(),
-        model_path: Some(model.folder.display().to_string()),
-        engine_dir: None,
-        version: env!("CARGO_PKG_VERSION").into(),
-        backend: "lathe".into(),
-        dtype: model.dtype.name().into(),
-        kv_cache_dtype: Some(model.dtype.name().into()),
-        quantization: None,
-    }
-}
-
-/// One static batch; all its requests start together.
-fn run_chunk(
-    executor: &mut dyn lathe_runtime::step::Executor,
-    requests: &[StaticRequest],
-    clock: Instant,
-    streaming: bool,
-) -> anyhow::Result<Vec<RequestRecord>> {
-    let now = || clock.elapsed().as_nanos() as u64;
-    let begin = now();
-    let mut records: Vec<RequestRecord> = requests
-        .iter()
-        .map(|r| RequestRecord {
-            id: r.id,
-            isl: r.prompt.len(),
-            start_ns: begin,
-            first_token_ns: None,
-            end_ns: begin,
-            decode_iteration: 0,
-            output_tokens: Vec::new(),
-            error: None,
-        })
-        .collect();
-    run_static(executor, requests, |event| {
-        let r = &mut records[event.request];
-        if r.output_tokens.is_empty() && streaming {
-            r.first_token_ns = Some(now());
+    fn flags(&self) -> Options {
+        let chunked = match (self.enable_chunked_context, self.disable_chunked_context) {
+            (_, true) => Given::flag("--disable_chunked_context", Some(false)),
+            (true, false) => Given::flag("--enable_chunked_context", Some(true)),
+            (false, false) => None,
+        };
+        Options {
+            max_batch_size: Given::flag("--max_batch_size", self.max_batch_size.map(Some)),
+            max_num_tokens: Given::flag("--max_num_tokens", self.max_num_tokens.map(Some)),
+            enable_chunked_prefill: chunked,
+            ..self.bench.flags()
         }
-        r.output_tokens.push(event.token);
-        r.decode_iteration += 1;
-        if event.last {
-            r.end_ns = now();
-        }
-    })?;
-    Ok(records)
+    }
+}
+
+/// Random or the checkpoint's.
+pub(super) fn weight_choice(resolved: &Resolved) -> WeightChoice {
+    if resolved.skip_loading_weights.value {
+        WeightChoice::Random(0)
+    } else {
+        WeightChoice::Checkpoint
+    }
+}
+
+/// The dataset, and the longest sequence that is allowed for it.
+///
+/// # Errors
+/// Bad lines, or requests that are too long.
+pub(super) fn read_dataset(
+    path: &std::path::Path,
+    num_requests: usize,
+    model: &CompiledModel,
+    resolved: &Resolved,
+    tokenizer: Option<&TextTokenizer>,
+) -> anyhow::Result<(Dataset, usize)> {
+    let dataset = Dataset::read(
+        path,
+        ReadOptions {
+            num_requests,
+            vocab_size: Some(model.info.vocab as usize),
+            tokenizer,
+        },
+    )?;
+    let longest = dataset.stats().max_sequence_length;
+    let max_seq_len = resolved.max_seq_len.value.map_or(longest, |n| n as usize);
+    dataset.check_lengths(max_seq_len)?;
+    model.check_length(max_seq_len)?;
+    Ok((dataset, max_seq_len))
 }

@@ -279,7 +279,7 @@ fn report(
         }
     }
     // NaN never passes.
-    if !(error <= limit) {
+    if error.is_nan() || error > limit {
         anyhow::bail!("relative error {error:.3e} is past the limit {limit:.3e}");
     }
     if float32 && mismatch.is_some() {

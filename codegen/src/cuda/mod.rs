@@ -1,3 +1,107 @@
 //! CUDA C: kernel text and launch geometry. Nothing here knows the driver.
+//!
+//! [`lower_program`] turns a program of a plan into kernels and launches for one bucket of sizes.
+//! A file a kernel family decides by op, element type and rows which kernel of `kernels/` runs a
+//! step and how it is specialised; equal kernels are generated once.
 
+mod attention;
+mod context;
+mod elementwise;
+mod gemm;
+mod gemv;
+mod launch;
+mod norm;
+mod plain;
 pub mod random_weights;
+mod sample;
+mod skinny;
+mod source;
+mod tiled;
+
+pub use launch::{
+    Arg, CudaOptions, CudaProgram, Launch, MapArg, MapSwizzle, Meta, Ref, Sampling, Sizes,
+    Workspace,
+};
+pub use source::KernelSource;
+
+use crate::plan::{Operand, Plan, Program};
+use context::Context;
+use lathe_ir::Op;
+
+/// A step that no CUDA kernel executes.
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
+#[error("CUDA: {program} step {step} ({op} of {path}): {reason}")]
+pub struct CudaError {
+    /// Program.
+    pub program: &'static str,
+    /// Step of the program.
+    pub step: usize,
+    /// Operation.
+    pub op: &'static str,
+    /// Module path.
+    pub path: String,
+    /// Why.
+    pub reason: String,
+}
+
+/// Kernels and launches of a program for one bucket.
+///
+/// # Errors
+/// A step has no kernel.
+pub fn lower_program(
+    plan: &Plan,
+    program: &Program,
+    sizes: Sizes,
+    sampling: Sampling,
+    options: CudaOptions,
+) -> Result<CudaProgram, CudaError> {
+    let mut cx = Context::new(plan, program, sizes, sampling, options);
+    let mut skip = None;
+    for at in 0..program.steps.len() {
+        cx.begin(at);
+        if skip == Some(at) {
+            continue;
+        }
+        match &cx.step().op {
+            Op::Embedding => plain::embedding(&mut cx)?,
+            Op::RmsNorm { .. } | Op::AddRms { .. } => norm::step(&mut cx)?,
+            Op::Linear | Op::Gemm(_) => {
+                let argmax = gemm::argmax_follows(&cx);
+                gemm::step(&mut cx, argmax)?;
+                skip = argmax.then_some(at + 1);
+            }
+            Op::Rope(_) | Op::AttnStep(_) | Op::AttnQkv(_) => attention::step(&mut cx)?,
+            Op::Sample => sample::step(&mut cx)?,
+            Op::Cast(_)
+            | Op::Unary(_)
+            | Op::Binary(_)
+            | Op::Where
+            | Op::Iota { .. }
+            | Op::Silu
+            | Op::SwiGlu
+            | Op::Angles => elementwise::step(&mut cx)?,
+            _ => plain::step(&mut cx)?,
+        }
+    }
+    let logits = match program.output("logits") {
+        Some(Operand::Value(v)) if sampling != Sampling::GreedyOnly => Some(*v),
+        _ => None,
+    };
+    Ok(CudaProgram {
+        kind: program.kind,
+        sizes,
+        kernels: cx.kernels.finish(),
+        launches: cx.launches,
+        workspaces: cx.workspaces,
+        logits,
+    })
+}
+
+/// The kernel that replaces references to sampled tokens by the tokens (parameters and geometry:
+/// `tokens.cu`).
+pub fn tokens_kernel() -> KernelSource {
+    let mut kernels = source::Kernels::default();
+    let defines = source::Defines::new(lathe_ir::DType::F32);
+    kernels.get(source::Body::Tokens, "", defines, "step.tokens".into());
+    kernels.finish().remove(0)
+}

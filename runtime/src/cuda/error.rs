@@ -118,6 +118,12 @@ pub enum CudaError {
         /// cuBLASLt's status.
         code: String,
     },
+    /// A step of the plan has no kernel.
+    #[error(transparent)]
+    Lower(#[from] lathe_codegen::cuda::CudaError),
+    /// The plan has no program that decodes with a cache.
+    #[error("the plan has no step program with a KV cache")]
+    NoStepProgram,
     /// Weights that cannot be read or packed.
     #[error(transparent)]
     Weights(Box<WeightsError>),

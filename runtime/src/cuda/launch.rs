@@ -41,10 +41,11 @@ impl LaunchConfig {
 }
 
 /// One kernel parameter, by value.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 enum Arg {
     Word32([u8; 4]),
     Word64([u8; 8]),
+    Words(Box<[i64]>),
     Map(TensorMap),
 }
 
@@ -89,6 +90,12 @@ impl Args {
         self
     }
 
+    /// A structure of 8-byte integers, by value.
+    pub fn words(mut self, value: &[i64]) -> Self {
+        self.0.push(Arg::Words(value.into()));
+        self
+    }
+
     /// A `const __grid_constant__` tensor map.
     pub fn tensor_map(mut self, value: TensorMap) -> Self {
         self.0.push(Arg::Map(value));
@@ -109,6 +116,7 @@ impl Args {
         let address = |arg: &Arg| match arg {
             Arg::Word32(bytes) => bytes.as_ptr().cast_mut().cast(),
             Arg::Word64(bytes) => bytes.as_ptr().cast_mut().cast(),
+            Arg::Words(words) => words.as_ptr().cast_mut().cast(),
             Arg::Map(map) => ptr::from_ref(map).cast_mut().cast(),
         };
         self.0.iter().map(address).collect()

@@ -12,21 +12,29 @@
 //! | [`memory`] | arenas checked before they are allocated, pinned host memory |
 //! | [`tensor_map`] | descriptors of the tensor memory accelerator |
 //! | [`graph`], [`timing`] | CUDA graphs, and how long things take |
+//! | [`executor`] | a plan on the device: programs by bucket, graphs, steps |
 //! | [`upload`] | weights into their packed layout on the device |
 //! | [`cublaslt`] | the vendor's GEMM, for comparison and on request |
 
+mod buckets;
 pub mod cubin_cache;
 pub mod cublaslt;
 pub mod driver;
 mod error;
+pub mod executor;
 pub mod graph;
 pub mod launch;
 pub mod library;
 pub mod memory;
 pub mod nvrtc;
+mod prepare;
+mod profile;
+mod state;
 pub mod tensor_map;
 pub mod timing;
 pub mod upload;
 
 pub use cudarc::driver::sys::CUdeviceptr as DevicePtr;
 pub use error::{CompileFailure, CudaError};
+pub use executor::{CudaExecutor, CudaLoad, load};
+pub use profile::KernelTime;

@@ -1,0 +1,451 @@
+//! Attention over the paged cache: the fused decode kernel, append and tensor-core prefill, or the
+//! plain kernel for element types and head sizes that those do not take.
+
+use super::CudaError;
+use super::context::{Context, Geometry};
+use super::launch::{Arg, MapArg, MapSwizzle, Meta, Ref};
+use super::source::{Body, Defines, literal};
+use crate::plan::ProgramKind;
+use lathe_ir::{AttnSpec, DType, Op, QkvSpec, Real, RopeSpec};
+
+/// One attention over keys and values that are in the cache.
+struct Heads {
+    spec: AttnSpec,
+    hq: usize,
+    hkv: usize,
+    d: usize,
+    dtype: DType,
+}
+
+pub(super) fn step(cx: &mut Context<'_>) -> Result<(), CudaError> {
+    match cx.step().op {
+        Op::Rope(spec) => rope(cx, spec),
+        Op::AttnQkv(spec) => packed(cx, &spec),
+        Op::AttnStep(spec) => split(cx, spec),
+        _ => Err(cx.refuse("it is no attention")),
+    }
+}
+
+fn meta(m: Meta) -> Arg {
+    Arg::Ptr(Ref::Meta(m))
+}
+
+/// Cosine and sine tables of the frequencies in an operand.
+fn rope_tables(cx: &Context<'_>, operand: usize, scaling: Real) -> Result<[Arg; 2], CudaError> {
+    let Ref::Table(table) = cx.operand(operand)? else {
+        return Err(cx.refuse("the rotary frequencies are no table"));
+    };
+    Ok([false, true].map(|sine| {
+        Arg::Ptr(Ref::Rope {
+            table,
+            scaling,
+            sine,
+        })
+    }))
+}
+
+fn rope(cx: &mut Context<'_>, spec: RopeSpec) -> Result<(), CudaError> {
+    let x = cx.tensor(0)?;
+    let (rows, d) = cx.matrix(x);
+    let positions = cx.tensor(1)?.elements(&cx.env);
+    if cx.operand(1)? != Ref::Meta(Meta::Positions) || positions == 0 || rows % positions != 0 {
+        return Err(cx.refuse("positions are not those of the step"));
+    }
+    let heads = rows / positions;
+    let [cos, sin] = rope_tables(cx, 2, spec.scaling)?;
+    let defines = cx
+        .defines(x.dtype)
+        .def("LATHE_D", d)
+        .def("LATHE_HEADS", heads);
+    let args = vec![
+        Arg::Ptr(cx.operand(0)?),
+        cos,
+        sin,
+        meta(Meta::Positions),
+        Arg::Ptr(cx.result(0)?),
+        Arg::I32(rows as i32),
+    ];
+    let grid = [(rows * d / 2).div_ceil(256), 1, 1];
+    let label = format!("h{heads}_d{d}_{}", x.dtype);
+    cx.launch(
+        Body::Rope,
+        &label,
+        defines,
+        Geometry::new(grid, 256, 0),
+        args,
+    );
+    Ok(())
+}
+
+/// Separate q, k and v: append, then attend.
+fn split(cx: &mut Context<'_>, spec: AttnSpec) -> Result<(), CudaError> {
+    let (q, k) = (cx.tensor(0)?, cx.tensor(1)?);
+    let (q_shape, k_shape) = (cx.extents(q), cx.extents(k));
+    let h = Heads {
+        spec,
+        hq: q_shape[1] as usize,
+        hkv: k_shape[1] as usize,
+        d: q_shape[2] as usize,
+        dtype: q.dtype,
+    };
+    let cache = cx.operand(3)?;
+    let defines = cx
+        .defines(h.dtype)
+        .def("LATHE_HKV", h.hkv)
+        .def("LATHE_D", h.d)
+        .def("LATHE_PAGE", cx.options.page_size);
+    let args = vec![
+        Arg::Ptr(cx.operand(1)?),
+        Arg::Ptr(cx.operand(2)?),
+        meta(Meta::Positions),
+        meta(Meta::RowSeq),
+        meta(Meta::BlockTable),
+        Arg::Ptr(cache.clone()),
+        Arg::I32(cx.options.max_pages as i32),
+    ];
+    let label = format!("h{}_d{}_{}", h.hkv, h.d, h.dtype);
+    let rows = cx.sizes.t;
+    cx.launch(
+        Body::KvAppend,
+        &label,
+        defines,
+        Geometry::new([rows, 1, 1], 256, 0),
+        args,
+    );
+    let (q, out) = (cx.operand(0)?, cx.result(0)?);
+    attend(cx, &h, q, cache, out)
+}
+
+/// A packed projection: head norms, RoPE, append and attention.
+fn packed(cx: &mut Context<'_>, spec: &QkvSpec) -> Result<(), CudaError> {
+    let h = Heads {
+        spec: spec.attn,
+        hq: spec.heads as usize,
+        hkv: spec.kv_heads as usize,
+        d: spec.head_dim as usize,
+        dtype: cx.tensor(0)?.dtype,
+    };
+    let blocks = h.d / 16;
+    if !h.d.is_multiple_of(16)
+        || (spec.head_norm.is_some() && !blocks.is_power_of_two())
+        || blocks > 32
+    {
+        return Err(cx.refuse(format!("no kernel splits heads of {} features", h.d)));
+    }
+    let [cos, sin] = match spec.rope {
+        Some(r) => rope_tables(cx, 4, r.scaling)?,
+        None => [Arg::Ptr(Ref::Null), Arg::Ptr(Ref::Null)],
+    };
+    let norms = [Arg::Ptr(cx.operand(1)?), Arg::Ptr(cx.operand(2)?)];
+    let with_norm = |d: Defines| match spec.head_norm {
+        Some(eps) => d
+            .def("LATHE_QKNORM", 1)
+            .def("LATHE_EPS", literal(eps.get())),
+        None => d,
+    };
+    let (qkv, cache, out) = (cx.operand(0)?, cx.operand(5)?, cx.result(0)?);
+    let is_decode = cx.program.kind == ProgramKind::Decode;
+    if is_decode && spec.rope.is_some() && decode_takes(cx, &h) {
+        let [qnorm, knorm] = norms;
+        let extra = Decode {
+            fused: true,
+            defines: with_norm(cx.defines(h.dtype)),
+            norms: [qnorm, knorm],
+            tables: [cos, sin],
+            norm_name: if spec.head_norm.is_some() {
+                "_qknorm"
+            } else {
+                ""
+            },
+        };
+        decode(cx, &h, qkv, cache, out, extra);
+        return Ok(());
+    }
+    let rows = cx.sizes.t;
+    let q = cx.work("q", rows * h.hq * h.d * h.dtype.size(), None);
+    let defines = with_norm(cx.defines(h.dtype))
+        .def("LATHE_HQ", h.hq)
+        .def("LATHE_HKV", h.hkv)
+        .def("LATHE_D", h.d)
+        .def("LATHE_PAGE", cx.options.page_size)
+        .def("LATHE_ROPE", u8::from(spec.rope.is_some()));
+    let [qnorm, knorm] = norms;
+    let args = vec![
+        Arg::Ptr(qkv),
+        Arg::Ptr(Ref::Null),
+        qnorm,
+        knorm,
+        cos,
+        sin,
+        meta(Meta::Positions),
+        meta(Meta::RowSeq),
+        meta(Meta::BlockTable),
+        Arg::Ptr(q.clone()),
+        Arg::Ptr(cache.clone()),
+        Arg::I32(rows as i32),
+        Arg::I32(cx.options.max_pages as i32),
+    ];
+    let threads = (h.hq + 2 * h.hkv) * blocks.next_power_of_two();
+    let label = format!("q{}_kv{}_d{}_{}", h.hq, h.hkv, h.d, h.dtype);
+    let geometry = Geometry::new([rows, threads.div_ceil(256), 1], 256, 0);
+    cx.launch(Body::RopeAppend, &label, defines, geometry, args);
+    attend(cx, &h, q, cache, out)
+}
+
+/// Attention of roped queries.
+fn attend(cx: &mut Context<'_>, h: &Heads, q: Ref, cache: Ref, out: Ref) -> Result<(), CudaError> {
+    if !h.spec.mask.causal {
+        return Err(cx.refuse("a cache holds earlier tokens only: attention must be causal"));
+    }
+    if cx.program.kind == ProgramKind::Decode && decode_takes(cx, h) {
+        let extra = Decode {
+            fused: false,
+            defines: cx.defines(h.dtype),
+            norms: [Arg::Ptr(Ref::Null), Arg::Ptr(Ref::Null)],
+            tables: [Arg::Ptr(Ref::Null), Arg::Ptr(Ref::Null)],
+            norm_name: "",
+        };
+        decode(cx, h, q, cache, out, extra);
+    } else if prefill_takes(cx, h) {
+        prefill(cx, h, q, cache, out);
+    } else {
+        plain(cx, h, q, cache, out)?;
+    }
+    Ok(())
+}
+
+fn plain(cx: &mut Context<'_>, h: &Heads, q: Ref, cache: Ref, out: Ref) -> Result<(), CudaError> {
+    if h.d > 256 {
+        return Err(cx.refuse(format!("heads of {} features are too large", h.d)));
+    }
+    let defines = head_defines(cx, h, cx.defines(h.dtype));
+    let args = vec![
+        Arg::Ptr(q),
+        Arg::Ptr(cache),
+        meta(Meta::Positions),
+        meta(Meta::RowSeq),
+        meta(Meta::BlockTable),
+        Arg::Ptr(out),
+        Arg::I32(cx.options.max_pages as i32),
+    ];
+    let geometry = Geometry::new([cx.sizes.t, h.hq, 1], 128, 0);
+    cx.launch(Body::AttnPlain, &head_label(h), defines, geometry, args);
+    Ok(())
+}
+
+fn head_defines(cx: &Context<'_>, h: &Heads, defines: Defines) -> Defines {
+    defines
+        .def("LATHE_HQ", h.hq)
+        .def("LATHE_HKV", h.hkv)
+        .def("LATHE_D", h.d)
+        .def("LATHE_PAGE", cx.options.page_size)
+        .def("LATHE_SCALE", literal(h.spec.scale.get()))
+        .def(
+            "LATHE_SOFTCAP",
+            literal(h.spec.softcap.map_or(0.0, Real::get)),
+        )
+        .def("LATHE_WINDOW", h.spec.mask.window.unwrap_or(0))
+}
+
+fn head_label(h: &Heads) -> String {
+    let window = h
+        .spec
+        .mask
+        .window
+        .map_or(String::new(), |w| format!("_w{w}"));
+    format!("q{}_kv{}_d{}{window}_{}", h.hq, h.hkv, h.d, h.dtype)
+}
+
+/// What the fused form of the decode kernel has beside the heads.
+struct Decode {
+    fused: bool,
+    defines: Defines,
+    norms: [Arg; 2],
+    tables: [Arg; 2],
+    norm_name: &'static str,
+}
+
+fn decode_takes(cx: &Context<'_>, h: &Heads) -> bool {
+    let (group, d) = (h.hq / h.hkv.max(1), h.d);
+    let types = h.dtype == DType::BF16 || h.dtype == DType::F32;
+    // The plain form keeps a warp's outputs of all heads in registers.
+    let fits = h.dtype == DType::BF16 || group * d.div_ceil(32) <= 64;
+    types && fits && group <= 16 && d % 16 == 0 && d <= 256 && !cx.options.plain
+}
+
+fn decode(cx: &mut Context<'_>, h: &Heads, q: Ref, cache: Ref, out: Ref, extra: Decode) {
+    let batch = cx.sizes.b;
+    let (group, items) = (h.hq / h.hkv, batch * h.hkv);
+    let cluster = [8, 4, 2]
+        .into_iter()
+        .find(|c| items * c <= cx.options.sms as usize)
+        .unwrap_or(1);
+    let (nt, stages) = if h.d <= 64 { (2, 2) } else { (1, 3) };
+    let mut defines = head_defines(cx, h, extra.defines);
+    defines = defines.def("LATHE_FUSED", u8::from(extra.fused));
+    let up = |b: usize| b.next_multiple_of(16);
+    let (grid, shared) = if h.dtype == DType::BF16 {
+        defines = defines
+            .def("LATHE_CLUSTER", cluster)
+            .def("LATHE_NT", nt)
+            .def("LATHE_STAGES", stages)
+            // The step state is written before the step, by copies that no kernel overtakes.
+            .def("LATHE_PREFETCH", u8::from(extra.fused && cx.pdl()));
+        let partial = (group * (h.d + 2)).next_multiple_of(4) * 4;
+        let shared = 256 * stages * nt * h.d
+            + 32 * h.d
+            + up(16 * group * (h.d + 2))
+            + 4 * h.d
+            + up(8)
+            + 64
+            + if cluster > 1 { cluster * partial } else { 0 };
+        (items * cluster, shared)
+    } else {
+        (items, 4 * group * h.d + 16 * group * (h.d + 2))
+    };
+    let fused = if extra.fused { "_fused" } else { "" };
+    let label = format!("{}{fused}{}_c{cluster}", head_label(h), extra.norm_name);
+    let [qnorm, knorm] = extra.norms;
+    let [cos, sin] = extra.tables;
+    let args = vec![
+        Arg::Ptr(q),
+        Arg::Ptr(Ref::Null),
+        qnorm,
+        knorm,
+        cos,
+        sin,
+        Arg::Ptr(cache),
+        meta(Meta::BlockTable),
+        meta(Meta::KvLens),
+        Arg::Ptr(out),
+        Arg::Ptr(Ref::Null),
+        Arg::Ptr(Ref::Null),
+        Arg::I32(batch as i32),
+        Arg::I32(cx.options.max_pages as i32),
+    ];
+    // Cluster dimensions are in the source.
+    cx.launch(
+        Body::AttnDecode,
+        &label,
+        defines,
+        Geometry::new([grid, 1, 1], 128, shared),
+        args,
+    );
+}
+
+/// Consumer warpgroups of the prefill kernel. Three leave too few registers for a soft cap.
+fn prefill_groups(h: &Heads) -> usize {
+    if h.d <= 64 && h.spec.softcap.is_none() {
+        3
+    } else {
+        2
+    }
+}
+
+fn prefill_takes(cx: &Context<'_>, h: &Heads) -> bool {
+    let page = cx.options.page_size;
+    let page_box = page.min(64);
+    let pages = matches!(page_box, 8 | 16 | 32 | 64) && page.is_multiple_of(page_box);
+    let heads = h.d.is_multiple_of(8) && h.d <= 256 && h.hq / h.hkv.max(1) <= 64;
+    h.dtype == DType::BF16 && pages && heads && !cx.options.plain
+}
+
+fn prefill(cx: &mut Context<'_>, h: &Heads, q: Ref, cache: Ref, out: Ref) {
+    let (t, b) = (cx.sizes.t, cx.sizes.b);
+    let group = h.hq / h.hkv;
+    let nwg = prefill_groups(h);
+    let dp = [64, 128].into_iter().find(|&p| h.d <= p).unwrap_or(256);
+    let (bn, q_stages) = if h.d > 128 { (64, 1) } else { (128, 2) };
+    let kv_stages = 2;
+    let tq = 64 * nwg / group;
+    let page = cx.options.page_size;
+    let page_box = page.min(64);
+    let window = h.spec.mask.window;
+    let max_items = (t + b * (tq - 1)) / tq;
+    let (work, count) = work_list(cx, tq, window, max_items);
+    let counter = cx.work("attn.counter", 16, Some(0));
+    let defines = cx
+        .defines(h.dtype)
+        .def("D", h.d)
+        .def("GROUP", group)
+        .def("NWG", nwg)
+        .def("BN", bn)
+        .def("KV_STAGES", kv_stages)
+        .def("Q_STAGES", q_stages)
+        .def("PAGE_BOX", page_box)
+        .def("CAUSAL", 1)
+        .def("WINDOW", u8::from(window.is_some()))
+        .def("SOFTCAP", u8::from(h.spec.softcap.is_some()));
+    let size = 2u64;
+    let q_map = MapArg {
+        base: q,
+        dims: vec![h.d as u64, h.hq as u64, t as u64],
+        strides: vec![size * h.d as u64, size * (h.hq * h.d) as u64],
+        block: vec![64, group as u32, tq as u32],
+        swizzle: MapSwizzle::B128,
+    };
+    let kv_map = MapArg {
+        base: cache,
+        dims: vec![h.d as u64, 0],
+        strides: vec![size * h.d as u64],
+        block: vec![64, page_box as u32],
+        swizzle: MapSwizzle::B128,
+    };
+    let args = vec![
+        Arg::Map(q_map),
+        Arg::Map(kv_map),
+        Arg::Ptr(out),
+        meta(Meta::CuSeqlens),
+        meta(Meta::KvLens),
+        meta(Meta::BlockTable),
+        Arg::Ptr(work),
+        Arg::Ptr(count),
+        Arg::Ptr(counter),
+        Arg::I32(h.hkv as i32),
+        Arg::I32(page as i32),
+        Arg::I32(cx.options.max_pages as i32),
+        Arg::I32((h.hq * h.d) as i32),
+        Arg::F32(h.spec.scale.get() as f32),
+        Arg::I32(window.unwrap_or(0) as i32),
+        Arg::F32(h.spec.softcap.map_or(0.0, |c| c.get() as f32)),
+    ];
+    let shared = 2 * dp * (64 * nwg * q_stages + 2 * kv_stages * bn) + 32 * kv_stages + 256;
+    let grid = (max_items * h.hkv).min(cx.options.sms as usize);
+    let cap = if h.spec.softcap.is_some() { "_cap" } else { "" };
+    let windowed = if window.is_some() { "_window" } else { "" };
+    let label = format!("d{}_g{group}{windowed}{cap}", h.d);
+    let geometry = Geometry::new([grid, 1, 1], 128 * (nwg + 1), shared);
+    cx.launch(Body::AttnPrefill, &label, defines, geometry, args);
+}
+
+/// The step's list of query tiles, made by the first attention that needs it.
+fn work_list(cx: &mut Context<'_>, tq: usize, window: Option<u32>, max_items: usize) -> (Ref, Ref) {
+    let name = format!("attn.tiles.{tq}.{}", window.unwrap_or(0));
+    let is_new = cx.workspaces.iter().all(|w| w.name != name);
+    let work = cx.work(&name, 32 * max_items, None);
+    let count = cx.work(&format!("{name}.count"), 16, None);
+    if is_new {
+        let b = cx.sizes.b;
+        let args = vec![
+            meta(Meta::CuSeqlens),
+            meta(Meta::KvLens),
+            Arg::Ptr(work.clone()),
+            Arg::Ptr(count.clone()),
+            Arg::I32(b as i32),
+            Arg::I32(tq as i32),
+            Arg::I32(1),
+            Arg::I32(1),
+            Arg::I32(window.unwrap_or(0) as i32),
+        ];
+        let shared = 4 * (b + 1 + max_items) + 128;
+        let defines = cx.defines(DType::BF16);
+        cx.launch(
+            Body::AttnPlan,
+            "",
+            defines,
+            Geometry::new([1, 1, 1], 1024, shared),
+            args,
+        );
+    }
+    (work, count)
+}

@@ -1,0 +1,280 @@
+//! What the kernel families share while a program is lowered.
+
+use super::CudaError;
+use super::launch::{
+    Arg, CudaOptions, Launch, MapArg, MapSwizzle, Meta, Ref, Sampling, Sizes, Workspace,
+};
+use super::source::{Body, Defines, Kernels};
+use crate::plan::{Operand, Plan, Program, Step, ValueId};
+use lathe_ir::{DType, Op, Sym, SymEnv, TensorType, Type};
+
+/// A program being lowered.
+pub(super) struct Context<'a> {
+    pub(super) plan: &'a Plan,
+    pub(super) program: &'a Program,
+    pub(super) options: CudaOptions,
+    pub(super) sizes: Sizes,
+    pub(super) sampling: Sampling,
+    pub(super) env: SymEnv,
+    pub(super) kernels: Kernels,
+    pub(super) launches: Vec<Launch>,
+    pub(super) workspaces: Vec<Workspace>,
+    /// The step being lowered.
+    pub(super) at: usize,
+    /// The step's kernels start after their predecessors have ended.
+    pub(super) serial: bool,
+}
+
+/// Where and with how much shared memory a kernel runs.
+#[derive(Clone, Copy)]
+pub(super) struct Geometry {
+    pub(super) grid: [u32; 3],
+    pub(super) block: u32,
+    pub(super) cluster: u32,
+    pub(super) shared: u32,
+}
+
+impl Geometry {
+    pub(super) fn new(grid: [usize; 3], block: usize, shared: usize) -> Geometry {
+        Geometry {
+            grid: grid.map(|g| g.max(1) as u32),
+            block: block as u32,
+            cluster: 1,
+            shared: shared as u32,
+        }
+    }
+}
+
+impl<'a> Context<'a> {
+    pub(super) fn new(
+        plan: &'a Plan,
+        program: &'a Program,
+        sizes: Sizes,
+        sampling: Sampling,
+        options: CudaOptions,
+    ) -> Context<'a> {
+        let env = SymEnv::new(&[
+            (Sym::B, sizes.b as i64),
+            (Sym::S, 0),
+            (Sym::T, sizes.t as i64),
+            (Sym::R, sizes.r as i64),
+        ]);
+        Context {
+            plan,
+            program,
+            options,
+            sizes,
+            sampling,
+            env,
+            kernels: Kernels::default(),
+            launches: Vec::new(),
+            workspaces: Vec::new(),
+            at: 0,
+            serial: false,
+        }
+    }
+
+    pub(super) fn step(&self) -> &'a Step {
+        &self.program.steps[self.at]
+    }
+
+    /// The error that this step has no kernel.
+    pub(super) fn refuse(&self, reason: impl Into<String>) -> CudaError {
+        let step = self.step();
+        CudaError {
+            program: self.program.kind.name(),
+            step: self.at,
+            op: step.op.name(),
+            path: step.prov.path.to_string(),
+            reason: reason.into(),
+        }
+    }
+
+    /// Begins a step. Kernels read weights before they wait for their predecessor; where a weight
+    /// is computed by an earlier step, they must not.
+    pub(super) fn begin(&mut self, at: usize) {
+        self.at = at;
+        let step = self.step();
+        let weights: &[usize] = match step.op {
+            Op::Linear => &[1],
+            Op::Gemm(_) => &[1, 2, 4],
+            Op::RmsNorm { .. } => &[1],
+            Op::AddRms { .. } => &[2],
+            Op::AttnQkv(_) => &[1, 2],
+            _ => &[],
+        };
+        self.serial = weights
+            .iter()
+            .any(|&i| matches!(step.operands.get(i), Some(Operand::Value(_))));
+    }
+
+    /// Whether the step's kernels may start early.
+    pub(super) fn pdl(&self) -> bool {
+        self.options.pdl && !self.serial
+    }
+
+    /// Macros that every kernel gets.
+    pub(super) fn defines(&self, dtype: DType) -> Defines {
+        Defines::new(dtype).def("LATHE_PDL", u8::from(self.pdl()))
+    }
+
+    /// Adds a launch of a kernel to the program.
+    pub(super) fn launch(
+        &mut self,
+        body: Body,
+        label: &str,
+        defines: Defines,
+        geometry: Geometry,
+        args: Vec<Arg>,
+    ) -> &mut Launch {
+        let step = self.step();
+        // All layers share a kernel: layer numbers are left out of its comment.
+        let path: Vec<&str> = step
+            .prov
+            .path
+            .split('.')
+            .map(|p| {
+                if p.bytes().all(|b| b.is_ascii_digit()) {
+                    "*"
+                } else {
+                    p
+                }
+            })
+            .collect();
+        let origin = format!("{} of {}", step.op.name(), path.join("."));
+        let kernel = self.kernels.get(body, label, defines, origin);
+        let (bytes, pdl) = (self.step_bytes(), self.pdl());
+        self.launches.push(Launch {
+            kernel,
+            grid: geometry.grid,
+            block: geometry.block,
+            cluster: geometry.cluster,
+            shared: geometry.shared,
+            args,
+            pdl,
+            step: self.at,
+            bytes,
+            flops: 0.0,
+        });
+        self.launches.last_mut().expect("one was pushed")
+    }
+
+    /// Bytes of the tensors that a step reads and writes.
+    fn step_bytes(&self) -> f64 {
+        let step = self.step();
+        let tensors = step.types.iter().filter_map(Type::as_tensor);
+        let results = (0..step.results.len()).filter_map(|i| step.result_type(i));
+        tensors
+            .chain(results)
+            .map(|t| t.bytes(&self.env) as f64)
+            .sum()
+    }
+
+    /// The tensor type of an operand.
+    pub(super) fn tensor(&self, i: usize) -> Result<&'a TensorType, CudaError> {
+        let step = self.step();
+        step.tensor(i)
+            .ok_or_else(|| self.refuse(format!("operand {i} is no tensor")))
+    }
+
+    /// The type of a result.
+    pub(super) fn result_type(&self, i: usize) -> Result<&'a TensorType, CudaError> {
+        self.step()
+            .result_type(i)
+            .ok_or_else(|| self.refuse(format!("result {i} is no tensor")))
+    }
+
+    /// Where an operand is; a null pointer if it is absent.
+    pub(super) fn operand(&self, i: usize) -> Result<Ref, CudaError> {
+        Ok(match self.step().operands.get(i) {
+            Some(Operand::Value(v)) => Ref::Value(*v),
+            Some(Operand::Weight(w)) => Ref::Weight(*w),
+            Some(Operand::Table(t)) => Ref::Table(*t),
+            Some(Operand::Cache(c)) => Ref::Cache(*c),
+            Some(Operand::Input(n)) => {
+                let (name, _) = &self.program.inputs[*n];
+                Ref::Meta(match name.as_str() {
+                    "step.tokens" => Meta::Tokens,
+                    "step.positions" => Meta::Positions,
+                    "step.rows" => Meta::Rows,
+                    _ => return Err(self.refuse(format!("input {name} is unknown"))),
+                })
+            }
+            Some(Operand::Const { .. }) => {
+                return Err(self.refuse(format!("operand {i} is a constant")));
+            }
+            Some(Operand::None) | None => Ref::Null,
+        })
+    }
+
+    pub(super) fn is_absent(&self, i: usize) -> bool {
+        matches!(self.step().operands.get(i), Some(Operand::None) | None)
+    }
+
+    /// The element type of an operand in memory: inputs are always i32.
+    pub(super) fn stored_dtype(&self, i: usize) -> Result<DType, CudaError> {
+        match self.step().operands.get(i) {
+            Some(Operand::Input(_)) => Ok(DType::I32),
+            _ => Ok(self.tensor(i)?.dtype),
+        }
+    }
+
+    /// Where a result goes.
+    pub(super) fn result(&self, i: usize) -> Result<Ref, CudaError> {
+        match self.step().results.get(i) {
+            Some(Some(v)) => Ok(Ref::Value(*v)),
+            _ => Err(self.refuse(format!("result {i} has no place"))),
+        }
+    }
+
+    pub(super) fn result_id(&self, i: usize) -> Option<ValueId> {
+        self.step().results.get(i).copied().flatten()
+    }
+
+    /// A workspace of at least these bytes.
+    pub(super) fn work(&mut self, name: &str, bytes: usize, fill: Option<u32>) -> Ref {
+        if let Some(i) = self.workspaces.iter().position(|w| w.name == name) {
+            let w = &mut self.workspaces[i];
+            w.bytes = w.bytes.max(bytes);
+            return Ref::Work(i);
+        }
+        self.workspaces.push(Workspace {
+            name: name.to_owned(),
+            bytes,
+            fill,
+        });
+        Ref::Work(self.workspaces.len() - 1)
+    }
+
+    /// Extents under the sizes of the bucket.
+    pub(super) fn extents(&self, t: &TensorType) -> Vec<i64> {
+        t.shape.iter().map(|d| d.eval(&self.env)).collect()
+    }
+
+    /// Rows and columns of a tensor seen as a matrix.
+    pub(super) fn matrix(&self, t: &TensorType) -> (usize, usize) {
+        let cols = t.shape.last().map_or(1, |d| d.eval(&self.env)) as usize;
+        (t.elements(&self.env) / cols.max(1), cols)
+    }
+}
+
+/// A map of a row-major bf16 matrix with boxes `[box_rows, box_cols]`.
+pub(super) fn matrix_map(
+    base: Ref,
+    rows: usize,
+    cols: usize,
+    box_rows: usize,
+    box_cols: usize,
+) -> Arg {
+    Arg::Map(MapArg {
+        base,
+        dims: vec![cols as u64, rows as u64],
+        strides: vec![2 * cols as u64],
+        block: vec![box_cols as u32, box_rows as u32],
+        swizzle: match box_cols {
+            64 => MapSwizzle::B128,
+            32 => MapSwizzle::B64,
+            _ => MapSwizzle::B32,
+        },
+    })
+}

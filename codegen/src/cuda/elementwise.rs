@@ -1,0 +1,159 @@
+//! Elementwise operations with broadcasting, by `plain.cu`.
+
+use super::CudaError;
+use super::context::{Context, Geometry};
+use super::launch::{Arg, Ref};
+use super::plain::Geo;
+use super::source::{Body, c_type, literal};
+use crate::plan::Operand;
+use lathe_ir::{BinaryFn, DType, Op, UnaryFn};
+
+pub(super) fn step(cx: &mut Context<'_>) -> Result<(), CudaError> {
+    let step = cx.step();
+    let out = cx.result_type(0)?;
+    let dims = cx.extents(out);
+    if dims.len() > 6 {
+        return Err(cx.refuse(format!("{} axes, the kernel takes 6", dims.len())));
+    }
+    let operands = match step.op {
+        Op::Angles | Op::SwiGlu | Op::Binary(_) => 2,
+        Op::Where => 3,
+        Op::Iota { .. } => 0,
+        _ => 1,
+    };
+    // Memory operands get the parameters a, b, c in turn; constants are written into the expression.
+    let mut names = Vec::new();
+    let mut types = Vec::new();
+    let mut args = Vec::new();
+    let mut geo = Geo::new(&dims);
+    for i in 0..operands {
+        if let Operand::Const { value, dtype } = step.operands[i] {
+            names.push(constant(value.get(), dtype));
+            continue;
+        }
+        let slot = args.len();
+        let shape = cx.extents(cx.tensor(i)?);
+        let strides = match step.op {
+            // An outer product: the rows of the positions, the columns of the frequencies.
+            Op::Angles if i == 0 => broadcast_strides(&[&shape[..], &[1]].concat(), &dims),
+            _ => broadcast_strides(&shape, &dims),
+        };
+        geo.inputs[slot][..dims.len()].copy_from_slice(&strides);
+        names.push(["a", "b", "c"][slot].to_owned());
+        types.push(cx.stored_dtype(i)?);
+        args.push(Arg::Ptr(cx.operand(i)?));
+    }
+    let is_integer = |t: &DType| !t.is_float();
+    let exact = types.iter().all(is_integer)
+        && (is_integer(&out.dtype) || operands == 0)
+        && !matches!(step.op, Op::Angles);
+    let expr = expression(cx, &names)?;
+    let inputs = args.len();
+    let mut defines = cx
+        .defines(DType::F32)
+        .def("LATHE_KIND", 0)
+        .def("LATHE_RANK", dims.len().max(1))
+        .def("LATHE_INPUTS", inputs)
+        .def("LATHE_TO", c_type(out.dtype))
+        .def("LATHE_CT", if exact { "i64" } else { "float" });
+    for (name, t) in ["LATHE_TA", "LATHE_TB", "LATHE_TC"].iter().zip(&types) {
+        defines = defines.def(name, c_type(*t));
+    }
+    defines = defines.def("LATHE_EXPR(a, b, c, ix)", format!("({expr})"));
+    args.resize(3, Arg::Ptr(Ref::Null));
+    args.push(Arg::Ptr(cx.result(0)?));
+    let n = geo.n;
+    args.push(Arg::Words(geo.words()));
+    let label = format!("{}_r{}_{}", step.op.name(), dims.len(), out.dtype);
+    let grid = [(n as usize).div_ceil(256), 1, 1];
+    cx.launch(
+        Body::Plain,
+        &label,
+        defines,
+        Geometry::new(grid, 256, 0),
+        args,
+    );
+    Ok(())
+}
+
+/// Element strides of an operand along the axes of the result; 0 where it is repeated.
+pub(super) fn broadcast_strides(shape: &[i64], dims: &[i64]) -> Vec<i64> {
+    let mut strides = vec![0; dims.len()];
+    let mut stride = 1;
+    for (i, &n) in shape.iter().enumerate().rev() {
+        if n != 1 {
+            strides[i + dims.len() - shape.len()] = stride;
+        }
+        stride *= n;
+    }
+    strides
+}
+
+/// A constant of an element type, rounded to it.
+fn constant(v: f64, dtype: DType) -> String {
+    match dtype {
+        DType::BF16 | DType::F16 => format!("round_to<{}>({})", c_type(dtype), literal(v)),
+        DType::F32 => literal(v),
+        _ => format!("((i64){})", v as i64),
+    }
+}
+
+fn expression(cx: &Context<'_>, x: &[String]) -> Result<String, CudaError> {
+    let a = x.first().map_or("", String::as_str);
+    let b = x.get(1).map_or("", String::as_str);
+    let call = |f: &str| format!("{f}({a})");
+    Ok(match &cx.step().op {
+        Op::Cast(DType::Bool) => format!("{a} != 0"),
+        Op::Cast(_) => a.to_owned(),
+        Op::Iota { .. } => "ix[0]".to_owned(),
+        Op::Where => format!("{a} != 0 ? {b} : {}", x[2]),
+        Op::Silu => call("silu"),
+        Op::SwiGlu => format!("silu({a}) * {b}"),
+        Op::Angles => format!("{a} * {b}"),
+        Op::Unary(f) => match f {
+            UnaryFn::Neg => format!("-{a}"),
+            UnaryFn::Abs => format!("{a} < 0 ? -{a} : {a}"),
+            UnaryFn::Exp => call("expf"),
+            UnaryFn::Log => call("logf"),
+            UnaryFn::Sqrt => call("sqrtf"),
+            UnaryFn::Rsqrt => call("rsqrtf"),
+            UnaryFn::Sin => call("sinf"),
+            UnaryFn::Cos => call("cosf"),
+            UnaryFn::Tanh => call("tanhf"),
+            UnaryFn::Sigmoid => format!("1.0f / (1.0f + expf(-{a}))"),
+            UnaryFn::Erf => call("erff"),
+            UnaryFn::Relu => format!("{a} > 0 ? {a} : 0"),
+            UnaryFn::Not => format!("{a} == 0"),
+        },
+        Op::Binary(f) => {
+            let infix = |op: &str| format!("{a} {op} {b}");
+            match f {
+                BinaryFn::Add => infix("+"),
+                BinaryFn::Sub => infix("-"),
+                BinaryFn::Mul => infix("*"),
+                BinaryFn::Div => infix("/"),
+                BinaryFn::Pow => power(cx, a, b),
+                BinaryFn::Maximum => format!("{a} > {b} ? {a} : {b}"),
+                BinaryFn::Minimum => format!("{a} < {b} ? {a} : {b}"),
+                BinaryFn::Eq => infix("=="),
+                BinaryFn::Ne => infix("!="),
+                BinaryFn::Lt => infix("<"),
+                BinaryFn::Le => infix("<="),
+                BinaryFn::Gt => infix(">"),
+                BinaryFn::Ge => infix(">="),
+                BinaryFn::And => format!("{a} != 0 && {b} != 0"),
+                BinaryFn::Or => format!("{a} != 0 || {b} != 0"),
+            }
+        }
+        op => return Err(cx.refuse(format!("{} is not elementwise", op.name()))),
+    })
+}
+
+/// Small whole powers are products: `powf` of a negative base is exact for them too, but slow.
+fn power(cx: &Context<'_>, a: &str, b: &str) -> String {
+    match cx.step().operands[1] {
+        Operand::Const { value, .. } if value.get() == 2.0 => format!("{a} * {a}"),
+        Operand::Const { value, .. } if value.get() == 3.0 => format!("{a} * {a} * {a}"),
+        _ => format!("powf({a}, {b})"),
+    }
+}

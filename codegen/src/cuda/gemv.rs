@@ -1,0 +1,159 @@
+//! The weight-streaming GEMV of at most 4 rows: specialisation and geometry of `gemv.cu`.
+
+use super::context::{Context, Geometry};
+use super::gemm::{Gemm, epilogue_name};
+use super::launch::{Arg, Ref};
+use super::source::{Body, literal};
+use crate::plan::Operand;
+use lathe_ir::{Epilogue, Op, Prologue};
+
+const WARPS: usize = 8;
+/// Rows of a group.
+const R: usize = 2;
+/// Shared memory that a block may have.
+const SHARED: usize = 232_448;
+/// Shared memory with which no two blocks share a multiprocessor.
+const ALONE: usize = 116_000;
+/// Bytes a warp brings into L2 of the weights that the next kernel reads first.
+const NEXT: usize = 4096;
+
+/// Whether the kernel computes this GEMM, its prologue aside.
+pub(super) fn takes(g: &Gemm) -> bool {
+    let vectors = (g.k * g.dtype.size()).is_multiple_of(16);
+    let epilogue = g.bias.is_none() || (g.epilogue == Epilogue::None && !g.argmax);
+    vectors && epilogue && shape(g, 132).is_some()
+}
+
+/// Whether the prologue's rows fit into registers.
+pub(super) fn takes_prologue(g: &Gemm) -> bool {
+    let vec = 16 / g.dtype.size();
+    g.m * (g.k / vec).div_ceil(32 * WARPS) <= 16
+}
+
+struct Shape {
+    grid: usize,
+    kc: usize,
+    slots: usize,
+    shared: usize,
+}
+
+/// Geometry by the formulas at the top of `gemv.cu`.
+fn shape(g: &Gemm, sms: usize) -> Option<Shape> {
+    let size = g.dtype.size();
+    let kc = 512 / size * 4;
+    let groups = g.n.div_ceil(R);
+    let grid = sms.min(groups);
+    let rounds = groups / (grid * WARPS);
+    let rem = groups - rounds * grid * WARPS;
+    let pairs = rem.div_ceil(grid);
+    let chunks = g.k.div_ceil(kc);
+    let umin = (rem / grid) * chunks / WARPS;
+    let sp = match umin {
+        0 => WARPS,
+        _ => ((chunks - 1).div_ceil(umin) + 1).min(WARPS).min(chunks),
+    };
+    let addend = g.bias.is_some() || g.epilogue == Epilogue::Residual;
+    let added = if addend { rounds * WARPS + pairs } else { 0 };
+    let part = (rounds * WARPS + pairs * sp + added) * R * g.m * 4;
+    let up = |b: usize| b.next_multiple_of(16);
+    let bytes = |slots: usize| {
+        up(WARPS * slots * R * kc * size)
+            + up(g.m * g.k * size)
+            + up(part)
+            + up(WARPS * slots * 8)
+            + up(WARPS * g.m * 8)
+    };
+    let slots = (2..=6).rev().find(|&s| bytes(s) <= SHARED)?;
+    Some(Shape {
+        grid,
+        kc,
+        slots,
+        shared: bytes(slots).max(ALONE),
+    })
+}
+
+pub(super) fn launch(cx: &mut Context<'_>, g: &Gemm) {
+    let s = shape(g, cx.options.sms as usize).expect("`takes` was asked first");
+    let (prologue, eps) = match g.prologue {
+        Prologue::None => (0, None),
+        Prologue::Rms { eps } => (1, Some(eps)),
+        Prologue::AddRms { eps } => (2, Some(eps)),
+    };
+    let epilogue = match (g.argmax, g.epilogue) {
+        (true, _) => 4,
+        (_, Epilogue::None) => u8::from(g.bias.is_some()),
+        (_, Epilogue::Residual) => 2,
+        (_, Epilogue::SwiGlu) => 3,
+    };
+    let next = next_weights(cx, s.grid * WARPS * NEXT);
+    let label = format!(
+        "m{}_n{}_k{}_{}_{}{}_{}",
+        g.m,
+        g.n,
+        g.k,
+        ["plain", "rms", "addrms"][prologue],
+        if g.argmax {
+            "argmax"
+        } else {
+            epilogue_name(g.epilogue)
+        },
+        if g.bias.is_some() { "_bias" } else { "" },
+        g.dtype
+    );
+    let mut defines = cx
+        .defines(g.dtype)
+        .def("LATHE_M", g.m)
+        .def("LATHE_N", g.n)
+        .def("LATHE_K", g.k)
+        .def("LATHE_GRID", s.grid)
+        .def("LATHE_WARPS", WARPS)
+        .def("LATHE_KC", s.kc)
+        .def("LATHE_SLOTS", s.slots)
+        .def("LATHE_R", R)
+        .def("LATHE_PRO", prologue)
+        .def("LATHE_EPI", epilogue);
+    if let Some(eps) = eps {
+        defines = defines.def("LATHE_EPS", literal(eps.get()));
+    }
+    if g.argmax {
+        // Logits are compared as they would be stored, so that ties fall alike with and without logits.
+        defines = defines.def("LATHE_MAP(v)", "round_to<E>(v)");
+    }
+    if next.is_some() {
+        defines = defines.def("LATHE_NEXT", NEXT);
+    }
+    let (best, counter) = match g.argmax {
+        true => (
+            cx.work("argmax.best", 64, Some(0)),
+            cx.work("argmax.counter", 16, Some(0)),
+        ),
+        false => (Ref::Null, Ref::Null),
+    };
+    let addend = g.bias.clone().or_else(|| g.residual.clone());
+    let args = vec![
+        Arg::Ptr(g.w.clone()),
+        Arg::Ptr(g.x.clone()),
+        Arg::Ptr(g.delta.clone()),
+        Arg::Ptr(g.gamma.clone()),
+        Arg::Ptr(addend.unwrap_or(Ref::Null)),
+        Arg::Ptr(g.y.clone()),
+        Arg::Ptr(g.sum.clone()),
+        Arg::Ptr(best),
+        Arg::Ptr(counter),
+        Arg::Ptr(next.unwrap_or(Ref::Null)),
+    ];
+    let geometry = Geometry::new([s.grid, 1, 1], 32 * WARPS, s.shared);
+    cx.launch(Body::Gemv, &label, defines, geometry, args);
+}
+
+/// The weights of the next GEMM of the program, if they have so many bytes.
+fn next_weights(cx: &Context<'_>, bytes: usize) -> Option<Ref> {
+    let later = &cx.program.steps[cx.at + 1..];
+    let next = later
+        .iter()
+        .find(|s| matches!(s.op, Op::Gemm(_) | Op::Linear))?;
+    match next.operands[1] {
+        Operand::Weight(w) if cx.plan.weights[w].recipe.bytes() >= bytes => Some(Ref::Weight(w)),
+        _ => None,
+    }
+}

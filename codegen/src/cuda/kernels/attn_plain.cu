@@ -1,0 +1,78 @@
+// attn_plain: causal attention of ragged rows over the paged KV cache, any element type, head size and batch: the f32
+// path, head sizes that no other kernel takes, and the reference for the fast kernels.
+// Called by: attention steps after the new keys and values are in the cache.
+//
+// Defines: LATHE_HQ, LATHE_HKV, LATHE_D (up to 256), LATHE_PAGE; LATHE_SCALE; LATHE_SOFTCAP (0.0f: none);
+//   LATHE_WINDOW (0: none).
+// Parameters: const E* q [T, HQ*D] (roped), const E* cache, const i32* positions [T], const i32* row_seq [T] (< 0:
+//   padding row, zeros), const i32* block_table [B, max_pages], E* out [T, HQ*D], i32 max_pages.
+// Geometry: grid (rows, HQ), block 128, smem 0. A warp takes every fourth key with its own online softmax; the four
+// are merged at the end.
+#ifndef LATHE_SOFTCAP
+#define LATHE_SOFTCAP 0.0f
+#endif
+#ifndef LATHE_WINDOW
+#define LATHE_WINDOW 0
+#endif
+constexpr int HQ = LATHE_HQ, HKV = LATHE_HKV, D = LATHE_D, PAGE = LATHE_PAGE, EL = (D + 31) / 32;
+static_assert(HQ % HKV == 0 && D <= 256, "heads");
+
+extern "C" __global__ void __launch_bounds__(128)
+LATHE_NAME(const E* q, const E* cache, const i32* positions, const i32* row_seq, const i32* block_table, E* out,
+           i32 max_pages) {
+  __shared__ float mo[4][D], ml[2][4];
+  const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31;
+  const int row = blockIdx.x, head = blockIdx.y, h = head / (HQ / HKV);
+  pdl_launch();
+  pdl_wait();
+  const int seq = row_seq[row], pos = positions[row];
+  const i64 at = ((i64)row * HQ + head) * D;
+  if (seq < 0) {
+    for (int i = tid; i < D; i += 128) out[at + i] = from_f32<E>(0.0f);
+    return;
+  }
+  float qf[EL], o[EL], m = NEG_INF, l = 0.0f;
+#pragma unroll
+  for (int j = 0; j < EL; ++j) {
+    const int e = lane + 32 * j;
+    qf[j] = e < D ? to_f32(q[at + e]) : 0.0f;
+    o[j] = 0.0f;
+  }
+  const int first = LATHE_WINDOW > 0 ? max(0, pos - LATHE_WINDOW + 1) : 0;
+  for (int p = first + warp; p <= pos; p += 4) {
+    const i64 page = block_table[(i64)seq * max_pages + p / PAGE];
+    const E* kr = cache + ((page * 2 * HKV + h) * PAGE + p % PAGE) * D;
+    const E* vr = kr + (i64)HKV * PAGE * D;
+    float d = 0.0f;
+#pragma unroll
+    for (int j = 0; j < EL; ++j) {
+      const int e = lane + 32 * j;
+      if (e < D) d = fmaf(qf[j], to_f32(kr[e]), d);
+    }
+    float s = warp_sum(d) * LATHE_SCALE;
+    if (LATHE_SOFTCAP > 0.0f) s = LATHE_SOFTCAP * tanhf(s / (LATHE_SOFTCAP > 0.0f ? LATHE_SOFTCAP : 1.0f));
+    const float n = fmaxf(m, s), a = expf(m - n), w = expf(s - n);
+    m = n;
+    l = l * a + w;
+#pragma unroll
+    for (int j = 0; j < EL; ++j) {
+      const int e = lane + 32 * j;
+      if (e < D) o[j] = o[j] * a + w * to_f32(vr[e]);
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < EL; ++j)
+    if (lane + 32 * j < D) mo[warp][lane + 32 * j] = o[j];
+  if (lane == 0) { ml[0][warp] = m; ml[1][warp] = l; }
+  __syncthreads();
+  for (int i = tid; i < D; i += 128) {
+    float mm = NEG_INF, ll = 0.0f, a = 0.0f;
+    for (int w = 0; w < 4; ++w) mm = fmaxf(mm, ml[0][w]);
+    for (int w = 0; w < 4; ++w) {
+      const float f = expf(ml[0][w] - mm);
+      a = fmaf(mo[w][i], f, a);
+      ll = fmaf(ml[1][w], f, ll);
+    }
+    out[at + i] = from_f32<E>(a / ll);
+  }
+}

@@ -1,0 +1,22 @@
+// kv_append: keys and values of the step's rows into the paged cache, any element type and head size.
+// Called by: attention steps with separate q, k and v.
+//
+// Defines: LATHE_HKV, LATHE_D, LATHE_PAGE.
+// Parameters: const E* k [T, HKV*D], const E* v [T, HKV*D], const i32* positions [T], const i32* row_seq [T] (< 0:
+//   padding row, skipped), const i32* block_table [B, max_pages], E* cache, i32 max_pages.
+// Geometry: grid = rows, block 256, smem 0.
+extern "C" __global__ void __launch_bounds__(256)
+LATHE_NAME(const E* k, const E* v, const i32* positions, const i32* row_seq, const i32* block_table, E* cache,
+           i32 max_pages) {
+  constexpr int N = LATHE_HKV * LATHE_D;
+  pdl_launch();
+  pdl_wait();
+  const int row = blockIdx.x, seq = row_seq[row], pos = positions[row];
+  if (seq < 0) return;
+  const i64 page = block_table[(i64)seq * max_pages + pos / LATHE_PAGE];
+  for (int i = threadIdx.x; i < 2 * N; i += 256) {
+    const int kv = i / N, e = i % N;
+    const i64 to = ((page * 2 + kv) * LATHE_HKV + e / LATHE_D) * LATHE_PAGE + pos % LATHE_PAGE;
+    cache[to * LATHE_D + e % LATHE_D] = (kv ? v : k)[(i64)row * N + e];
+  }
+}

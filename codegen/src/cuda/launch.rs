@@ -1,0 +1,199 @@
+//! Launches as data: which kernel, on what grid, with which arguments. The runtime turns the
+//! references into addresses; argument lists are generated from the plan and typed nowhere else.
+
+use super::source::KernelSource;
+use crate::plan::{ProgramKind, ValueId};
+use lathe_ir::Real;
+
+/// Arrays that describe a step, written by the host before it. All are i32 unless noted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Meta {
+    /// Token ids `[T]`.
+    Tokens,
+    /// Position of each row `[T]`.
+    Positions,
+    /// Sequence of each row `[T]`, -1 for padding.
+    RowSeq,
+    /// Row ranges of the sequences `[B+1]`.
+    CuSeqlens,
+    /// Cached tokens of each sequence after the step `[B]`, 0 for padding.
+    KvLens,
+    /// Sampled rows `[R]`.
+    Rows,
+    /// Sampling temperatures, f32 `[R]`.
+    Temperature,
+    /// Top-k, u32 `[R]`.
+    TopK,
+    /// Top-p, f32 `[R]`.
+    TopP,
+    /// Position before that of the sampled token `[R]`.
+    SamplePositions,
+    /// Seeds, u64 `[R]`.
+    Seed,
+    /// Requests, u64 `[R]`.
+    Request,
+    /// Pages of the sequences `[B, max_pages]`.
+    BlockTable,
+}
+
+/// Memory on the device.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Ref {
+    /// The slot of a value.
+    Value(ValueId),
+    /// A packed weight.
+    Weight(usize),
+    /// A constant f32 vector of the plan.
+    Table(usize),
+    /// Cosines or sines `f32 [max_seq_len, D/2]` of the angles `position · table`.
+    Rope {
+        /// The frequencies.
+        table: usize,
+        /// Factor of both.
+        scaling: Real,
+        /// Sines rather than cosines.
+        sine: bool,
+    },
+    /// The cache of a layer.
+    Cache(usize),
+    /// An array of the step.
+    Meta(Meta),
+    /// A workspace, by index into [`CudaProgram::workspaces`].
+    Work(usize),
+    /// The sampled tokens, i32 `[R]`.
+    Sampled,
+    /// A null pointer.
+    Null,
+}
+
+/// Swizzle of a tensor map, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MapSwizzle {
+    /// 32 bytes.
+    B32,
+    /// 64 bytes.
+    B64,
+    /// 128 bytes.
+    B128,
+}
+
+/// A tensor map of bf16 elements; dimensions are innermost first.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MapArg {
+    /// First element.
+    pub base: Ref,
+    /// Elements in each dimension. A 0 stands for the rows of the cache
+    /// (`pages · 2 · kv_heads · page_size`), which only the runtime knows.
+    pub dims: Vec<u64>,
+    /// Bytes between neighbours in each dimension but the innermost.
+    pub strides: Vec<u64>,
+    /// Elements of a box in each dimension.
+    pub block: Vec<u32>,
+    /// How rows of a box lie in shared memory.
+    pub swizzle: MapSwizzle,
+}
+
+/// One kernel argument.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Arg {
+    /// A pointer.
+    Ptr(Ref),
+    /// A 32-bit integer.
+    I32(i32),
+    /// A float.
+    F32(f32),
+    /// A structure of 8-byte integers, by value.
+    Words(Vec<i64>),
+    /// A tensor map, by value.
+    Map(MapArg),
+}
+
+/// One launch.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Launch {
+    /// Index into [`CudaProgram::kernels`].
+    pub kernel: usize,
+    /// Blocks.
+    pub grid: [u32; 3],
+    /// Threads of a block.
+    pub block: u32,
+    /// Blocks of a cluster as a launch attribute; 1 also where the source fixes them.
+    pub cluster: u32,
+    /// Bytes of dynamic shared memory.
+    pub shared: u32,
+    /// Arguments in order.
+    pub args: Vec<Arg>,
+    /// Whether the kernel may start before its predecessor has ended.
+    pub pdl: bool,
+    /// Step of the plan's program.
+    pub step: usize,
+    /// Bytes that must pass through memory, without the KV cache.
+    pub bytes: f64,
+    /// Floating-point operations of the matrix products.
+    pub flops: f64,
+}
+
+/// Memory that kernels share among themselves; of all programs the largest of a name is allocated.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Workspace {
+    /// Its name.
+    pub name: String,
+    /// Its bytes.
+    pub bytes: usize,
+    /// 32-bit word with which it is filled once.
+    pub fill: Option<u32>,
+}
+
+/// Sizes for which a program is lowered: a bucket that holds the batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Sizes {
+    /// Token rows.
+    pub t: usize,
+    /// Sequences.
+    pub b: usize,
+    /// Sampled rows.
+    pub r: usize,
+}
+
+/// How next tokens are chosen in a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Sampling {
+    /// All rows are greedy and nobody wants the logits.
+    GreedyOnly,
+    /// All rows are greedy; logits are kept.
+    Greedy,
+    /// By each row's parameters.
+    Params,
+}
+
+/// What the kernels are generated for beside the sizes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CudaOptions {
+    /// Programmatic dependent launch.
+    pub pdl: bool,
+    /// Multiprocessors.
+    pub sms: u32,
+    /// Tokens of a cache page.
+    pub page_size: usize,
+    /// Columns of the block table.
+    pub max_pages: usize,
+    /// No tensor cores, no fused attention: the kernels that others are compared with.
+    pub plain: bool,
+}
+
+/// A program of the plan as kernels and launches for one bucket.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CudaProgram {
+    /// Which program.
+    pub kind: ProgramKind,
+    /// For which sizes.
+    pub sizes: Sizes,
+    /// Distinct kernels.
+    pub kernels: Vec<KernelSource>,
+    /// Launches in order.
+    pub launches: Vec<Launch>,
+    /// Workspaces.
+    pub workspaces: Vec<Workspace>,
+    /// Where the logits are, if they were asked for.
+    pub logits: Option<ValueId>,
+}

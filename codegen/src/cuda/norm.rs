@@ -1,0 +1,97 @@
+//! RMSNorm, with or without the residual sum before it.
+
+use super::CudaError;
+use super::context::{Context, Geometry};
+use super::launch::{Arg, Ref};
+use super::source::{Body, literal};
+use lathe_ir::{DType, Op};
+
+/// A norm over rows; with `delta` of `x + delta`, which goes to `sum`.
+pub(super) struct Norm {
+    pub(super) x: Ref,
+    pub(super) delta: Option<Ref>,
+    pub(super) gamma: Ref,
+    pub(super) y: Ref,
+    pub(super) sum: Ref,
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+    pub(super) eps: f64,
+    pub(super) dtype: DType,
+}
+
+pub(super) fn step(cx: &mut Context<'_>) -> Result<(), CudaError> {
+    let x = cx.tensor(0)?;
+    let (rows, cols) = cx.matrix(x);
+    let bytes = rows * cols * x.dtype.size();
+    let norm = match cx.step().op {
+        Op::RmsNorm { eps } => Norm {
+            x: cx.operand(0)?,
+            delta: None,
+            gamma: cx.operand(1)?,
+            y: cx.result(0)?,
+            sum: Ref::Null,
+            rows,
+            cols,
+            eps: eps.get(),
+            dtype: x.dtype,
+        },
+        Op::AddRms { eps } => Norm {
+            x: cx.operand(0)?,
+            delta: Some(cx.operand(1)?),
+            gamma: cx.operand(2)?,
+            y: match cx.result_id(1) {
+                Some(v) => Ref::Value(v),
+                None => cx.work("unread", bytes, None),
+            },
+            sum: match cx.result_id(0) {
+                Some(v) => Ref::Value(v),
+                None => cx.work("sum", bytes, None),
+            },
+            rows,
+            cols,
+            eps: eps.get(),
+            dtype: x.dtype,
+        },
+        _ => return Err(cx.refuse("it is no norm")),
+    };
+    launch(cx, norm)
+}
+
+pub(super) fn launch(cx: &mut Context<'_>, n: Norm) -> Result<(), CudaError> {
+    if !(n.cols * n.dtype.size()).is_multiple_of(16) {
+        return Err(cx.refuse(format!(
+            "rows of {} elements are not whole 16-byte vectors",
+            n.cols
+        )));
+    }
+    let vectors = n.cols * n.dtype.size() / 16;
+    let threads = vectors.next_multiple_of(32).clamp(32, 256);
+    let label = format!(
+        "{}{}_{}",
+        if n.delta.is_some() { "add_" } else { "" },
+        n.cols,
+        n.dtype
+    );
+    let defines = cx
+        .defines(n.dtype)
+        .def("LATHE_K", n.cols)
+        .def("LATHE_ADD", u8::from(n.delta.is_some()))
+        .def("LATHE_EPS", literal(n.eps))
+        .def("LATHE_THREADS", threads);
+    let args = vec![
+        Arg::Ptr(n.x),
+        Arg::Ptr(n.delta.unwrap_or(Ref::Null)),
+        Arg::Ptr(n.gamma),
+        Arg::Ptr(n.y),
+        Arg::Ptr(n.sum),
+        Arg::I32(n.rows as i32),
+    ];
+    cx.launch(
+        Body::Norm,
+        &label,
+        defines,
+        Geometry::new([n.rows, 1, 1], threads, 0),
+        args,
+    );
+    Ok(())
+}

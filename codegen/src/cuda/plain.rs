@@ -1,0 +1,359 @@
+//! The remaining operations, each by one kind of `plain.cu`: reductions, matrix products, gathers,
+//! softmax and strided copies.
+
+use super::CudaError;
+use super::context::{Context, Geometry};
+use super::elementwise::broadcast_strides;
+use super::launch::{Arg, Ref};
+use super::source::{Body, c_type};
+use lathe_ir::{DType, Op, PackKind, ReduceFn};
+
+/// The structure `Geo` of `plain.cu`.
+pub(super) struct Geo {
+    pub(super) n: i64,
+    pub(super) dims: [i64; 6],
+    /// Strides of a, b and c.
+    pub(super) inputs: [[i64; 6]; 3],
+    pub(super) out: [i64; 6],
+    pub(super) reduced: [i64; 6],
+    /// Element offsets of a, b, c and the output.
+    pub(super) offsets: [i64; 4],
+}
+
+impl Geo {
+    /// A dense output of at most 6 axes.
+    pub(super) fn new(dims: &[i64]) -> Geo {
+        let mut geo = Geo {
+            n: dims.iter().product(),
+            dims: [1; 6],
+            inputs: [[0; 6]; 3],
+            out: [0; 6],
+            reduced: [1; 6],
+            offsets: [0; 4],
+        };
+        geo.dims[..dims.len()].copy_from_slice(dims);
+        geo.out[..dims.len()].copy_from_slice(&dense(dims));
+        geo
+    }
+
+    pub(super) fn words(&self) -> Vec<i64> {
+        let [a, b, c] = &self.inputs;
+        let arrays = [&self.dims, a, b, c, &self.out, &self.reduced];
+        std::iter::once(self.n)
+            .chain(arrays.into_iter().flatten().copied())
+            .chain(self.offsets)
+            .collect()
+    }
+}
+
+/// Strides of a row-major tensor.
+fn dense(dims: &[i64]) -> Vec<i64> {
+    let mut strides = vec![1; dims.len()];
+    for i in (1..dims.len()).rev() {
+        strides[i - 1] = strides[i] * dims[i];
+    }
+    strides
+}
+
+pub(super) fn embedding(cx: &mut Context<'_>) -> Result<(), CudaError> {
+    let table = cx.tensor(0)?;
+    let (vocab, width) = cx.matrix(table);
+    if !(width * table.dtype.size()).is_multiple_of(16) {
+        return gather(cx);
+    }
+    let rows = cx.tensor(1)?.elements(&cx.env);
+    if cx.stored_dtype(1)? != DType::I32 {
+        return gather(cx);
+    }
+    let defines = cx
+        .defines(table.dtype)
+        .def("LATHE_H", width)
+        .def("LATHE_V", vocab);
+    let args = vec![
+        Arg::Ptr(cx.operand(0)?),
+        Arg::Ptr(cx.operand(1)?),
+        Arg::Ptr(cx.result(0)?),
+        Arg::I32(rows as i32),
+    ];
+    let label = format!("{width}_{}", table.dtype);
+    let launch = cx.launch(
+        Body::Embed,
+        &label,
+        defines,
+        Geometry::new([rows, 1, 1], 128, 0),
+        args,
+    );
+    launch.bytes = (2 * rows * width * table.dtype.size()) as f64;
+    Ok(())
+}
+
+pub(super) fn step(cx: &mut Context<'_>) -> Result<(), CudaError> {
+    match cx.step().op.clone() {
+        Op::Reduce { f, axis, .. } => reduce(cx, f, usize::from(axis)),
+        Op::Matmul => matmul(cx),
+        Op::Embedding | Op::Select => gather(cx),
+        Op::Softmax => softmax(cx),
+        Op::Permute(perm) => {
+            let x = cx.extents(cx.tensor(0)?);
+            let strides = dense(&x);
+            let dims: Vec<i64> = perm.iter().map(|&p| x[usize::from(p)]).collect();
+            let from: Vec<i64> = perm.iter().map(|&p| strides[usize::from(p)]).collect();
+            copy(cx, 0, &dims, &from, 0, None)
+        }
+        Op::Expand(_) => {
+            let dims = cx.extents(cx.result_type(0)?);
+            let from = broadcast_strides(&cx.extents(cx.tensor(0)?), &dims);
+            copy(cx, 0, &dims, &from, 0, None)
+        }
+        Op::Slice { axis, start, .. } => {
+            let dims = cx.extents(cx.result_type(0)?);
+            let from = dense(&cx.extents(cx.tensor(0)?));
+            let offset = start * from[usize::from(axis)];
+            copy(cx, 0, &dims, &from, offset, None)
+        }
+        Op::Concat { axis } => {
+            let to = dense(&cx.extents(cx.result_type(0)?));
+            let mut at = 0;
+            for i in 0..2 {
+                let dims = cx.extents(cx.tensor(i)?);
+                let offset = at * to[usize::from(axis)];
+                copy(cx, i, &dims, &dense(&dims), 0, Some((&to, offset)))?;
+                at += dims[usize::from(axis)];
+            }
+            Ok(())
+        }
+        Op::RepeatKv { groups } => {
+            let x = cx.extents(cx.tensor(0)?);
+            let s = dense(&x);
+            let dims = [x[0], x[1], i64::from(groups), x[2], x[3]];
+            copy(cx, 0, &dims, &[s[0], s[1], 0, s[2], s[3]], 0, None)
+        }
+        Op::Pack(kind) => pack(cx, kind),
+        _ => Err(cx.refuse("no CUDA kernel computes it")),
+    }
+}
+
+/// Copies a strided view of an operand, to strides and an offset of the result if given.
+fn copy(
+    cx: &mut Context<'_>,
+    operand: usize,
+    dims: &[i64],
+    from: &[i64],
+    offset: i64,
+    to: Option<(&[i64], i64)>,
+) -> Result<(), CudaError> {
+    if dims.len() > 6 {
+        return Err(cx.refuse(format!("{} axes, the kernel takes 6", dims.len())));
+    }
+    let mut geo = Geo::new(dims);
+    geo.inputs[0][..dims.len()].copy_from_slice(from);
+    geo.offsets[0] = offset;
+    if let Some((strides, offset)) = to {
+        geo.out[..dims.len()].copy_from_slice(strides);
+        geo.offsets[3] = offset;
+    }
+    let (from_type, to_type) = (cx.stored_dtype(operand)?, cx.result_type(0)?.dtype);
+    let compute = if to_type.is_float() { "float" } else { "i64" };
+    let defines = cx
+        .defines(DType::F32)
+        .def("LATHE_KIND", 0)
+        .def("LATHE_RANK", dims.len().max(1))
+        .def("LATHE_TA", c_type(from_type))
+        .def("LATHE_TO", c_type(to_type))
+        .def("LATHE_CT", compute);
+    let grid = [(geo.n as usize).div_ceil(256), 1, 1];
+    let label = format!("copy_r{}_{to_type}", dims.len());
+    let inputs = [cx.operand(operand)?, Ref::Null, Ref::Null];
+    launch(
+        cx,
+        &label,
+        defines,
+        Geometry::new(grid, 256, 0),
+        inputs,
+        &geo,
+    )
+}
+
+fn launch(
+    cx: &mut Context<'_>,
+    label: &str,
+    defines: super::source::Defines,
+    geometry: Geometry,
+    inputs: [Ref; 3],
+    geo: &Geo,
+) -> Result<(), CudaError> {
+    let mut args: Vec<Arg> = inputs.map(Arg::Ptr).to_vec();
+    args.push(Arg::Ptr(cx.result(0)?));
+    args.push(Arg::Words(geo.words()));
+    cx.launch(Body::Plain, label, defines, geometry, args);
+    Ok(())
+}
+
+fn reduce(cx: &mut Context<'_>, f: ReduceFn, axis: usize) -> Result<(), CudaError> {
+    let x = cx.tensor(0)?;
+    let mut dims = cx.extents(x);
+    let mut strides = dense(&dims);
+    let (extent, stride) = (dims.remove(axis), strides.remove(axis));
+    if dims.len() > 6 {
+        return Err(cx.refuse(format!("{} axes, the kernel takes 6", dims.len())));
+    }
+    let mut geo = Geo::new(&dims);
+    geo.inputs[0][..dims.len()].copy_from_slice(&strides);
+    geo.reduced[5] = extent;
+    geo.inputs[1][5] = stride;
+    let code = match f {
+        ReduceFn::Sum => 0,
+        ReduceFn::Amax => 1,
+        ReduceFn::Mean => 2,
+        ReduceFn::Argmax => 4,
+    };
+    let out = cx.result_type(0)?.dtype;
+    let defines = cx
+        .defines(DType::F32)
+        .def("LATHE_KIND", 1)
+        .def("LATHE_RANK", dims.len().max(1))
+        .def("LATHE_TA", c_type(x.dtype))
+        .def("LATHE_TO", c_type(out))
+        .def("LATHE_RED", code);
+    let label = format!("{}_r{}_{}", cx.step().op.name(), dims.len(), x.dtype);
+    let geometry = Geometry::new([geo.n as usize, 1, 1], 128, 0);
+    let inputs = [cx.operand(0)?, Ref::Null, Ref::Null];
+    launch(cx, &label, defines, geometry, inputs, &geo)
+}
+
+fn matmul(cx: &mut Context<'_>) -> Result<(), CudaError> {
+    let (a, b) = (cx.tensor(0)?, cx.tensor(1)?);
+    let out = cx.result_type(0)?;
+    let (ad, bd, od) = (cx.extents(a), cx.extents(b), cx.extents(out));
+    let rank = od.len();
+    if rank > 4 {
+        return Err(cx.refuse(format!("{rank} axes, the kernel takes 4")));
+    }
+    let full = |d: &[i64]| [&vec![1; 4 - d.len()][..], d].concat();
+    let (ad, bd, od) = (full(&ad), full(&bd), full(&od));
+    // Broadcasting over the two leading axes only.
+    let lead = |d: &[i64]| {
+        let s = dense(d);
+        [0, 1].map(|i| if d[i] == 1 { 0 } else { s[i] })
+    };
+    let (m, n, k) = (od[2], od[3], ad[3]);
+    let mut geo = Geo::new(&[od[0], od[1], m, n, k, 1]);
+    let [a0, a1] = lead(&ad);
+    let [b0, b1] = lead(&bd);
+    geo.inputs[0] = [a0, a1, k, 0, 1, 0];
+    geo.inputs[1] = [b0, b1, 0, 1, n, 0];
+    geo.out = [od[1] * m * n, m * n, n, 1, 0, 0];
+    let defines = cx
+        .defines(DType::F32)
+        .def("LATHE_KIND", 2)
+        .def("LATHE_TA", c_type(a.dtype))
+        .def("LATHE_TB", c_type(b.dtype))
+        .def("LATHE_TO", c_type(out.dtype));
+    let grid = [
+        (n as usize).div_ceil(16),
+        (m as usize).div_ceil(16),
+        (od[0] * od[1]) as usize,
+    ];
+    let inputs = [cx.operand(0)?, cx.operand(1)?, Ref::Null];
+    let label = format!("matmul_{}", out.dtype);
+    launch(
+        cx,
+        &label,
+        defines,
+        Geometry::new(grid, 256, 0),
+        inputs,
+        &geo,
+    )?;
+    if let Some(l) = cx.launches.last_mut() {
+        l.flops = 2.0 * (od[0] * od[1] * m * n * k) as f64;
+    }
+    Ok(())
+}
+
+/// Rows of the first operand by the indices in the second.
+fn gather(cx: &mut Context<'_>) -> Result<(), CudaError> {
+    let (x, out) = (cx.tensor(0)?, cx.result_type(0)?);
+    let rows = cx.extents(x)[0];
+    let count = cx.tensor(1)?.elements(&cx.env) as i64;
+    let inner = x.elements(&cx.env) as i64 / rows.max(1);
+    let mut geo = Geo::new(&[1, count, inner, rows]);
+    geo.n = count * inner;
+    let defines = cx
+        .defines(DType::F32)
+        .def("LATHE_KIND", 3)
+        .def("LATHE_TA", c_type(x.dtype))
+        .def("LATHE_TO", c_type(out.dtype))
+        .def("LATHE_TI", c_type(cx.stored_dtype(1)?));
+    let grid = [(geo.n as usize).div_ceil(256), 1, 1];
+    let inputs = [cx.operand(0)?, cx.operand(1)?, Ref::Null];
+    let label = format!("gather_{}", x.dtype);
+    launch(
+        cx,
+        &label,
+        defines,
+        Geometry::new(grid, 256, 0),
+        inputs,
+        &geo,
+    )?;
+    if let Some(l) = cx.launches.last_mut() {
+        l.bytes = (2 * geo.n as usize * x.dtype.size()) as f64;
+    }
+    Ok(())
+}
+
+fn softmax(cx: &mut Context<'_>) -> Result<(), CudaError> {
+    let x = cx.tensor(0)?;
+    let (rows, cols) = cx.matrix(x);
+    let geo = Geo::new(&[rows as i64, cols as i64]);
+    let defines = cx
+        .defines(DType::F32)
+        .def("LATHE_KIND", 5)
+        .def("LATHE_TA", c_type(x.dtype))
+        .def("LATHE_TO", c_type(cx.result_type(0)?.dtype));
+    let label = format!("softmax_{}", x.dtype);
+    let inputs = [cx.operand(0)?, Ref::Null, Ref::Null];
+    launch(
+        cx,
+        &label,
+        defines,
+        Geometry::new([rows, 1, 1], 128, 0),
+        inputs,
+        &geo,
+    )
+}
+
+/// Computed weights laid out as one (weights from files are packed while they are loaded).
+fn pack(cx: &mut Context<'_>, kind: PackKind) -> Result<(), CudaError> {
+    let parts = cx.step().operands.len();
+    let mut at = 0;
+    for i in 0..parts {
+        let (rows, k) = match cx.extents(cx.tensor(i)?)[..] {
+            [n] => (n, 1),
+            [n, k] => (n, k),
+            _ => return Err(cx.refuse("weights have one or two axes")),
+        };
+        // Views [heads, block, half, 8, K] of the destination and their strides in the source.
+        let halves = |d: i64| {
+            let dims = vec![rows / d, d / 16, 2, 8, k];
+            let from = vec![d * k, 8 * k, d / 2 * k, k, 1];
+            let to = vec![d * k, 16 * k, 8 * k, k, 1];
+            (dims, from, to)
+        };
+        let (dims, from, to) = match kind {
+            PackKind::GateUp => (vec![rows / 8, 8, k], vec![8 * k, k, 1], vec![16 * k, k, 1]),
+            PackKind::Qkv {
+                head_dim,
+                interleave: true,
+            } if i < 2 => halves(i64::from(head_dim)),
+            PackKind::Head { head_dim } => halves(i64::from(head_dim)),
+            PackKind::Qkv { .. } => (vec![rows, k], vec![k, 1], vec![k, 1]),
+        };
+        let offset = match kind {
+            PackKind::GateUp => i as i64 * 8 * k,
+            _ => at * k,
+        };
+        copy(cx, i, &dims, &from, 0, Some((&to, offset)))?;
+        at += rows;
+    }
+    Ok(())
+}

@@ -1,0 +1,136 @@
+//! Decode and prefill times of a configuration with random weights on a GPU:
+//! `cuda_bench CONFIG_DIR DTYPE [graphs,pdl]`.
+use lathe_ir::import::{HfConfig, ImportOptions, import};
+use lathe_passes::egraph::cost::DeviceModel;
+use lathe_passes::pipeline::{PassConfig, compile};
+use lathe_runtime::cuda::{CudaExecutor, CudaLoad};
+use lathe_runtime::load::{LoadOptions, Loadable, expected_tensors};
+use lathe_runtime::sampling::SamplingParams;
+use lathe_runtime::step::{Executor, RowSampler, StepBatch};
+use lathe_runtime::weights::RandomWeights;
+use std::path::Path;
+use std::time::Instant;
+
+fn batch(n: usize, tokens: &[i32], start: usize, pages_each: usize) -> StepBatch {
+    let mut b = StepBatch {
+        max_pages: pages_each,
+        ..StepBatch::default()
+    };
+    for i in 0..n {
+        let pages: Vec<i32> = (i * pages_each..(i + 1) * pages_each)
+            .map(|p| p as i32)
+            .collect();
+        let sampler = RowSampler {
+            params: SamplingParams::default(),
+            request: i as u64,
+            position: (start + tokens.len()) as u32,
+        };
+        b.push_sequence(tokens, start, &pages, Some(sampler));
+    }
+    b
+}
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let args: Vec<String> = std::env::args().collect();
+    let modes = args.get(3).map_or("graphs,pdl", String::as_str);
+    let start = Instant::now();
+    let config = HfConfig::from_file(&Path::new(&args[1]).join("config.json"))?;
+    let dtype = args[2].parse()?;
+    let options = ImportOptions {
+        dtype,
+        max_seq_len: None,
+    };
+    let model = import(&config, &options)?;
+    let compiled = compile(&model.graph, &PassConfig::new(DeviceModel::H100))?;
+    let programs = lathe_codegen::Programs {
+        decode: compiled.decode.as_ref(),
+        general: compiled.general.as_ref(),
+        full: None,
+    };
+    let plan = lathe_codegen::lower(&args[1], dtype, &programs)?;
+    println!("{} compiled after {:?}", args[1], start.elapsed());
+    let weights = RandomWeights::new(&expected_tensors(&model.arch.weights), 0);
+    let load = LoadOptions {
+        max_tokens: 4096,
+        max_rows: 64,
+        max_sequences: 64,
+        max_seq_len: 4096,
+        page_size: 64,
+        pages: 64 * 64,
+    };
+    let how = CudaLoad {
+        graphs: modes.contains("graphs"),
+        pdl: modes.contains("pdl"),
+        ..CudaLoad::default()
+    };
+    let loadable = Loadable {
+        plan: &plan,
+        weights: &weights,
+        vocab: model.arch.vocab as usize,
+    };
+    let mut executor = CudaExecutor::load(loadable, load, &how)?;
+    println!("loaded after {:?}", start.elapsed());
+    let prompt: Vec<i32> = (0..128).map(|i| (i * 37 + 11) % 30000).collect();
+    let mut last = executor.step(&batch(1, &prompt, 0, 64), false)?.next[0];
+    println!("first token {last} after {:?}", start.elapsed());
+    for n in [1, 2, 4, 8, 64] {
+        let mut at = 300;
+        for _ in 0..3 {
+            executor.step(&batch(n, &[last], at, 64), false)?;
+            at += 1;
+        }
+        let (launches, graph) = executor.decode_launches(n)?;
+        let steps = 60;
+        let mut device: Vec<f64> = Vec::new();
+        let mut host = 0.0;
+        let begin = Instant::now();
+        for i in 0..steps {
+            // Tokens of the step before are taken on the device.
+            let tokens: Vec<i32> = (0..n as i32).map(|i| -1 - i).collect();
+            let mut b = batch(n, &[last], at, 64);
+            if i > 0 {
+                b.tokens = tokens;
+            }
+            let t = Instant::now();
+            executor.submit(&b)?;
+            host += t.elapsed().as_secs_f64();
+            if i > 0 {
+                let out = executor.collect()?;
+                last = out.next[0];
+                device.push(out.time.device);
+            }
+            at += 1;
+        }
+        executor.collect()?;
+        let wall = begin.elapsed().as_secs_f64() / f64::from(steps);
+        device.sort_by(f64::total_cmp);
+        println!(
+            "decode batch {n}: {:.3} ms wall, {:.3} ms device, host {:.1} us, {launches} launches, graph {graph}",
+            wall * 1e3,
+            device[device.len() / 2] * 1e3,
+            host / f64::from(steps) * 1e6
+        );
+    }
+    for t in [128, 512, 2048] {
+        let prompt: Vec<i32> = (0..t).map(|i| (i * 37 + 11) % 30000).collect();
+        let mut times = Vec::new();
+        for _ in 0..4 {
+            times.push(executor.step(&batch(1, &prompt, 0, 64), false)?.time.device);
+        }
+        times.sort_by(f64::total_cmp);
+        println!("prefill {t}: {:.3} ms", times[1] * 1e3);
+    }
+    for (what, b) in [
+        ("decode 1", batch(1, &[last], 400, 64)),
+        ("decode 64", batch(64, &[last], 400, 64)),
+        ("prefill 2048", batch(1, &vec![7; 2048], 0, 64)),
+    ] {
+        for k in executor.profile(&b, 5)? {
+            println!(
+                "{what}: {:48} x{:3} {:8.2} us {:7.0} GB/s {:6.1} TFLOP/s  {}",
+                k.name, k.count, k.micros, k.gb_per_s, k.tflops, k.path
+            );
+        }
+    }
+    Ok(())
+}

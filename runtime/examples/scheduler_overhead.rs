@@ -1,0 +1,99 @@
+//! Host time of the scheduler: `cargo run --release -p lathe-runtime --example scheduler_overhead`.
+//!
+//! A device that does nothing runs many sequences at once; what is left is the time of the host.
+#![allow(clippy::print_stdout)] // Printing is what an example is for.
+
+use lathe_runtime::sampling::SamplingParams;
+use lathe_runtime::scheduler::{Clock, Engine, EngineConfig, Policy, Progress, Request};
+use lathe_runtime::step::{Capacity, Executor, StepBatch, StepError, StepOutput};
+
+/// Answers every sampled row with the same token.
+struct NoDevice {
+    capacity: Capacity,
+    rows: std::collections::VecDeque<usize>,
+}
+
+impl Executor for NoDevice {
+    fn capacity(&self) -> Capacity {
+        self.capacity
+    }
+
+    fn step(&mut self, batch: &StepBatch, _logits: bool) -> Result<StepOutput, StepError> {
+        self.submit(batch)?;
+        self.collect()
+    }
+
+    fn submit(&mut self, batch: &StepBatch) -> Result<(), StepError> {
+        self.rows.push_back(batch.rows.len());
+        Ok(())
+    }
+
+    fn collect(&mut self) -> Result<StepOutput, StepError> {
+        let rows = self.rows.pop_front().unwrap_or(0);
+        Ok(StepOutput {
+            next: vec![1; rows],
+            ..StepOutput::default()
+        })
+    }
+}
+
+fn main() {
+    println!("sequences  policy               plan us  whole iteration us");
+    for (sequences, isl, osl) in [(2400, 128, 128), (512, 1000, 1000), (64, 128, 128)] {
+        for policy in [Policy::GuaranteedNoEvict, Policy::MaxUtilization] {
+            measure(sequences, isl, osl, policy);
+        }
+    }
+}
+
+fn measure(sequences: usize, isl: usize, osl: usize, policy: Policy) {
+    let capacity = Capacity {
+        max_tokens: 8192,
+        max_sequences: sequences,
+        max_seq_len: isl + osl,
+        page_size: 64,
+        pages: sequences * (isl + osl).div_ceil(64),
+        vocab: 128_256,
+    };
+    let mut device = NoDevice {
+        capacity,
+        rows: Default::default(),
+    };
+    let config = EngineConfig {
+        policy,
+        stream: true,
+        log_steps: true,
+        ..EngineConfig::of(&capacity)
+    };
+    let clock = Clock::start();
+    let mut engine = Engine::new(&mut device, config, clock).expect("limits of the device");
+    for id in 0..sequences as u64 {
+        let request = Request {
+            id,
+            prompt: vec![1; isl],
+            max_new: osl,
+            stop: vec![2],
+            params: SamplingParams::default(),
+            arrival_ns: clock.now_ns(),
+        };
+        engine.add(request).expect("it fits");
+    }
+    while engine.iterate().expect("no device fails") == Progress::Busy {
+        engine.take_events();
+    }
+    let steps: Vec<_> = engine
+        .take_steps()
+        .filter(|step| step.decodes == sequences)
+        .collect();
+    let median = |mut values: Vec<u64>| {
+        values.sort_unstable();
+        values
+            .get(values.len() / 2)
+            .map_or(0.0, |&ns| ns as f64 / 1e3)
+    };
+    println!(
+        "{sequences:>9}  {policy:<19} {:>8.1}  {:>18.1}",
+        median(steps.iter().map(|step| step.plan_ns).collect()),
+        median(steps.iter().map(|step| step.period_ns).collect()),
+    );
+}

@@ -1,0 +1,195 @@
+//! A lowered program with everything resolved: functions, addresses, tensor maps, and its graph.
+
+use super::driver::{Device, Function, Module, Stream};
+use super::graph::Graph;
+use super::launch::{Args, LaunchConfig, launch};
+use super::state::MetaLayout;
+use super::tensor_map::{MapDType, Swizzle, TensorMapSpec};
+use super::{CudaError, DevicePtr};
+use lathe_codegen::Program;
+use lathe_codegen::cuda::{Arg, CudaProgram, Launch, MapArg, MapSwizzle, Ref};
+use std::collections::BTreeMap;
+
+/// Addresses of all memory that kernels refer to, fixed while the model is loaded.
+#[derive(Debug, Default)]
+pub(super) struct Addresses {
+    pub(super) weights: Vec<DevicePtr>,
+    pub(super) tables: Vec<DevicePtr>,
+    /// By table, bits of the scaling, and whether it is the sine.
+    pub(super) rope: BTreeMap<(usize, u64, bool), DevicePtr>,
+    pub(super) caches: Vec<DevicePtr>,
+    /// Rows of each cache as a matrix of heads.
+    pub(super) cache_rows: Vec<u64>,
+    /// By name.
+    pub(super) workspaces: BTreeMap<String, DevicePtr>,
+    pub(super) meta: DevicePtr,
+    pub(super) sampled: DevicePtr,
+}
+
+/// One launch, ready.
+#[derive(Debug)]
+pub(super) struct Ready {
+    pub(super) function: Function,
+    pub(super) config: LaunchConfig,
+    pub(super) args: Args,
+    /// Launch of the lowered program.
+    pub(super) index: usize,
+}
+
+impl Ready {
+    /// Puts the launch into a stream.
+    ///
+    /// # Safety
+    /// The arguments were resolved from the program that the kernel was generated from, and the
+    /// memory behind them is alive until the stream has run it.
+    pub(super) unsafe fn submit(&self, stream: &Stream) -> Result<(), CudaError> {
+        // SAFETY: by the contract of this function.
+        unsafe { launch(stream, &self.function, &self.config, &self.args) }
+    }
+}
+
+/// A program of one bucket on the device.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    pub(super) lowered: CudaProgram,
+    pub(super) launches: Vec<Ready>,
+    pub(super) meta: MetaLayout,
+    /// Address and element bytes of the logits.
+    pub(super) logits: Option<(DevicePtr, usize)>,
+    pub(super) graph: Option<Graph>,
+}
+
+/// What turns references into addresses for one program.
+pub(super) struct Resolver<'a> {
+    pub(super) program: &'a Program,
+    pub(super) lowered: &'a CudaProgram,
+    pub(super) addresses: &'a Addresses,
+    pub(super) slots: &'a [DevicePtr],
+    pub(super) meta: &'a MetaLayout,
+}
+
+impl Resolver<'_> {
+    pub(super) fn address(&self, r: &Ref) -> DevicePtr {
+        let a = self.addresses;
+        match r {
+            Ref::Value(v) => self.slots[self.program.slot(*v)],
+            Ref::Weight(i) => a.weights[*i],
+            Ref::Table(i) => a.tables[*i],
+            Ref::Rope {
+                table,
+                scaling,
+                sine,
+            } => a.rope[&(*table, scaling.get().to_bits(), *sine)],
+            Ref::Cache(i) => a.caches[*i],
+            Ref::Meta(m) => a.meta + self.meta.offset(*m) as DevicePtr,
+            Ref::Work(i) => a.workspaces[&self.lowered.workspaces[*i].name],
+            Ref::Sampled => a.sampled,
+            Ref::Null => 0,
+        }
+    }
+
+    fn map(&self, m: &MapArg) -> TensorMapSpec {
+        let rows = match m.base {
+            Ref::Cache(i) => self.addresses.cache_rows[i],
+            _ => 0,
+        };
+        TensorMapSpec {
+            name: format!("{:?}", m.base),
+            dtype: MapDType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            base: self.address(&m.base),
+            dims: m
+                .dims
+                .iter()
+                .map(|&d| if d == 0 { rows } else { d })
+                .collect(),
+            strides: m.strides.clone(),
+            block: m.block.clone(),
+            swizzle: match m.swizzle {
+                MapSwizzle::B32 => Swizzle::CU_TENSOR_MAP_SWIZZLE_32B,
+                MapSwizzle::B64 => Swizzle::CU_TENSOR_MAP_SWIZZLE_64B,
+                MapSwizzle::B128 => Swizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+            },
+        }
+    }
+
+    pub(super) fn args(&self, launch: &Launch) -> Result<Args, CudaError> {
+        launch.args.iter().try_fold(Args::new(), |args, arg| {
+            Ok(match arg {
+                Arg::Ptr(r) => args.ptr(self.address(r)),
+                Arg::I32(v) => args.i32(*v),
+                Arg::F32(v) => args.f32(*v),
+                Arg::Words(w) => args.words(w),
+                Arg::Map(m) => args.tensor_map(self.map(m).encode()?),
+            })
+        })
+    }
+
+    /// Resolves all launches. `modules` are those of the lowered kernels.
+    pub(super) fn launches(&self, modules: &[Module], pdl: bool) -> Result<Vec<Ready>, CudaError> {
+        let kernels = &self.lowered.kernels;
+        let mut shared = vec![0; kernels.len()];
+        for l in &self.lowered.launches {
+            shared[l.kernel] = l.shared.max(shared[l.kernel]);
+        }
+        let functions = kernels
+            .iter()
+            .zip(modules)
+            .zip(shared)
+            .map(|((k, m), s)| m.function(&k.name, s))
+            .collect::<Result<Vec<_>, _>>()?;
+        let ready = |(index, l): (usize, &Launch)| {
+            Ok(Ready {
+                function: functions[l.kernel].clone(),
+                config: config(l, pdl),
+                args: self.args(l)?,
+                index,
+            })
+        };
+        self.lowered
+            .launches
+            .iter()
+            .enumerate()
+            .map(ready)
+            .collect()
+    }
+}
+
+fn config(l: &Launch, pdl: bool) -> LaunchConfig {
+    LaunchConfig {
+        grid: l.grid,
+        block: [l.block, 1, 1],
+        shared: l.shared,
+        cluster: [l.cluster, 1, 1],
+        pdl: pdl && l.pdl,
+    }
+}
+
+/// Loaded modules by their text: programs of different buckets share most kernels.
+#[derive(Debug, Default)]
+pub(super) struct Modules(BTreeMap<String, Module>);
+
+impl Modules {
+    /// Modules of these kernels; those that are new are compiled on all cores, through the cache.
+    pub(super) fn get(
+        &mut self,
+        device: &Device,
+        cache: Option<&super::cubin_cache::CubinCache>,
+        kernels: &[lathe_codegen::cuda::KernelSource],
+    ) -> Result<Vec<Module>, CudaError> {
+        let mut wanted: Vec<super::nvrtc::Source> = Vec::new();
+        for k in kernels {
+            if !self.0.contains_key(&k.text) && wanted.iter().all(|w| w.text != k.text) {
+                wanted.push(super::nvrtc::Source::new(k.name.clone(), k.text.clone()));
+            }
+        }
+        let threads = std::thread::available_parallelism().map_or(4, |n| n.get());
+        let temp = std::env::temp_dir();
+        let failed = super::nvrtc::failed_dir(cache.map_or(temp.as_path(), |c| c.dir()));
+        let compiled = super::nvrtc::compile_all(&wanted, cache, &failed, threads, &|_| {});
+        for (source, outcome) in wanted.into_iter().zip(compiled) {
+            let module = device.load_module(&source.name, &outcome?.cubin)?;
+            self.0.insert(source.text, module);
+        }
+        Ok(kernels.iter().map(|k| self.0[&k.text].clone()).collect())
+    }
+}

@@ -1,0 +1,99 @@
+//! When a waiting request is admitted, and what happens when the cache is full.
+
+use std::fmt;
+use std::str::FromStr;
+
+use super::pages::PagePool;
+
+/// How cache pages are promised to requests. In both policies requests are admitted in the order of
+/// their arrival, so that none is passed over for ever.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Policy {
+    /// A request is admitted when its longest possible life fits; it is never pre-empted.
+    #[default]
+    GuaranteedNoEvict,
+    /// A request is admitted when its known tokens fit. When the pages run out, the newest sequence
+    /// gives up its own and is computed again later.
+    MaxUtilization,
+}
+
+impl Policy {
+    /// trtllm-bench's name of it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::GuaranteedNoEvict => "guaranteed_no_evict",
+            Self::MaxUtilization => "max_utilization",
+        }
+    }
+
+    /// Tokens for which a request gets pages on admission: all that it may ever cache
+    /// (`lifetime`), or those that exist (`known`).
+    pub(crate) fn tokens_at_admission(self, known: usize, lifetime: usize) -> usize {
+        match self {
+            Self::GuaranteedNoEvict => lifetime,
+            Self::MaxUtilization => known,
+        }
+    }
+
+    /// Whether a request that needs `pages` pages now is admitted beside sequences that may still ask
+    /// for `growth` pages.
+    pub(crate) fn admits(self, pool: &PagePool, pages: usize, growth: usize) -> bool {
+        /// Part of the cache that an admission leaves free for the growth of the others: without it
+        /// the next step would pre-empt what this one admitted.
+        const RESERVE: usize = 100;
+        let reserve = match self {
+            Self::MaxUtilization => pool.len().div_ceil(RESERVE).min(growth),
+            Self::GuaranteedNoEvict => 0,
+        };
+        pool.free() >= pages + reserve
+    }
+}
+
+impl fmt::Display for Policy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl FromStr for Policy {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        [Self::GuaranteedNoEvict, Self::MaxUtilization]
+            .into_iter()
+            .find(|policy| policy.name().eq_ignore_ascii_case(text))
+            .ok_or_else(|| {
+                format!(
+                    "scheduler policy is {text}, expected guaranteed_no_evict or max_utilization"
+                )
+            })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names() {
+        assert_eq!("MAX_UTILIZATION".parse(), Ok(Policy::MaxUtilization));
+        assert_eq!(
+            Policy::default().to_string().parse(),
+            Ok(Policy::GuaranteedNoEvict)
+        );
+        let error = "fifo".parse::<Policy>().unwrap_err();
+        assert!(error.contains("fifo"), "{error}");
+    }
+
+    #[test]
+    fn admission() {
+        let pool = PagePool::new(200);
+        let (keep, evict) = (Policy::GuaranteedNoEvict, Policy::MaxUtilization);
+        assert!(keep.admits(&pool, 200, 5) && !keep.admits(&pool, 201, 0));
+        assert!(evict.admits(&pool, 198, 9) && !evict.admits(&pool, 199, 9));
+        assert!(evict.admits(&pool, 199, 1) && !evict.admits(&pool, 200, 1));
+        assert!(evict.admits(&pool, 200, 0));
+        assert_eq!(keep.tokens_at_admission(10, 30), 30);
+        assert_eq!(evict.tokens_at_admission(10, 30), 10);
+    }
+}

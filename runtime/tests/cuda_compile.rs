@@ -1,0 +1,186 @@
+//! Every kernel of the fixtures' plans compiles to a cubin without spills and without serialised
+//! tensor-core pipelines. Needs NVRTC, no GPU; without NVRTC the test says so and passes, unless
+//! LATHE_REQUIRE_NVRTC is set.
+
+use lathe_codegen::cuda::{CudaOptions, CudaProgram, Sampling, Sizes, lower_program};
+use lathe_codegen::{Plan, ProgramKind, Programs, lower};
+use lathe_ir::DType;
+use lathe_ir::import::{HfConfig, ImportOptions, import};
+use lathe_passes::egraph::cost::DeviceModel;
+use lathe_passes::pipeline::{PassConfig, compile};
+use lathe_runtime::cuda::library::{self, Library};
+use lathe_runtime::cuda::nvrtc::{Source, compile_all};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../tests/fixtures")
+        .join(name)
+        .join("config.json")
+}
+
+fn plan(name: &str, dtype: DType, disabled: &[&str]) -> Plan {
+    let config = HfConfig::from_file(&fixture(name)).unwrap();
+    let options = ImportOptions {
+        dtype,
+        max_seq_len: None,
+    };
+    let model = import(&config, &options).unwrap();
+    let passes = PassConfig::new(DeviceModel::H100)
+        .disable(disabled)
+        .unwrap();
+    let compiled = compile(&model.graph, &passes).unwrap();
+    let programs = Programs {
+        decode: compiled.decode.as_ref(),
+        general: compiled.general.as_ref(),
+        full: None,
+    };
+    lower(name, dtype, &programs).unwrap()
+}
+
+fn programs(plan: &Plan, decode: &[usize], general: &[usize]) -> Vec<CudaProgram> {
+    let options = CudaOptions {
+        pdl: true,
+        sms: 132,
+        page_size: 64,
+        max_pages: 64,
+        plain: false,
+    };
+    let mut all = Vec::new();
+    for (kind, buckets) in [
+        (ProgramKind::Decode, decode),
+        (ProgramKind::General, general),
+    ] {
+        let program = plan.program(kind).unwrap();
+        for (i, &t) in buckets.iter().enumerate() {
+            let sizes = match kind {
+                ProgramKind::Decode => Sizes { t, b: t, r: t },
+                _ => Sizes { t, b: 4, r: 4 },
+            };
+            let sampling = [Sampling::GreedyOnly, Sampling::Params][i % 2];
+            let lowered = lower_program(plan, program, sizes, sampling, options)
+                .unwrap_or_else(|e| panic!("{}: {e}", plan.name));
+            all.push(lowered);
+        }
+    }
+    all
+}
+
+/// What the plans of the golden models must not lose on the way to kernels: the bias of gated MLPs,
+/// and waiting for weights that the step itself computes.
+#[test]
+fn biases_and_computed_weights_are_kept() {
+    let biased = plan("golden/llama-mha-bias", DType::BF16, &[]);
+    for p in programs(&biased, &[1, 8], &[64, 512]) {
+        let program = biased.program(p.kind).unwrap();
+        for l in &p.launches {
+            let name = &p.kernels[l.kernel].name;
+            let has_bias = !matches!(
+                program.steps[l.step].operands.get(2),
+                None | Some(lathe_codegen::Operand::None)
+            );
+            let is_gemm = matches!(program.steps[l.step].op, lathe_ir::Op::Gemm(_));
+            if is_gemm && has_bias && !name.starts_with("norm") {
+                assert!(name.contains("bias"), "{name} drops a bias");
+            }
+        }
+    }
+    let computed = plan("golden/falcon", DType::F32, &[]);
+    for p in programs(&computed, &[1], &[64]) {
+        let program = computed.program(p.kind).unwrap();
+        let mut seen = 0;
+        for l in &p.launches {
+            let step = &program.steps[l.step];
+            let is_gemm = matches!(step.op, lathe_ir::Op::Gemm(_));
+            if is_gemm && matches!(step.operands[1], lathe_codegen::Operand::Value(_)) {
+                assert!(!l.pdl, "{} reads weights early", p.kernels[l.kernel].name);
+                seen += 1;
+            }
+        }
+        assert!(seen > 0, "falcon packs its projections at run time");
+    }
+}
+
+#[test]
+fn every_kernel_compiles_without_spills() {
+    let required = std::env::var_os("LATHE_REQUIRE_NVRTC").is_some();
+    if let Err(error) = library::ensure(Library::Nvrtc) {
+        assert!(!required, "{error}");
+        eprintln!("skipped: {error}");
+        return;
+    }
+    let golden = |m: &str| format!("golden/{m}");
+    let config = |m: &str| format!("configs/{m}");
+    let mut all = Vec::new();
+    for m in ["llama-3.1-8b", "llama-3.2-1b"] {
+        let plan = plan(&config(m), DType::BF16, &[]);
+        all.extend(programs(&plan, &[1, 4, 8, 64], &[8, 512, 2048]));
+    }
+    for m in ["qwen3-0.6b", "qwen2.5-7b"] {
+        all.extend(programs(
+            &plan(&config(m), DType::BF16, &[]),
+            &[1, 8],
+            &[512],
+        ));
+    }
+    for m in [
+        "llama-rope3-tied",
+        "mistral-window",
+        "qwen3",
+        "llama-mha-bias",
+        "gemma2",
+        "falcon",
+    ] {
+        all.extend(programs(
+            &plan(&golden(m), DType::BF16, &[]),
+            &[1, 8],
+            &[64],
+        ));
+    }
+    for m in ["llama-rope3-tied", "qwen2"] {
+        all.extend(programs(&plan(&golden(m), DType::F32, &[]), &[1, 8], &[64]));
+    }
+    let mut sources: BTreeMap<String, String> = BTreeMap::new();
+    for kernel in all.iter().flat_map(|p| &p.kernels) {
+        // Comments name the ops that a kernel came from and may differ between models.
+        let code = kernel.text.split_once("#define").unwrap().1;
+        sources
+            .entry(code.to_owned())
+            .or_insert_with(|| kernel.name.clone());
+    }
+    let sources: Vec<Source> = sources
+        .into_iter()
+        .map(|(code, name)| Source::new(name, format!("#define{code}")))
+        .collect();
+    println!("{} kernels", sources.len());
+    let dir = tempfile::tempdir().unwrap();
+    let start = std::time::Instant::now();
+    let compiled = compile_all(&sources, None, dir.path(), 2, &|_| {});
+    println!("compiled in {:?}", start.elapsed());
+    let mut bad = Vec::new();
+    for (source, outcome) in sources.iter().zip(compiled) {
+        match outcome {
+            Err(e) => bad.push(e.to_string()),
+            Ok(c) => {
+                for line in c.serialisation_lines() {
+                    bad.push(format!("{}: {line}", source.name));
+                }
+                for r in &c.resources {
+                    if std::env::var_os("LATHE_SHOW_KERNELS").is_some() {
+                        println!(
+                            "{:60} {:4} registers, {:5.1} s",
+                            r.kernel,
+                            r.registers,
+                            c.duration.as_secs_f64()
+                        );
+                    }
+                    if r.spill_stores > 0 || r.stack_bytes > 0 {
+                        bad.push(format!("{}: {r:?}", source.name));
+                    }
+                }
+            }
+        }
+    }
+    assert!(bad.is_empty(), "{}", bad.join("\n"));
+}

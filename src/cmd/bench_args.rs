@@ -1,0 +1,229 @@
+//! Flags that `throughput` and `latency` share, and those of trtllm-bench that have no meaning here.
+
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use clap::Args;
+use lathe_runtime::sampling::SamplingParams;
+use serde::Deserialize;
+
+use crate::config::{Given, Options};
+use crate::errors::usage_error;
+
+/// Shared flags.
+#[derive(Debug, Args)]
+pub(super) struct BenchArgs {
+    /// JSON lines with task_id, input_ids (or prompt) and output_tokens; stdin by default
+    #[arg(long, value_name = "FILE")]
+    dataset: Option<PathBuf>,
+    /// Accepted for compatibility: _autodeploy, or any word that means this program
+    #[arg(long, default_value = "_autodeploy", value_parser = ["_autodeploy", "lathe"])]
+    backend: String,
+    /// YAML file whose keys override the command line
+    #[arg(long = "extra_llm_api_options", alias = "config", value_name = "FILE")]
+    extra_llm_api_options: Option<PathBuf>,
+    /// YAML file with temperature, top_k, top_p and seed
+    #[arg(long = "sampler_options", value_name = "FILE")]
+    sampler_options: Option<PathBuf>,
+    /// Longest sequence; the dataset's longest by default
+    #[arg(long = "max_seq_len", value_name = "N")]
+    max_seq_len: Option<u32>,
+    /// Part of the memory left after the weights that the KV cache may take [default: 0.9]
+    #[arg(long = "kv_cache_free_gpu_mem_fraction", value_name = "X", value_parser = fraction)]
+    kv_cache_free_gpu_mem_fraction: Option<f64>,
+    /// Only the first N requests; 0 means all
+    #[arg(long = "num_requests", default_value_t = 0, value_name = "N")]
+    pub(super) num_requests: usize,
+    /// Requests, drawn from the dataset, that run before the clock starts
+    #[arg(long, default_value_t = 2, value_name = "N")]
+    pub(super) warmup: usize,
+    /// Write the report as JSON
+    #[arg(long = "report_json", value_name = "FILE")]
+    pub(super) report_json: Option<PathBuf>,
+    /// Write the engine's state after each iteration, one JSON object a line
+    #[arg(long = "iteration_log", value_name = "FILE")]
+    pub(super) iteration_log: Option<PathBuf>,
+    #[command(flatten)]
+    foreign: ForeignArgs,
+}
+
+/// Flags of trtllm-bench for what is not here. Values that ask for nothing special are accepted.
+#[derive(Debug, Args)]
+struct ForeignArgs {
+    #[arg(long = "engine_dir", hide = true)]
+    engine_dir: Option<PathBuf>,
+    #[arg(long, hide = true)]
+    pp: Option<u32>,
+    #[arg(long, hide = true)]
+    ep: Option<u32>,
+    #[arg(long = "cluster_size", hide = true)]
+    cluster_size: Option<u32>,
+    #[arg(long = "beam_width", hide = true)]
+    beam_width: Option<u32>,
+    #[arg(long = "medusa_choices", hide = true)]
+    medusa_choices: Option<PathBuf>,
+    #[arg(long, hide = true)]
+    modality: Option<String>,
+    #[arg(long = "image_data_format", hide = true)]
+    image_data_format: Option<String>,
+    #[arg(long = "data_device", hide = true)]
+    data_device: Option<String>,
+    #[arg(long = "max_input_len", hide = true)]
+    max_input_len: Option<u32>,
+    #[arg(long = "custom_module_dirs", hide = true)]
+    custom_module_dirs: Vec<PathBuf>,
+}
+
+impl ForeignArgs {
+    /// All reasons at once.
+    fn check(&self) -> anyhow::Result<()> {
+        let above_one = |n: Option<u32>| n.is_some_and(|n| n > 1);
+        let refusals = [
+            (
+                self.engine_dir.is_some(),
+                "--engine_dir: there are no engine files; models are compiled at the start",
+            ),
+            (
+                above_one(self.pp),
+                "--pp: there is no pipeline parallelism; use --tp",
+            ),
+            (
+                above_one(self.ep),
+                "--ep: experts are sharded by --tp alone",
+            ),
+            (
+                above_one(self.cluster_size),
+                "--cluster_size: experts are sharded by --tp alone",
+            ),
+            (
+                above_one(self.beam_width),
+                "--beam_width: there is no beam search",
+            ),
+            (
+                self.medusa_choices.is_some(),
+                "--medusa_choices: there is no speculative decoding",
+            ),
+            (self.modality.is_some(), "--modality: models of text only"),
+            (
+                self.image_data_format.is_some() || self.data_device.is_some(),
+                "--image_data_format, --data_device: models of text only",
+            ),
+            (
+                self.max_input_len.is_some(),
+                "--max_input_len: concerns images and video; use --max_seq_len",
+            ),
+            (
+                !self.custom_module_dirs.is_empty(),
+                "--custom_module_dirs: no Python code is ever run",
+            ),
+        ];
+        let reasons: Vec<&str> = refusals
+            .into_iter()
+            .filter_map(|(refused, reason)| refused.then_some(reason))
+            .collect();
+        if reasons.is_empty() {
+            return Ok(());
+        }
+        Err(usage_error(reasons.join("\n")))
+    }
+}
+
+fn fraction(text: &str) -> Result<f64, String> {
+    text.parse()
+        .ok()
+        .filter(|x| (0.0..=1.0).contains(x))
+        .ok_or_else(|| "expected a number from 0 to 1".into())
+}
+
+impl BenchArgs {
+    /// Refuses what has no meaning here.
+    ///
+    /// # Errors
+    /// A usage error with all reasons.
+    pub(super) fn check(&self) -> anyhow::Result<()> {
+        self.foreign.check()
+    }
+
+    /// The dataset's path, `-` for stdin.
+    ///
+    /// # Errors
+    /// None was given and stdin is a terminal.
+    pub(super) fn dataset(&self) -> anyhow::Result<&Path> {
+        match &self.dataset {
+            Some(path) => Ok(path),
+            None if std::io::stdin().is_terminal() => Err(usage_error(
+                "--dataset is missing, and nothing is piped into stdin",
+            )),
+            None => Ok(Path::new("-")),
+        }
+    }
+
+    /// Options of the command line.
+    pub(super) fn flags(&self) -> Options {
+        Options {
+            max_seq_len: Given::flag("--max_seq_len", self.max_seq_len.map(Some)),
+            free_mem_ratio: Given::flag(
+                "--kv_cache_free_gpu_mem_fraction",
+                self.kv_cache_free_gpu_mem_fraction,
+            ),
+            ..Options::default()
+        }
+    }
+
+    /// Options of the YAML file.
+    ///
+    /// # Errors
+    /// The file cannot be read or has unknown keys or values.
+    pub(super) fn yaml(&self) -> anyhow::Result<Options> {
+        Ok(match &self.extra_llm_api_options {
+            Some(path) => crate::config::read(path)?,
+            None => Options::default(),
+        })
+    }
+
+    /// How tokens are chosen: greedily, unless a file says otherwise.
+    ///
+    /// # Errors
+    /// The file cannot be read, or a value is out of its range.
+    pub(super) fn sampling(&self) -> anyhow::Result<SamplingParams> {
+        let Some(path) = &self.sampler_options else {
+            return Ok(SamplingParams::default());
+        };
+        let read = || -> anyhow::Result<SamplingParams> {
+            let text = std::fs::read_to_string(path)?;
+            let options: SamplerOptions = serde_yaml::from_str(&text)?;
+            let params = SamplingParams {
+                temperature: options.temperature.unwrap_or(1.0),
+                top_k: options.top_k.unwrap_or(0),
+                top_p: options.top_p.unwrap_or(1.0),
+                seed: options.seed.unwrap_or(0),
+            };
+            params.validate()?;
+            Ok(params)
+        };
+        read().with_context(|| format!("--sampler_options {}", path.display()))
+    }
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct SamplerOptions {
+    temperature: Option<f32>,
+    top_k: Option<u32>,
+    top_p: Option<f32>,
+    seed: Option<u64>,
+}
+
+/// The tokens of `--eos_id`; -1 is none.
+///
+/// # Errors
+/// Another negative number.
+pub(super) fn stop_tokens(eos_id: i64) -> anyhow::Result<Vec<u32>> {
+    if eos_id == -1 {
+        return Ok(Vec::new());
+    }
+    u32::try_from(eos_id)
+        .map(|id| vec![id])
+        .map_err(|_| usage_error(format!("--eos_id {eos_id} is no token id")))
+}

@@ -1,0 +1,108 @@
+//! What `throughput` and `latency` leave behind: the report on stdout and files.
+
+use std::io::Write;
+use std::path::Path;
+
+use lathe_runtime::cuda::driver;
+use lathe_runtime::text::TextTokenizer;
+
+use crate::bench::metrics::RequestRecord;
+use crate::bench::report::{
+    Engine, IterationStats, Machine, Phase, Report, write_iteration_log, write_output_json,
+    write_report_json, write_request_json,
+};
+use crate::model::{CompiledModel, Target};
+
+/// Files to write.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Outputs<'a> {
+    /// `--report_json`.
+    pub(super) report_json: Option<&'a Path>,
+    /// `--request_json`.
+    pub(super) request_json: Option<&'a Path>,
+    /// `--output_json`.
+    pub(super) output_json: Option<&'a Path>,
+    /// `--iteration_log`.
+    pub(super) iteration_log: Option<&'a Path>,
+}
+
+impl Outputs<'_> {
+    /// Prints the report, writes all files, and then fails if the run did, or if a file could not be
+    /// written. One failure does not keep the rest from being written.
+    ///
+    /// # Errors
+    /// Failed requests, an incomplete run, files that cannot be written.
+    pub(super) fn write(
+        &self,
+        report: &Report,
+        records: &[RequestRecord],
+        iterations: &[IterationStats],
+        tokenizer: Option<&TextTokenizer>,
+    ) -> anyhow::Result<()> {
+        let mut out = std::io::stdout().lock();
+        write!(out, "{report}")?;
+        out.flush()?;
+        let results = [
+            self.report_json.map(|path| write_report_json(path, report)),
+            self.request_json
+                .map(|path| write_request_json(path, records, tokenizer)),
+            self.output_json
+                .map(|path| write_output_json(path, records, tokenizer)),
+            self.iteration_log
+                .map(|path| write_iteration_log(path, iterations)),
+        ];
+        let mut problems: Vec<String> = results
+            .into_iter()
+            .flatten()
+            .filter_map(|result| Some(format!("{:#}", result.err()?)))
+            .collect();
+        problems.extend(report.failure_lines());
+        if let Some(incomplete) = &report.lathe.incomplete {
+            problems.push(format!(
+                "{}: {} of {} requests finished",
+                incomplete.reason, incomplete.finished, incomplete.planned
+            ));
+        }
+        anyhow::ensure!(problems.is_empty(), "{}", problems.join("\n"));
+        Ok(())
+    }
+}
+
+/// The report's description of a model.
+pub(super) fn engine(model: &CompiledModel) -> Engine {
+    let cache = model.plan.caches.first();
+    Engine {
+        model: model.name.clone(),
+        model_path: Some(model.folder.display().to_string()),
+        engine_dir: None,
+        version: env!("CARGO_PKG_VERSION").into(),
+        backend: "lathe".into(),
+        dtype: model.dtype.name().into(),
+        kv_cache_dtype: Some(cache.map_or(model.dtype, |cache| cache.dtype).name().into()),
+        quantization: None,
+    }
+}
+
+/// The report's description of a GPU.
+pub(super) fn machine(target: &Target) -> Option<Machine> {
+    let Target::Cuda(index, _) = target else {
+        return None;
+    };
+    let properties = driver::properties(*index as usize).ok()?;
+    Some(Machine {
+        memory_gib: properties.memory_bytes as f64 / f64::from(1u32 << 30),
+        memory_clock_ghz: Some(f64::from(properties.memory_clock_khz) * 1e-6),
+        name: properties.name,
+    })
+}
+
+/// The phases up to here, with the measurement as the last.
+pub(super) fn phases(model: &CompiledModel, benchmark_seconds: f64) -> Vec<Phase> {
+    model
+        .phases
+        .iter()
+        .map(|(name, time)| ((*name).to_owned(), time.as_secs_f64()))
+        .chain([("benchmark".to_owned(), benchmark_seconds)])
+        .map(|(name, seconds)| Phase { name, seconds })
+        .collect()
+}

@@ -1,0 +1,319 @@
+//! `throughput` and `latency` on the continuous-batching engine.
+
+use std::time::Instant;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use lathe_codegen::Plan;
+use lathe_passes::egraph::cost::{CostPoint, DeviceModel};
+use lathe_passes::predict::predict;
+use lathe_runtime::cuda::driver::Device;
+use lathe_runtime::interrupt::interrupt_flag;
+use lathe_runtime::load::LoadOptions;
+use lathe_runtime::scheduler::{EngineConfig, Policy};
+use lathe_runtime::text::TextTokenizer;
+
+use super::outputs::{Outputs, engine, machine, phases};
+use crate::bench::dataset::{Dataset, DatasetStats};
+use crate::bench::kv_size::{KvLimits, cpu_free_bytes, kv_size};
+use crate::bench::metrics::RequestRecord;
+use crate::bench::report::{LatheSection, Report, WorldInfo};
+use crate::bench::serve::{Load, Served, latency_config, serve};
+use crate::bench::sizing::{SizingInput, sizes};
+use crate::bench::tuning::TuningInput;
+use crate::bench::warnings::{RunLimits, warnings};
+use crate::config::Resolved;
+use crate::model::{CompiledModel, Target, WeightChoice};
+
+/// A run on the engine.
+pub(super) struct ServingJob<'a> {
+    /// The configuration.
+    pub(super) resolved: &'a Resolved,
+    /// The requests.
+    pub(super) dataset: &'a Dataset,
+    /// For the texts in the output files.
+    pub(super) tokenizer: Option<&'a TextTokenizer>,
+    /// How requests are put on the engine.
+    pub(super) load: Load,
+    /// When requests are admitted.
+    pub(super) policy: Policy,
+    /// One sequence at a time, whole prompts.
+    pub(super) latency: bool,
+    /// Input and output length to choose sizes for; the dataset's averages by default.
+    pub(super) targets: (Option<u32>, Option<u32>),
+    /// Longest sequence.
+    pub(super) max_seq_len: usize,
+    /// Where the weights come from.
+    pub(super) weights: WeightChoice,
+    /// Files to write.
+    pub(super) outputs: Outputs<'a>,
+}
+
+/// Limits of a run, and what is to be said about them.
+struct Limits {
+    options: LoadOptions,
+    config: EngineConfig,
+    cached_sequences: usize,
+    warnings: Vec<String>,
+}
+
+impl ServingJob<'_> {
+    /// Runs the benchmark and prints the report.
+    ///
+    /// # Errors
+    /// The model does not fit, the run did not reach its end, or a file cannot be written.
+    pub(super) fn run(&self, model: &mut CompiledModel) -> anyhow::Result<()> {
+        let stats = self.dataset.stats();
+        let limits = self.limits(model, &stats)?;
+        let mut executor = model.load(self.weights, limits.options)?;
+        let bar = ProgressBar::new(self.dataset.requests.len() as u64);
+        // The template is a constant; without it the bar only looks different.
+        if let Ok(style) = ProgressStyle::with_template("benchmark {wide_bar} {pos}/{len} {eta}") {
+            bar.set_style(style);
+        }
+        let start = Instant::now();
+        let served = serve(
+            &mut *executor,
+            limits.config,
+            self.dataset,
+            &self.load,
+            interrupt_flag(),
+            &mut |finished| bar.set_position(finished as u64),
+        );
+        bar.finish_and_clear();
+        let served = served?;
+        self.report(
+            model,
+            stats,
+            &limits,
+            &served,
+            start.elapsed().as_secs_f64(),
+        )
+    }
+
+    fn limits(&self, model: &CompiledModel, stats: &DatasetStats) -> anyhow::Result<Limits> {
+        let resolved = self.resolved;
+        let plan = &model.plan;
+        let on_cpu = model.target == Target::Cpu;
+        let weights = plan.weight_bytes() as u64;
+        let free = free_bytes(&model.target)?.saturating_sub(weights);
+        let cache = plan.caches.first();
+        let (isl, osl) = self.targets;
+        let fraction = resolved.free_mem_ratio.value;
+        let chunked = resolved.enable_chunked_prefill.value && !self.latency;
+        let given = |n: Option<u32>| n.map(|n| n as usize);
+        let sizes = sizes(&SizingInput {
+            dataset: stats,
+            max_batch_size: if self.latency {
+                Some(1)
+            } else {
+                given(resolved.max_batch_size.value)
+            },
+            max_num_tokens: given(resolved.max_num_tokens.value),
+            concurrency: self.load.concurrency,
+            tuning: TuningInput {
+                layers: plan.caches.len(),
+                kv_heads: cache.map_or(0, |cache| cache.kv_heads as usize),
+                head_dim: cache.map_or(0, |cache| cache.head_dim as usize),
+                kv_element_bytes: cache.map_or(0.0, |cache| cache.dtype.size() as f64),
+                weight_bytes: weights,
+                device_bytes: weights + cache_budget(&model.target, free),
+                tp: 1,
+                kv_fraction: fraction,
+                isl: isl.map_or(stats.avg_isl, f64::from),
+                osl: osl.map_or(stats.avg_osl, f64::from),
+                max_isl: stats.max_isl,
+                chunked_prefill: chunked,
+            },
+            on_cpu,
+        })?;
+        let mut options = LoadOptions {
+            max_tokens: sizes.max_num_tokens,
+            max_rows: sizes.max_batch_size,
+            max_sequences: sizes.max_batch_size,
+            max_seq_len: self.max_seq_len,
+            page_size: resolved.attn_page_size.value as usize,
+            pages: 0,
+        };
+        let left = free.saturating_sub(work_bytes(plan, &options));
+        let size = kv_size(
+            self.dataset,
+            &KvLimits {
+                page_size: options.page_size,
+                token_bytes: plan.token_bytes(),
+                free_bytes: cache_budget(&model.target, left),
+                fraction,
+                max_batch_size: sizes.max_batch_size,
+                concurrency: self.load.concurrency,
+            },
+        )?;
+        options.pages = size.pages;
+        let capacity = options.capacity(model.info.vocab as usize);
+        let config = EngineConfig {
+            policy: self.policy,
+            chunked_prefill: chunked,
+            // The CPU computes inside `submit`.
+            overlap: !on_cpu,
+            log_steps: self.outputs.iteration_log.is_some(),
+            max_batch_size: sizes.max_batch_size,
+            ..if self.latency {
+                latency_config(&capacity)
+            } else {
+                EngineConfig::of(&capacity)
+            }
+        };
+        Ok(Limits {
+            options,
+            config,
+            cached_sequences: size.cached_sequences,
+            warnings: sizes.warnings,
+        })
+    }
+
+    fn report(
+        &self,
+        model: &CompiledModel,
+        stats: DatasetStats,
+        limits: &Limits,
+        served: &Served,
+        seconds: f64,
+    ) -> anyhow::Result<()> {
+        let mut section = LatheSection {
+            device: model.target.name(),
+            roofline_percent: roofline_percent(model, served),
+            phases: phases(model, seconds),
+            warnings: limits.warnings.clone(),
+            ..LatheSection::default()
+        };
+        // One request at a time is the point of `latency`.
+        if !self.latency {
+            section.warnings.extend(warnings(
+                &stats,
+                RunLimits {
+                    concurrency: self.load.concurrency,
+                    max_batch_size: limits.config.max_batch_size,
+                    cached_sequences: limits.cached_sequences,
+                },
+            ));
+        }
+        let capacity = limits.options.capacity(model.info.vocab as usize);
+        served.describe(&capacity, &mut section);
+        let world = WorldInfo {
+            tp_size: 1,
+            pp_size: 1,
+            ep_size: 1,
+            world_size: 1,
+            max_batch_size: limits.config.max_batch_size,
+            max_num_tokens: limits.config.max_num_tokens,
+            scheduling_policy: self.policy.name().into(),
+            kv_cache_percentage: Some(self.resolved.free_mem_ratio.value),
+            issue_rate: 0.0,
+        };
+        let report = Report::new(
+            engine(model),
+            machine(&model.target),
+            world,
+            &served.records,
+            self.load.streaming,
+            stats,
+            section,
+        );
+        let mut records: Vec<RequestRecord> = served.records.clone();
+        records.extend_from_slice(&served.unfinished);
+        records.sort_by_key(|record| record.id);
+        self.outputs
+            .write(&report, &records, &served.iterations, self.tokenizer)
+    }
+}
+
+/// Bytes that a load takes beside weights and cache.
+fn work_bytes(plan: &Plan, options: &LoadOptions) -> u64 {
+    let general = plan.activation_bytes(&options.general_env());
+    general.max(plan.activation_bytes(&options.decode_env())) as u64
+}
+
+/// Part of the free bytes that a cache may be taken from.
+fn cache_budget(target: &Target, free: u64) -> u64 {
+    /// Kept for CUDA graphs, modules and libraries.
+    const GPU_RESERVE: u64 = 1 << 30;
+    match target {
+        Target::Cpu => cpu_free_bytes(free, meminfo("MemTotal").unwrap_or(u64::MAX)),
+        Target::Cuda(..) => free.saturating_sub(GPU_RESERVE),
+    }
+}
+
+/// Free memory of the device, before weights.
+fn free_bytes(target: &Target) -> anyhow::Result<u64> {
+    /// Where the system does not say.
+    const CPU_GUESS: u64 = 8 << 30;
+    Ok(match target {
+        Target::Cpu => meminfo("MemAvailable").unwrap_or(CPU_GUESS),
+        Target::Cuda(index, _) => Device::open(*index as usize)?.memory()?.0 as u64,
+    })
+}
+
+/// A value of /proc/meminfo in bytes.
+fn meminfo(key: &str) -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(key))?;
+    let kib: u64 = line
+        .trim_start_matches(':')
+        .trim()
+        .trim_end_matches("kB")
+        .trim()
+        .parse()
+        .ok()?;
+    Some(kib * 1024)
+}
+
+/// The roofline's time of the mean decode step over the measured one, in per cent. Nothing on a CPU,
+/// whose rates are not known.
+fn roofline_percent(model: &CompiledModel, served: &Served) -> Option<f64> {
+    let Target::Cuda(_, device) = &model.target else {
+        return None;
+    };
+    let graph = model.compiled.decode.as_ref()?;
+    let at = mean_decode_point(served, device.clone())?;
+    let predicted_ns = predict(graph, &at).total.picoseconds as f64 * 1e-3;
+    let measured_ns = served.totals.decode_period_ns as f64 / served.totals.decode_steps as f64;
+    (measured_ns > 0.0).then(|| 100.0 * predicted_ns / measured_ns)
+}
+
+/// Sequences and cached tokens of the mean decode step.
+fn mean_decode_point(served: &Served, device: DeviceModel) -> Option<CostPoint> {
+    let totals = &served.totals;
+    let batch = totals.decode_sequences.checked_div(totals.decode_steps)?;
+    let context = totals.decode_context.checked_div(totals.decode_sequences)?;
+    Some(CostPoint::decode(batch as i64, context as i64, device))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lathe_runtime::scheduler::Totals;
+
+    #[test]
+    fn the_mean_decode_step() {
+        let mut served = Served::default();
+        assert!(mean_decode_point(&served, DeviceModel::H100).is_none());
+        served.totals = Totals {
+            decode_steps: 10,
+            decode_sequences: 640,
+            decode_context: 64_000,
+            ..Totals::default()
+        };
+        let point = mean_decode_point(&served, DeviceModel::H100).unwrap();
+        assert_eq!(point, CostPoint::decode(64, 100, DeviceModel::H100));
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn memory_of_this_machine() {
+        let (total, available) = (
+            meminfo("MemTotal").unwrap(),
+            meminfo("MemAvailable").unwrap(),
+        );
+        assert!(available <= total && total > 1 << 27);
+        assert!(cache_budget(&Target::Cpu, available) <= total / 4);
+        assert_eq!(meminfo("NoSuchKey"), None);
+    }
+}

@@ -1,0 +1,382 @@
+//! `throughput` and `latency` on the CPU device with tiny models, as a user runs them.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+
+fn golden(family: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/fixtures/golden")
+        .join(family)
+}
+
+fn lathe(family: &str, arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_lathe"))
+        .arg("--model")
+        .arg(golden(family))
+        .args([
+            "--device",
+            "cpu",
+            "--dtype",
+            "float32",
+            "--log_level",
+            "error",
+        ])
+        .args(arguments)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
+}
+
+fn json(path: &Path) -> Value {
+    serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// `n` requests with prompts of 1 to 14 tokens and outputs of 1 to 13.
+fn write_dataset(folder: &Path, n: usize) -> PathBuf {
+    let path = folder.join("d.jsonl");
+    let lines: Vec<String> = (0..n)
+        .map(|i| {
+            let ids: Vec<String> = (0..1 + i * 5 % 14)
+                .map(|t| ((i * 31 + t * 7) % 90).to_string())
+                .collect();
+            let osl = 1 + i * 3 % 13;
+            format!(
+                "{{\"task_id\":{i},\"input_ids\":[{}],\"output_tokens\":{osl}}}\n",
+                ids.join(",")
+            )
+        })
+        .collect();
+    std::fs::write(&path, lines.concat()).unwrap();
+    path
+}
+
+struct Files {
+    folder: tempfile::TempDir,
+    dataset: PathBuf,
+}
+
+impl Files {
+    fn new(n: usize) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let dataset = write_dataset(folder.path(), n);
+        Self { folder, dataset }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn yaml(&self, text: &str) -> PathBuf {
+        let path = self.path("options.yaml");
+        std::fs::write(&path, text).unwrap();
+        path
+    }
+
+    /// Output tokens of all requests under the given flags.
+    fn outputs(&self, family: &str, more: &[&str]) -> Value {
+        let out = self.path("out.json");
+        let mut arguments = vec!["throughput", "--dataset", self.dataset.to_str().unwrap()];
+        arguments.extend(["--warmup", "0", "--output_json", out.to_str().unwrap()]);
+        arguments.extend(more);
+        let output = lathe(family, &arguments);
+        assert!(
+            output.status.success(),
+            "{family} {more:?}: {}",
+            stderr(&output)
+        );
+        json(&out)
+    }
+}
+
+/// In float32 on the CPU: batched, in chunks, in small pages, as static batches and one by one, the
+/// tokens are the same bit for bit. (`serving_tokens` has all families.)
+#[test]
+fn the_same_tokens_however_it_is_scheduled() {
+    let files = Files::new(24);
+    for family in ["llama-rope3-tied", "qwen3", "gpt2"] {
+        let alone = files.outputs(family, &["--concurrency", "1"]);
+        assert_eq!(alone.as_object().unwrap().len(), 24);
+        let batched = files.outputs(family, &[]);
+        assert_eq!(batched, alone, "{family}: batched");
+        let yaml = files.yaml("attn_page_size: 4\n");
+        let mut chunks = vec!["--max_num_tokens", "6", "--max_batch_size", "5"];
+        chunks.extend(["--config", yaml.to_str().unwrap()]);
+        let chunked = files.outputs(family, &chunks);
+        assert_eq!(chunked, alone, "{family}: chunks");
+        let yaml = files.yaml("runtime: demollm\nmax_batch_size: 7\n");
+        let fixed = files.outputs(family, &["--config", yaml.to_str().unwrap()]);
+        assert_eq!(fixed, alone, "{family}: static batches");
+    }
+}
+
+#[test]
+fn throughput_writes_all_its_files() {
+    let files = Files::new(40);
+    let [report, request, log] =
+        ["report.json", "request.json", "log.jsonl"].map(|f| files.path(f));
+    let start = std::time::Instant::now();
+    let output = lathe(
+        "llama-rope3-tied",
+        &[
+            "throughput",
+            "--dataset",
+            files.dataset.to_str().unwrap(),
+            "--streaming",
+            "--report_json",
+            report.to_str().unwrap(),
+            "--request_json",
+            request.to_str().unwrap(),
+            "--iteration_log",
+            log.to_str().unwrap(),
+        ],
+    );
+    let wall_ms = start.elapsed().as_secs_f64() * 1e3;
+    assert!(output.status.success(), "{}", stderr(&output));
+    let text = String::from_utf8(output.stdout).unwrap();
+    for part in [
+        "= PERFORMANCE OVERVIEW",
+        "KV cache:",
+        "Pre-emptions:         0",
+        "host gap",
+    ] {
+        assert!(text.contains(part), "{part}\n{text}");
+    }
+    let report = json(&report);
+    let requests = json(&request);
+    let requests = requests.as_array().unwrap();
+    let number = |value: &Value, key: &str| value[key].as_f64().unwrap();
+    let all = |key: &'static str| requests.iter().map(move |entry| number(entry, key));
+    let begin = all("start_timestamp").fold(f64::MAX, f64::min);
+    let end = all("end_timestamp").fold(0.0, f64::max);
+    let tokens: f64 = all("num_total_output_tokens").sum();
+    let performance = &report["performance"];
+    let close = |a: f64, b: f64| (a / b - 1.0).abs() < 0.01;
+    assert!(close(
+        number(performance, "total_latency_ms"),
+        (end - begin) * 1e-6
+    ));
+    let rate = number(performance, "system_output_throughput_tok_s");
+    assert!(close(rate, tokens / (end - begin) * 1e9));
+    assert!(number(performance, "total_latency_ms") < wall_ms);
+    assert_eq!(requests.len(), 40);
+    assert_eq!(report["request_info"]["num_requests"], 40);
+    assert_eq!(
+        report["world_info"]["scheduling_policy"],
+        "guaranteed_no_evict"
+    );
+    assert!(number(&report["streaming_metrics"], "avg_ttft_ms") > 0.0);
+    let steps = report["lathe"]["step_breakdown"]["steps"].as_u64().unwrap();
+    let log = std::fs::read_to_string(&log).unwrap();
+    assert_eq!(log.lines().count() as u64, steps);
+    let generated: u64 = log
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap())
+        .map(|line| line["numCompletedRequests"].as_u64().unwrap())
+        .sum();
+    assert_eq!(generated, 40);
+}
+
+#[test]
+fn latency_runs_one_request_at_a_time() {
+    let files = Files::new(6);
+    let report = files.path("report.json");
+    let output = lathe(
+        "qwen3",
+        &[
+            "latency",
+            "--dataset",
+            files.dataset.to_str().unwrap(),
+            "--report_json",
+            report.to_str().unwrap(),
+        ],
+    );
+    assert!(output.status.success(), "{}", stderr(&output));
+    let report = json(&report);
+    assert_eq!(report["world_info"]["max_batch_size"], 1);
+    let concurrent = report["request_info"]["avg_num_concurrent_requests"].as_f64();
+    assert!(
+        concurrent.is_some_and(|n| n > 0.5 && n <= 1.0),
+        "{concurrent:?}"
+    );
+    assert!(report["streaming_metrics"]["avg_tpot_ms"].as_f64().unwrap() > 0.0);
+}
+
+#[test]
+fn an_eos_ends_outputs() {
+    let files = Files::new(12);
+    let all = files.outputs("phi3", &[]);
+    let first = all["1"][0].as_u64().unwrap().to_string();
+    let ended = files.outputs("phi3", &["--eos_id", &first]);
+    for (id, tokens) in all.as_object().unwrap() {
+        let tokens: Vec<u64> = serde_json::from_value(tokens.clone()).unwrap();
+        let stop = tokens.iter().position(|t| t.to_string() == first);
+        let expected = &tokens[..stop.map_or(tokens.len(), |at| at + 1)];
+        assert_eq!(ended[id], serde_json::json!(expected), "request {id}");
+    }
+    assert_eq!(ended["1"].as_array().unwrap().len(), 1);
+}
+
+#[test]
+fn refusals_are_one_clear_outcome() {
+    let files = Files::new(3);
+    let dataset = files.dataset.to_str().unwrap();
+    let refused = |arguments: &[&str]| {
+        let output = lathe("gpt2", arguments);
+        (output.status.code(), stderr(&output))
+    };
+    let (code, text) = refused(&[
+        "throughput",
+        "--dataset",
+        dataset,
+        "--pp",
+        "2",
+        "--beam_width",
+        "4",
+    ]);
+    assert_eq!(code, Some(2));
+    assert!(
+        text.contains("pipeline parallelism") && text.contains("beam search"),
+        "{text}"
+    );
+    let (code, _) = refused(&[
+        "throughput",
+        "--dataset",
+        dataset,
+        "--pp",
+        "1",
+        "--beam_width",
+        "1",
+    ]);
+    assert_eq!(code, Some(0), "what asks for nothing special is accepted");
+    let (code, text) = refused(&[
+        "throughput",
+        "--dataset",
+        dataset,
+        "--scheduler_policy",
+        "fifo",
+    ]);
+    assert_eq!(code, Some(2));
+    assert!(
+        text.contains("guaranteed_no_evict or max_utilization"),
+        "{text}"
+    );
+    let (code, text) = refused(&["latency", "--dataset", dataset, "--max_seq_len", "9"]);
+    assert_eq!(code, Some(1));
+    assert!(text.contains("max_seq_len is 9"), "{text}");
+    let (code, text) = refused(&["throughput", "--dataset", dataset, "--eos_id", "1000000"]);
+    assert_eq!(code, Some(2));
+    assert!(text.contains("outside the vocabulary"), "{text}");
+    let none = [
+        "throughput",
+        "--dataset",
+        dataset,
+        "--kv_cache_free_gpu_mem_fraction",
+        "0",
+    ];
+    let (code, text) = refused(&none);
+    assert_eq!(code, Some(1));
+    assert!(
+        text.contains("KV cache") && text.lines().count() == 1,
+        "{text}"
+    );
+    let uncut = [
+        "throughput",
+        "--dataset",
+        dataset,
+        "--disable_chunked_context",
+        "--max_num_tokens",
+        "8",
+    ];
+    let (code, text) = refused(&uncut);
+    assert_eq!(code, Some(1));
+    assert!(
+        text.contains("Requests failed: the prompt of 11 tokens is longer"),
+        "{text}"
+    );
+}
+
+/// /dev/full stands for a full disk: the report is on stdout, the other files are written.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_costs_one_file() {
+    let files = Files::new(4);
+    let request = files.path("request.json");
+    let output = lathe(
+        "gpt2",
+        &[
+            "throughput",
+            "--dataset",
+            files.dataset.to_str().unwrap(),
+            "--report_json",
+            "/dev/full",
+            "--request_json",
+            request.to_str().unwrap(),
+        ],
+    );
+    assert_eq!(output.status.code(), Some(1));
+    let text = stderr(&output);
+    assert!(text.contains("/dev/full cannot be written"), "{text}");
+    assert!(String::from_utf8_lossy(&output.stdout).contains("Request Throughput (req/sec)"));
+    assert_eq!(json(&request).as_array().unwrap().len(), 4);
+}
+
+/// Ctrl-C in the middle: the partial report, marked, and exit code 1.
+#[cfg(unix)]
+#[test]
+fn an_interrupt_prints_the_partial_report() {
+    let files = Files::new(4);
+    let long = files.path("long.jsonl");
+    let line = "{\"task_id\":0,\"input_ids\":[1,2,3],\"output_tokens\":40}\n";
+    std::fs::write(&long, line.repeat(100_000)).unwrap();
+    let report = files.path("report.json");
+    let log = files.path("none");
+    let mut child = Command::new(env!("CARGO_BIN_EXE_lathe"))
+        .arg("--model")
+        .arg(golden("gpt2"))
+        .args([
+            "--device",
+            "cpu",
+            "--dtype",
+            "float32",
+            "throughput",
+            "--max_batch_size",
+            "2",
+        ])
+        .arg("--dataset")
+        .arg(&long)
+        .arg("--report_json")
+        .arg(&report)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(std::fs::File::create(&log).unwrap())
+        .spawn()
+        .unwrap();
+    std::thread::sleep(std::time::Duration::from_secs(4));
+    assert!(child.try_wait().unwrap().is_none(), "it still runs");
+    let kill = Command::new("kill")
+        .args(["-INT", &child.id().to_string()])
+        .status();
+    assert!(kill.unwrap().success());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let error = std::fs::read_to_string(&log).unwrap();
+    assert!(
+        error.contains("interrupted: ") && error.contains("of 100000 requests finished"),
+        "{error}"
+    );
+    let report = json(&report);
+    let incomplete = &report["lathe"]["incomplete"];
+    assert_eq!(incomplete["reason"], "interrupted");
+    assert_eq!(incomplete["planned"], 100_000);
+    assert_eq!(
+        incomplete["finished"],
+        report["request_info"]["num_requests"]
+    );
+    assert!(incomplete["finished"].as_u64().unwrap() > 0);
+}
