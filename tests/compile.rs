@@ -245,3 +245,44 @@ fn rules_are_listed_and_explained_with_an_example() {
         );
     }
 }
+
+#[test]
+fn an_operation_is_explained_from_the_import_on() {
+    let explain = |args: &[&str]| {
+        let mut all = vec!["-m", MODEL, "explain", "--target", "h100"];
+        all.extend(args);
+        let output = lathe(&all);
+        let error = String::from_utf8(output.stderr).unwrap();
+        (String::from_utf8(output.stdout).unwrap(), error)
+    };
+    let (list, _) = explain(&["--layer", "3"]);
+    assert_eq!(list.lines().count(), 5, "{list}");
+    let (attention, _) = explain(&["--layer", "3", "--op", "attn_qkv"]);
+    for line in [
+        "attn_qkv, layer 3, decode program",
+        "// L3 model.layers.3.self_attn.q_proj",
+        "canonicalize   linear                   gives linear ×3",
+        "attention      attention-close          gives attn",
+        "fuse           qkv-join                 gives attn_qkv",
+        "  by qkv-join",
+        "attn_step",
+    ] {
+        assert!(attention.contains(line), "no {line:?} in\n{attention}");
+    }
+    assert!(!attention.contains(".*."), "{attention}");
+    let (o_proj, _) = explain(&["--layer", "3", "--op", "o_proj"]);
+    assert!(o_proj.contains("gemm-residual"), "{o_proj}");
+    // Without the rule, the residual add stays and says why.
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("c.yaml");
+    std::fs::write(&config, "transforms: {gemm-residual: {enabled: false}}").unwrap();
+    let config = config.to_str().unwrap();
+    let (add, error) = explain(&["--layer", "3", "--op", "add", "--config", config]);
+    let reason = "no rule lowered it; the nearest is gemm-residual (2 of 2 operations match): \
+                  it is switched off";
+    assert!(add.contains(reason), "{error}{add}");
+    let (_, error) = explain(&["--layer", "99"]);
+    assert!(error.contains("the last layer is 31"), "{error}");
+    let (_, error) = explain(&["--layer", "1", "--op", "gemmm"]);
+    assert!(error.contains("did you mean 'gemm'?"), "{error}");
+}
