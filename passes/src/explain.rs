@@ -77,7 +77,9 @@ pub struct Nearest {
 pub struct OpStory {
     /// The operation's node in the decode program of the template.
     pub node: NodeId,
-    /// The imported nodes that it stands for.
+    /// The values that it stands for: its own, and those that it makes unnecessary.
+    pub values: Vec<ValueNo>,
+    /// The imported nodes among them.
     pub imported: Vec<NodeId>,
     /// The rules on the way, in the order in which they applied.
     pub steps: Vec<Step>,
@@ -243,6 +245,7 @@ impl History<'_> {
             let class = classes[node.index()];
             ops.push(OpStory {
                 node,
+                values: values.into_iter().collect(),
                 imported: imported.into_iter().collect(),
                 steps,
                 nearest: if lowered { None } else { self.nearest(class) },
