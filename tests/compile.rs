@@ -286,3 +286,54 @@ fn an_operation_is_explained_from_the_import_on() {
     let (_, error) = explain(&["--layer", "1", "--op", "gemmm"]);
     assert!(error.contains("did you mean 'gemm'?"), "{error}");
 }
+
+#[test]
+fn the_page_is_one_small_file_with_every_stage_and_its_alternatives() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().to_str().unwrap();
+    let out = compile(&[
+        "--dump-format",
+        "html",
+        "--dump-dir",
+        dir,
+        "--target",
+        "h100",
+    ]);
+    assert!(out.contains("lathe.html ("), "{out}");
+    let page = std::fs::read_to_string(folder.path().join("lathe.html")).unwrap();
+    assert!(page.len() < 3 << 20, "{} bytes", page.len());
+    let data = page
+        .split_once("const DATA = ")
+        .and_then(|(_, rest)| rest.split_once(";\nconst $"))
+        .unwrap()
+        .0;
+    let data: serde_json::Value = serde_json::from_str(&data.replace("<\\/", "</")).unwrap();
+    assert_eq!(data["layers"], 32);
+    // One template for all layers: the page is folded.
+    let layer = &data["templates"][1];
+    assert_eq!(layer["layers"].as_array().unwrap().len(), 32);
+    let names: Vec<&str> = layer["columns"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|c| c["name"].as_str().unwrap())
+        .collect();
+    let stages = [
+        "import",
+        "canonicalize",
+        "recognize",
+        "attention",
+        "kv_cache",
+        "fuse",
+    ];
+    assert_eq!(names, stages);
+    let chosen = layer["values"]
+        .as_object()
+        .unwrap()
+        .values()
+        .flat_map(|v| v["forms"].as_array().unwrap())
+        .filter(|f| f["chosen"] == true && f["op"] == "attn_qkv")
+        .count();
+    assert_eq!(chosen, 1, "the attention and its alternatives");
+    assert_eq!(layer["ops"].as_array().unwrap().len(), 5);
+}
