@@ -337,3 +337,30 @@ fn the_page_is_one_small_file_with_every_stage_and_its_alternatives() {
     assert_eq!(chosen, 1, "the attention and its alternatives");
     assert_eq!(layer["ops"].as_array().unwrap().len(), 5);
 }
+
+#[test]
+fn logs_as_json_on_demand() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("c.yaml");
+    std::fs::write(&config, "model_kwargs: {num_hidden_layer: 2}").unwrap();
+    let config = config.to_str().unwrap();
+    let args = ["-m", MODEL, "compile", "--config", config];
+    let plain = String::from_utf8(lathe(&args).stderr).unwrap();
+    assert!(
+        plain.contains("model_kwargs.num_hidden_layer is no key of"),
+        "{plain}"
+    );
+    let mut json = args.to_vec();
+    json.extend(["--log_format", "json", "--log_level", "debug"]);
+    let lines = String::from_utf8(lathe(&json).stderr).unwrap();
+    let lines: Vec<serde_json::Value> = lines
+        .lines()
+        .map(|l| serde_json::from_str(l).unwrap_or_else(|e| panic!("{l}: {e}")))
+        .collect();
+    let has = |f: &dyn Fn(&serde_json::Value) -> bool| lines.iter().any(f);
+    assert!(has(&|l| l["level"] == "WARN"));
+    assert!(has(&|l| l["phase"] == "import" && l["seconds"].is_number()));
+    let mut quiet = args.to_vec();
+    quiet.extend(["--log_level", "error"]);
+    assert_eq!(lathe(&quiet).stderr, b"");
+}

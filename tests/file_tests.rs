@@ -164,6 +164,24 @@ fn test(path: &Path, bless: bool) -> Result<(), String> {
     Err(difference(&case.expected, &found))
 }
 
+/// The worked example in the description of the passes.
+#[test]
+fn the_example_of_the_readme() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("passes/README.md");
+    let readme = std::fs::read_to_string(path).unwrap();
+    let (_, rest) = readme.split_once("```text\n   // run:").unwrap();
+    let (block, _) = rest.split_once("   ```").unwrap();
+    let content: String = format!("   // run:{block}")
+        .lines()
+        .map(|l| format!("{}\n", l.strip_prefix("   ").unwrap_or(l)))
+        .collect();
+    let case = Case::read(&content).unwrap();
+    let (before, after) = case.result().unwrap();
+    assert!(case.interp);
+    compare(&before, &after).unwrap();
+    assert_eq!(text::print(&after), case.expected);
+}
+
 /// Lines only in the expectation with `-`, lines only in the result with `+`.
 fn difference(expected: &str, found: &str) -> String {
     let (a, b): (Vec<&str>, Vec<&str>) = (expected.lines().collect(), found.lines().collect());
