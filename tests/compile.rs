@@ -364,3 +364,27 @@ fn logs_as_json_on_demand() {
     quiet.extend(["--log_level", "error"]);
     assert_eq!(lathe(&quiet).stderr, b"");
 }
+
+#[test]
+fn generated_sources_are_written_on_demand() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().to_str().unwrap();
+    let out = compile(&["--emit", "cuda", "--dump-dir", dir, "--target", "h100"]);
+    let files: Vec<&str> = out
+        .lines()
+        .filter_map(|l| l.strip_prefix("emit "))
+        .collect();
+    assert!(
+        files.iter().any(|f| f.ends_with("cuda/decode.txt")),
+        "{out}"
+    );
+    let kernels: Vec<_> = files.iter().filter(|f| f.ends_with(".cu")).collect();
+    assert!(kernels.len() > 4, "{out}");
+    for k in kernels {
+        let text = std::fs::read_to_string(k).unwrap();
+        assert!(text.contains("__global__"), "{k}");
+    }
+    let launches = std::fs::read_to_string(folder.path().join("cuda/decode.txt")).unwrap();
+    assert!(launches.lines().count() > 160, "{launches}");
+    assert!(launches.contains("model.layers.31.self_attn"), "{launches}");
+}
