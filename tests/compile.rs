@@ -33,7 +33,7 @@ fn a_line_for_each_pass_and_kernels_of_each_layer() {
         "[stage=attention, rule=attention-close] matches=32",
         "[stage=recognize, rule=rmsnorm-upcast] matches=65",
         "[stage=attention] unmatched=attention-mask-fill,attention-softcap",
-        "  layers 1-31      add+rmsnorm·gemm, attn_qkv, gemm",
+        "  layers 0-31      rmsnorm·gemm, attn_qkv, gemm·residual, rmsnorm·gemm·swiglu, gemm·residual",
     ] {
         assert!(out.contains(line), "no {line:?} in\n{out}");
     }
@@ -244,4 +244,147 @@ fn rules_are_listed_and_explained_with_an_example() {
             rule.name
         );
     }
+}
+
+#[test]
+fn an_operation_is_explained_from_the_import_on() {
+    let explain = |args: &[&str]| {
+        let mut all = vec!["-m", MODEL, "explain", "--target", "h100"];
+        all.extend(args);
+        let output = lathe(&all);
+        let error = String::from_utf8(output.stderr).unwrap();
+        (String::from_utf8(output.stdout).unwrap(), error)
+    };
+    let (list, _) = explain(&["--layer", "3"]);
+    assert_eq!(list.lines().count(), 5, "{list}");
+    let (attention, _) = explain(&["--layer", "3", "--op", "attn_qkv"]);
+    for line in [
+        "attn_qkv, layer 3, decode program",
+        "// L3 model.layers.3.self_attn.q_proj",
+        "canonicalize   linear                   gives linear ×3",
+        "attention      attention-close          gives attn",
+        "fuse           qkv-join                 gives attn_qkv",
+        "  by qkv-join",
+        "attn_step",
+    ] {
+        assert!(attention.contains(line), "no {line:?} in\n{attention}");
+    }
+    assert!(!attention.contains(".*."), "{attention}");
+    let (o_proj, _) = explain(&["--layer", "3", "--op", "o_proj"]);
+    assert!(o_proj.contains("gemm-residual"), "{o_proj}");
+    // Without the rule, the residual add stays and says why.
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("c.yaml");
+    std::fs::write(&config, "transforms: {gemm-residual: {enabled: false}}").unwrap();
+    let config = config.to_str().unwrap();
+    let (add, error) = explain(&["--layer", "3", "--op", "add", "--config", config]);
+    let reason = "no rule lowered it; the nearest is gemm-residual (2 of 2 operations match): \
+                  it is switched off";
+    assert!(add.contains(reason), "{error}{add}");
+    let (_, error) = explain(&["--layer", "99"]);
+    assert!(error.contains("the last layer is 31"), "{error}");
+    let (_, error) = explain(&["--layer", "1", "--op", "gemmm"]);
+    assert!(error.contains("did you mean 'gemm'?"), "{error}");
+}
+
+#[test]
+fn the_page_is_one_small_file_with_every_stage_and_its_alternatives() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().to_str().unwrap();
+    let out = compile(&[
+        "--dump-format",
+        "html",
+        "--dump-dir",
+        dir,
+        "--target",
+        "h100",
+    ]);
+    assert!(out.contains("lathe.html ("), "{out}");
+    let page = std::fs::read_to_string(folder.path().join("lathe.html")).unwrap();
+    assert!(page.len() < 3 << 20, "{} bytes", page.len());
+    let data = page
+        .split_once("const DATA = ")
+        .and_then(|(_, rest)| rest.split_once(";\nconst $"))
+        .unwrap()
+        .0;
+    let data: serde_json::Value = serde_json::from_str(&data.replace("<\\/", "</")).unwrap();
+    assert_eq!(data["layers"], 32);
+    // One template for all layers: the page is folded.
+    let layer = &data["templates"][1];
+    assert_eq!(layer["layers"].as_array().unwrap().len(), 32);
+    let names: Vec<&str> = layer["columns"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|c| c["name"].as_str().unwrap())
+        .collect();
+    let stages = [
+        "import",
+        "canonicalize",
+        "recognize",
+        "attention",
+        "kv_cache",
+        "fuse",
+    ];
+    assert_eq!(names, stages);
+    let chosen = layer["values"]
+        .as_object()
+        .unwrap()
+        .values()
+        .flat_map(|v| v["forms"].as_array().unwrap())
+        .filter(|f| f["chosen"] == true && f["op"] == "attn_qkv")
+        .count();
+    assert_eq!(chosen, 1, "the attention and its alternatives");
+    assert_eq!(layer["ops"].as_array().unwrap().len(), 5);
+}
+
+#[test]
+fn logs_as_json_on_demand() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("c.yaml");
+    std::fs::write(&config, "model_kwargs: {num_hidden_layer: 2}").unwrap();
+    let config = config.to_str().unwrap();
+    let args = ["-m", MODEL, "compile", "--config", config];
+    let plain = String::from_utf8(lathe(&args).stderr).unwrap();
+    assert!(
+        plain.contains("model_kwargs.num_hidden_layer is no key of"),
+        "{plain}"
+    );
+    let mut json = args.to_vec();
+    json.extend(["--log_format", "json", "--log_level", "debug"]);
+    let lines = String::from_utf8(lathe(&json).stderr).unwrap();
+    let lines: Vec<serde_json::Value> = lines
+        .lines()
+        .map(|l| serde_json::from_str(l).unwrap_or_else(|e| panic!("{l}: {e}")))
+        .collect();
+    let has = |f: &dyn Fn(&serde_json::Value) -> bool| lines.iter().any(f);
+    assert!(has(&|l| l["level"] == "WARN"));
+    assert!(has(&|l| l["phase"] == "import" && l["seconds"].is_number()));
+    let mut quiet = args.to_vec();
+    quiet.extend(["--log_level", "error"]);
+    assert_eq!(lathe(&quiet).stderr, b"");
+}
+
+#[test]
+fn generated_sources_are_written_on_demand() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().to_str().unwrap();
+    let out = compile(&["--emit", "cuda", "--dump-dir", dir, "--target", "h100"]);
+    let files: Vec<&str> = out
+        .lines()
+        .filter_map(|l| l.strip_prefix("emit "))
+        .collect();
+    assert!(
+        files.iter().any(|f| f.ends_with("cuda/decode.txt")),
+        "{out}"
+    );
+    let kernels: Vec<_> = files.iter().filter(|f| f.ends_with(".cu")).collect();
+    assert!(kernels.len() > 4, "{out}");
+    for k in kernels {
+        let text = std::fs::read_to_string(k).unwrap();
+        assert!(text.contains("__global__"), "{k}");
+    }
+    let launches = std::fs::read_to_string(folder.path().join("cuda/decode.txt")).unwrap();
+    assert!(launches.lines().count() > 160, "{launches}");
+    assert!(launches.contains("model.layers.31.self_attn"), "{launches}");
 }

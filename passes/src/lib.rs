@@ -4,6 +4,7 @@
 
 pub mod diagnose;
 pub mod egraph;
+pub mod explain;
 pub mod opt;
 pub mod pipeline;
 pub mod predict;

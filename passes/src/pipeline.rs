@@ -2,10 +2,11 @@
 
 use crate::diagnose::unmatched_attention;
 use crate::egraph::analysis::{Applied, Data, is_step_shape};
-use crate::egraph::convert::{Choice, add_graph, add_op, to_graph};
+use crate::egraph::convert::{Choice, add_graph, add_op, to_graph, to_graph_with_classes};
 use crate::egraph::cost::{CostPoint, INFINITE};
 use crate::egraph::extract::{ExtractError, Extraction, extract, node_cost};
 use crate::egraph::{EGraph, Lang, TensorAnalysis};
+use crate::explain::{History, Story};
 use crate::region::{Regions, cut, layer_name, select_all, whole};
 use crate::rule::{Rule, Stage};
 use crate::rules::{self, STEP};
@@ -142,6 +143,8 @@ pub struct TemplateReport {
     pub decode: Option<Graph>,
     /// The chosen general term.
     pub general: Option<Graph>,
+    /// What became of each value (dumps only, and only if there is a decode term).
+    pub story: Option<Story>,
 }
 
 /// A compiled model: its step programs and how they came about.
@@ -215,7 +218,7 @@ pub fn compile_with(
             .filter_map(|r| r.layer);
         let mut t = Template::new(template, i, layers.collect(), config);
         t.run(dumps, &mut clock)?;
-        chosen.push(t.choose(&mut clock));
+        chosen.push(t.choose(dumps, &mut clock));
         templates.push(t.report);
     }
     let full = stitch(&regions, &model.name, |i| chosen[i].full.clone(), false)?;
@@ -342,6 +345,10 @@ struct Template<'a> {
     config: &'a PassConfig,
     terms: Terms,
     report: TemplateReport,
+    /// The class of each imported node.
+    imported: Vec<Id>,
+    /// The class of each node of the best term after each stage.
+    stage_classes: Vec<Vec<Id>>,
 }
 
 impl<'a> Template<'a> {
@@ -372,7 +379,10 @@ impl<'a> Template<'a> {
                 log: Vec::new(),
                 decode: None,
                 general: None,
+                story: None,
             },
+            imported: ids,
+            stage_classes: Vec::new(),
         }
     }
 
@@ -388,19 +398,19 @@ impl<'a> Template<'a> {
             report.cost_before = cost;
             let best = self.best(dumps);
             cost = best.as_ref().map(|e| e.cost);
+            let mut classes = Vec::new();
             if let Some(e) = best {
                 let roots = if stage >= Stage::KvCache {
                     &self.terms.step
                 } else {
                     &self.terms.full
                 };
-                report.best = Some(to_graph(
-                    &self.terms.egraph,
-                    &e.choice,
-                    &self.report.name,
-                    roots,
-                ));
+                let (graph, ids) =
+                    to_graph_with_classes(&self.terms.egraph, &e.choice, &self.report.name, roots);
+                report.best = Some(graph);
+                classes = ids;
             }
+            self.stage_classes.push(classes);
             report.cost_after = cost;
             report.extract = clock.lap("extract");
             self.report.stages.push(report);
@@ -483,8 +493,9 @@ impl<'a> Template<'a> {
     }
 
     /// Decode first: it fixes the weight layouts; then the general program under them.
-    fn choose(&self, clock: &mut Clock) -> Chosen {
+    fn choose(&mut self, dumps: bool, clock: &mut Clock) -> Chosen {
         let name = &self.report.name;
+        let mut story = None;
         let full_roots: Vec<Id> = self.terms.full.iter().map(|r| r.1).collect();
         let at = &self.config.general;
         let full = extract(&self.terms.egraph, &full_roots, &|id, n| {
@@ -518,14 +529,23 @@ impl<'a> Template<'a> {
                         self.terms.step_cost(id, n, at)
                     }
                 });
+                let (graph, classes) =
+                    to_graph_with_classes(&self.terms.egraph, &d.choice, name, &self.terms.step);
+                if dumps {
+                    let at = &self.config.decode;
+                    let history = History {
+                        terms: &self.terms,
+                        log: &self.report.log,
+                        off: &self.config.disabled,
+                        imported: &self.imported,
+                        stages: &self.stage_classes,
+                    };
+                    let cost = |id: Id, n: &Lang| self.terms.step_cost(id, n, at);
+                    story = Some(history.tell(&graph, &classes, &d.choice, &cost));
+                }
                 Chosen {
                     full,
-                    decode: Ok(to_graph(
-                        &self.terms.egraph,
-                        &d.choice,
-                        name,
-                        &self.terms.step,
-                    )),
+                    decode: Ok(graph),
                     general: general
                         .map(|e| to_graph(&self.terms.egraph, &e.choice, name, &self.terms.step))
                         .map_err(|e| self.refuse(e)),
@@ -533,6 +553,8 @@ impl<'a> Template<'a> {
             }
         };
         clock.lap("extract");
+        self.report.story = story;
+        clock.lap("dumps");
         chosen
     }
 }

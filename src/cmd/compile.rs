@@ -51,9 +51,9 @@ pub struct Compile {
     /// Optimise the whole model as one region instead of one template a kind of layer
     #[arg(long)]
     no_roll: bool,
-    /// Print the generated sources
-    #[arg(long, value_name = "cuda")]
-    emit: Option<String>,
+    /// Write the generated sources and launches into the folder of the dumps
+    #[arg(long, value_enum)]
+    emit: Option<Emit>,
     /// Most requests in flight
     #[arg(long = "max_batch_size", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     max_batch_size: Option<u32>,
@@ -65,15 +65,20 @@ pub struct Compile {
     max_num_tokens: Option<u32>,
 }
 
+/// `--emit`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Emit {
+    /// CUDA C.
+    Cuda,
+}
+
+/// Folder of dumps without `--dump-dir`.
+const DUMP_DIR: &str = "lathe-dump";
+
 impl Compile {
     /// Runs the command.
     pub fn run(&self, global: &GlobalOptions) -> anyhow::Result<()> {
         let mut phases = Phases::new();
-        if let Some(what) = &self.emit {
-            return Err(usage_error(format!(
-                "--emit {what}: generated sources cannot be printed yet"
-            )));
-        }
         let config = resolve(self.flags(), self.config.as_deref())?;
         let target = target(self.target.as_deref(), global.device)?;
         let imported = import_model(global, &config, &mut phases)?;
@@ -103,10 +108,30 @@ impl Compile {
         programs(&mut out, &compiled, &pass_config);
         phases.end("report");
         self.dump(&mut out, &imported, &compiled, &pass_config, &mut phases)?;
+        if let Some(Emit::Cuda) = self.emit {
+            let max_seq_len = config.max_seq_len.value;
+            let max_seq_len = max_seq_len.unwrap_or(imported.model.arch.max_position);
+            let written = dump::emit_cuda(
+                &self.dump_dir(),
+                &plan,
+                &pass_config,
+                config.attn_page_size.value,
+                max_seq_len,
+            )?;
+            let _ = writeln!(out);
+            for path in written {
+                let _ = writeln!(out, "emit {}", path.display());
+            }
+            phases.end("emit");
+        }
         out.push('\n');
         out += &phases.table();
         std::io::stdout().lock().write_all(out.as_bytes())?;
         Ok(())
+    }
+
+    fn dump_dir(&self) -> PathBuf {
+        self.dump_dir.clone().unwrap_or_else(|| DUMP_DIR.into())
     }
 
     fn flags(&self) -> Options {
@@ -127,8 +152,8 @@ impl Compile {
         phases: &mut Phases,
     ) -> anyhow::Result<()> {
         let format = self.dump_format.unwrap_or_default();
-        let wanted =
-            self.dump_ir.is_some() || self.dump_dir.is_some() || self.dump_format.is_some();
+        let folder = self.dump_dir.is_some() && self.emit.is_none();
+        let wanted = self.dump_ir.is_some() || folder || self.dump_format.is_some();
         if !wanted {
             if self.only_changed {
                 return Err(usage_error("--only-changed needs --dump-ir"));
@@ -137,7 +162,7 @@ impl Compile {
         }
         phases.begin("dump");
         let points = self.dump_ir.clone().unwrap_or(Points::All);
-        let dir = self.dump_dir.clone().unwrap_or_else(|| "lathe-dump".into());
+        let dir = self.dump_dir();
         let snapshots = dump::snapshots(&imported.model.graph, compiled, config);
         let _ = writeln!(out);
         if format == Format::Html {

@@ -8,6 +8,7 @@ mod bench_args;
 mod compare;
 mod compile;
 mod doctor;
+mod explain;
 mod generate;
 mod latency;
 mod opt;
@@ -41,6 +42,8 @@ pub enum Command {
     Compile(compile::Compile),
     /// Run passes on a program in text form and print the result
     Opt(opt::Opt),
+    /// Show how an operation of the decode program came about
+    Explain(explain::Explain),
     /// List passes and rewrite rules, or explain one
     Passes(passes::Passes),
 }
@@ -57,6 +60,7 @@ pub fn run(cli: &Cli) -> anyhow::Result<()> {
         Command::Compare(command) => command.run(),
         Command::Compile(command) => command.run(&cli.global),
         Command::Opt(command) => command.run(&cli.global),
+        Command::Explain(command) => command.run(&cli.global),
         Command::Passes(command) => command.run(),
     }
 }

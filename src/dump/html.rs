@@ -1,7 +1,188 @@
-//! The page.
+//! The page of `--dump-format html`: one file without references to others. The page's text is
+//! page.html; here the data is made that it draws.
+
+use super::{at, cost_change, summaries};
 use crate::frontend::Imported;
-use lathe_passes::pipeline::{Compiled, PassConfig};
-/// The page.
-pub fn html(_: &Imported, _: &Compiled, _: &PassConfig) -> anyhow::Result<String> {
-    anyhow::bail!("--dump-format html: not available yet")
+use crate::phases::{duration, picoseconds};
+use lathe_ir::{Graph, Op, text};
+use lathe_passes::Stage;
+use lathe_passes::explain::{Form, OpStory, Story};
+use lathe_passes::pipeline::{Compiled, PassConfig, TemplateReport};
+use lathe_passes::predict::{kernel_name, predict};
+use serde_json::{Value, json};
+
+const PAGE: &str = include_str!("page.html");
+/// Where the data goes.
+const HOLE: &str = "/*DATA*/null";
+/// Longest attribute that is shown; rotary frequencies are longer.
+const LONGEST: usize = 160;
+
+/// The page of a compilation.
+///
+/// # Errors
+/// The data cannot be written as JSON.
+pub fn html(
+    imported: &Imported,
+    compiled: &Compiled,
+    config: &PassConfig,
+) -> anyhow::Result<String> {
+    let stages: Vec<Value> = summaries(compiled, config)
+        .iter()
+        .map(|s| {
+            json!({
+                "name": s.stage.name(),
+                "enabled": s.enabled,
+                "matches": s.total(),
+                "unmatched": s.unmatched,
+                "off": s.off,
+                "nodes": s.nodes,
+                "classes": s.classes,
+                "cost": cost_change(s),
+                "time": duration(s.time),
+            })
+        })
+        .collect();
+    let kernels = |g: &Option<Graph>, p| {
+        g.as_ref().map(|g| {
+            let p = predict(g, p);
+            json!({ "kernels": p.total.kernels, "time": picoseconds(p.total.picoseconds) })
+        })
+    };
+    let data = json!({
+        "model": imported.name,
+        "family": imported.model.arch.family,
+        "layers": imported.model.arch.layers,
+        "parameters": imported.model.arch.parameters(),
+        "dtype": imported.dtype.to_string(),
+        "decodeAt": at(&config.decode),
+        "generalAt": at(&config.general),
+        "decode": kernels(&compiled.decode, &config.decode),
+        "general": kernels(&compiled.general, &config.general),
+        "noStep": compiled.no_step.as_ref().map(ToString::to_string),
+        "stages": stages,
+        "templates": compiled.templates.iter().map(template).collect::<Vec<_>>(),
+    });
+    // A closing tag inside of a string would end the script.
+    let data = serde_json::to_string(&data)?.replace("</", "<\\/");
+    Ok(PAGE.replacen(HOLE, &data, 1))
+}
+
+fn template(t: &TemplateReport) -> Value {
+    let story = t.story.as_ref();
+    let mut columns = vec![json!({
+        "name": "import",
+        "rules": [],
+        "graph": graph(&t.imported, story.map(|s| &s.imported[..])),
+    })];
+    for (i, report) in t.stages.iter().enumerate() {
+        columns.push(json!({
+            "name": report.stage.name(),
+            "step": report.stage >= Stage::KvCache,
+            "rules": report.matches,
+            "cost": report.cost_after.map(picoseconds),
+            "time": duration(report.saturate),
+            "nodes": report.nodes,
+            "graph": report.best.as_ref().map(|g| graph(g, story.map(|s| &s.stages[i][..]))),
+        }));
+    }
+    let values = story.map(|s| {
+        let values: serde_json::Map<String, Value> = s
+            .values
+            .iter()
+            .filter(|(_, v)| v.forms.len() > 1)
+            .map(|(n, v)| {
+                let forms: Vec<Value> = v.forms.iter().map(form).collect();
+                (n.to_string(), json!({ "type": v.ty, "forms": forms }))
+            })
+            .collect();
+        values
+    });
+    json!({
+        "name": t.name,
+        "layers": t.layers,
+        "columns": columns,
+        "values": values,
+        "ops": story.zip(t.decode.as_ref()).map(|(s, g)| ops(s, g)),
+    })
+}
+
+fn graph(g: &Graph, values: Option<&[usize]>) -> Value {
+    let nodes: Vec<Value> = g
+        .ids()
+        .map(|id| {
+            let n = g.node(id);
+            let mut attrs: Vec<String> = Vec::new();
+            for (name, value) in text::attrs(&n.op) {
+                let text = format!("{name}={value}");
+                attrs.push(if text.len() > LONGEST {
+                    format!("{name}=…")
+                } else {
+                    text
+                });
+            }
+            json!({
+                "o": n.op.name(),
+                "k": kernel_name(&n.op),
+                "i": n.inputs.iter().map(|i| i.0).collect::<Vec<_>>(),
+                "a": attrs.join(", "),
+                "t": text::format_type(&n.ty),
+                "p": &*n.prov.path,
+                "l": n.op.is_leaf() || n.op == Op::None,
+                "v": values.and_then(|v| v.get(id.index())),
+            })
+        })
+        .collect();
+    let outputs: Vec<Value> = g.outputs().iter().map(|(n, id)| json!([n, id.0])).collect();
+    json!({ "nodes": nodes, "outputs": outputs })
+}
+
+fn form(f: &Form) -> Value {
+    json!({
+        "op": f.op,
+        "attrs": f.attrs,
+        "operands": f.operands,
+        "own": f.own.map(picoseconds),
+        "total": f.total.map(picoseconds),
+        "rules": f.rules,
+        "chosen": f.chosen,
+    })
+}
+
+fn ops(story: &Story, decode: &Graph) -> Vec<Value> {
+    let op = |o: &OpStory| {
+        let node = decode.node(o.node);
+        let steps: Vec<Value> = o
+            .steps
+            .iter()
+            .map(|s| json!([s.stage.name(), s.rule, s.op, s.value]))
+            .collect();
+        json!({
+            "name": kernel_name(&node.op),
+            "path": &*node.prov.path,
+            "value": story.decode[o.node.index()],
+            "values": o.values,
+            "imported": o.imported.len(),
+            "steps": steps,
+            "nearest": o.nearest.as_ref().map(|n| json!({
+                "rule": n.rule,
+                "matched": n.matched.0,
+                "of": n.matched.1,
+                "reason": n.reason,
+            })),
+        })
+    };
+    story.ops.iter().map(op).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_stands_alone() {
+        assert_eq!(PAGE.matches(HOLE).count(), 1);
+        for reference in ["src=", "href=", "@import", "url("] {
+            assert!(!PAGE.contains(reference), "{reference}");
+        }
+    }
 }

@@ -1,8 +1,10 @@
 //! Dumps of a program between passes: text that `opt` reads back, Graphviz, JSON, or one page.
 
+mod cuda;
 mod html;
 mod summary;
 
+pub use cuda::emit_cuda;
 pub use html::html;
 pub use summary::{StageSummary, summaries};
 

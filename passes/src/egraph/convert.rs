@@ -42,6 +42,19 @@ pub type Choice = IndexMap<Id, Lang>;
 /// # Panics
 /// A class under a root has no chosen form, or the choice is cyclic (invariants of extraction).
 pub fn to_graph(egraph: &EGraph, choice: &Choice, name: &str, roots: &[(String, Id)]) -> Graph {
+    to_graph_with_classes(egraph, choice, name, roots).0
+}
+
+/// As [`to_graph`], with the class of each node.
+///
+/// # Panics
+/// As [`to_graph`].
+pub fn to_graph_with_classes(
+    egraph: &EGraph,
+    choice: &Choice,
+    name: &str,
+    roots: &[(String, Id)],
+) -> (Graph, Vec<Id>) {
     let mut graph = Graph::new(name);
     let mut done: IndexMap<Id, NodeId> = IndexMap::new();
     for (_, root) in roots {
@@ -57,7 +70,8 @@ pub fn to_graph(egraph: &EGraph, choice: &Choice, name: &str, roots: &[(String, 
     for (name, root) in roots {
         graph.set_output(name, done[&egraph.find(*root)]);
     }
-    graph
+    // Classes are entered as their nodes are added.
+    (graph, done.into_keys().collect())
 }
 
 fn build(

@@ -95,6 +95,78 @@ pub fn extract(
     Ok(Extraction { choice, cost })
 }
 
+/// A form that a value could have.
+#[derive(Clone, Debug)]
+pub struct Alternative {
+    /// The form.
+    pub node: Lang,
+    /// Its own cost in picoseconds; `None` if it has no kernel at this point.
+    pub own: Option<u64>,
+    /// What the whole program would cost with this form and all else as it is; `None` if that
+    /// cannot be executed.
+    pub total: Option<u64>,
+    /// Whether it was chosen.
+    pub chosen: bool,
+}
+
+/// For every class that a program needs, all forms with what they would cost, cheapest first.
+///
+/// # Panics
+/// The choice does not come from [`extract`] with these arguments.
+pub fn alternatives(
+    egraph: &EGraph,
+    roots: &[Id],
+    cost: &dyn Fn(Id, &Lang) -> u64,
+    choice: &Choice,
+) -> indexmap::IndexMap<Id, Vec<Alternative>> {
+    let problem = Problem::new(egraph, cost);
+    let roots: Vec<usize> = roots.iter().map(|&r| problem.index(r)).collect();
+    let mut pick: Vec<Option<usize>> = problem
+        .classes
+        .iter()
+        .zip(&problem.forms)
+        .map(|(id, forms)| {
+            let chosen = choice.get(id)?;
+            forms.iter().position(|(_, _, n)| *n == chosen)
+        })
+        .collect();
+    let mut out = indexmap::IndexMap::new();
+    let mut seen = vec![false; problem.classes.len()];
+    let mut stack = roots.clone();
+    while let Some(c) = stack.pop() {
+        if std::mem::replace(&mut seen[c], true) {
+            continue;
+        }
+        let chosen = pick[c].expect("invariant: a chosen program is complete");
+        stack.extend(&problem.forms[c][chosen].1);
+        let mut all: Vec<Alternative> = Vec::new();
+        for (f, (own, _, node)) in problem.forms[c].iter().enumerate() {
+            pick[c] = Some(f);
+            all.push(Alternative {
+                node: (*node).clone(),
+                own: Some(*own),
+                total: problem.total(&pick, &roots),
+                chosen: f == chosen,
+            });
+        }
+        pick[c] = Some(chosen);
+        all.sort_by_key(|a| (!a.chosen, a.total.unwrap_or(u64::MAX)));
+        let id = problem.classes[c];
+        for node in &egraph[id].nodes {
+            if !problem.forms[c].iter().any(|(_, _, n)| *n == node) {
+                all.push(Alternative {
+                    node: node.clone(),
+                    own: None,
+                    total: None,
+                    chosen: false,
+                });
+            }
+        }
+        out.insert(id, all);
+    }
+    out
+}
+
 impl<'a> Problem<'a> {
     fn new(egraph: &'a EGraph, cost: &dyn Fn(Id, &Lang) -> u64) -> Problem<'a> {
         let mut classes: Vec<Id> = egraph.classes().map(|c| c.id).collect();

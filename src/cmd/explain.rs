@@ -1,0 +1,292 @@
+//! `explain`: why this kernel.
+
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::path::PathBuf;
+
+use anyhow::anyhow;
+use clap::Args;
+use lathe_ir::{Graph, Node, NodeId, Op, text};
+use lathe_passes::explain::{Form, OpStory, Story};
+use lathe_passes::pipeline::{Compiled, PassConfig, TemplateReport, compile_with};
+use lathe_passes::predict::kernel_name;
+use lathe_passes::region::layer_name;
+
+use super::compile::target;
+use crate::cli::GlobalOptions;
+use crate::config::{Options, nearest};
+use crate::dump::at;
+use crate::frontend::{import_model, resolve};
+use crate::phases::{Phases, picoseconds};
+
+/// Show how an operation of the decode program came about
+#[derive(Debug, Args)]
+pub struct Explain {
+    /// Decoder layer; without it, what lies outside of the layers
+    #[arg(long, value_name = "N")]
+    layer: Option<u32>,
+    /// Operation (gemm, attn_qkv), node (%8) or part of a module path (o_proj); without it, a list
+    #[arg(long, value_name = "NAME")]
+    op: Option<String>,
+    /// YAML file of options
+    #[arg(
+        long = "extra_llm_api_options",
+        visible_alias = "config",
+        value_name = "FILE"
+    )]
+    config: Option<PathBuf>,
+    /// Device to compile for: h100, h200, cpu; by default that of --device
+    #[arg(long, value_name = "NAME")]
+    target: Option<String>,
+}
+
+impl Explain {
+    /// Runs the command.
+    pub fn run(&self, global: &GlobalOptions) -> anyhow::Result<()> {
+        let mut phases = Phases::new();
+        let config = resolve(Options::default(), self.config.as_deref())?;
+        let device = target(self.target.as_deref(), global.device)?;
+        let imported = import_model(global, &config, &mut phases)?;
+        let pass_config = config.pass_config(device);
+        let compiled = compile_with(&imported.model.graph, &pass_config, true)?;
+        let out = self.text(&compiled, &pass_config)?;
+        std::io::stdout().lock().write_all(out.as_bytes())?;
+        Ok(())
+    }
+
+    fn text(&self, compiled: &Compiled, config: &PassConfig) -> anyhow::Result<String> {
+        if let (None, Some(reason)) = (&compiled.decode, &compiled.no_step) {
+            return Err(anyhow!("there is no decode program to explain: {reason}"));
+        }
+        let mut out = String::new();
+        let mut names: Vec<String> = Vec::new();
+        let mut found = false;
+        for template in self.templates(compiled)? {
+            let (Some(decode), Some(story)) = (&template.decode, &template.story) else {
+                continue;
+            };
+            let view = View {
+                template,
+                decode,
+                story,
+                layer: self.layer,
+            };
+            for op in &story.ops {
+                let node = decode.node(op.node);
+                names.push(kernel_name(&node.op));
+                names.push(node.op.name().to_string());
+                match &self.op {
+                    None => view.line(&mut out, op),
+                    Some(name) if view.is(op, name) => view.explain(&mut out, op, config),
+                    Some(_) => continue,
+                }
+                found = true;
+            }
+        }
+        if found {
+            return Ok(out);
+        }
+        names.sort();
+        names.dedup();
+        let name = self.op.as_deref().unwrap_or_default();
+        let known: Vec<&str> = names.iter().map(String::as_str).collect();
+        let hint = nearest(name, known.iter().copied())
+            .map_or(String::new(), |n| format!("; did you mean '{n}'?"));
+        let hint = if hint.is_empty() { ";" } else { &hint };
+        Err(anyhow!(
+            "no operation '{name}' here{hint} there are {}",
+            known.join(", ")
+        ))
+    }
+
+    fn templates<'a>(&self, compiled: &'a Compiled) -> anyhow::Result<Vec<&'a TemplateReport>> {
+        let of_layer = |t: &&TemplateReport| match self.layer {
+            Some(l) => t.layers.contains(&l),
+            None => t.layers.is_empty(),
+        };
+        let templates: Vec<_> = compiled.templates.iter().filter(of_layer).collect();
+        if templates.is_empty() {
+            let last = compiled.templates.iter().flat_map(|t| &t.layers).max();
+            return Err(anyhow!(
+                "--layer {}: the last layer is {}",
+                self.layer.unwrap_or_default(),
+                last.copied().unwrap_or_default()
+            ));
+        }
+        Ok(templates)
+    }
+}
+
+/// One template as a layer of the model.
+struct View<'a> {
+    template: &'a TemplateReport,
+    decode: &'a Graph,
+    story: &'a Story,
+    layer: Option<u32>,
+}
+
+impl View<'_> {
+    fn path(&self, node: &Node) -> String {
+        match self.layer {
+            Some(l) => layer_name(&node.prov.path, l),
+            None => node.prov.path.to_string(),
+        }
+    }
+
+    fn is(&self, op: &OpStory, name: &str) -> bool {
+        let node = self.decode.node(op.node);
+        name == node.op.name()
+            || name == kernel_name(&node.op)
+            || name == op.node.to_string()
+            || (name.len() > 2 && self.path(node).contains(name))
+            || self.operations(op).iter().any(|&id| {
+                let path = self.path(self.template.imported.node(id));
+                path.split('.').any(|part| part == name)
+            })
+    }
+
+    fn line(&self, out: &mut String, op: &OpStory) {
+        let node = self.decode.node(op.node);
+        let _ = writeln!(
+            out,
+            "{:5} {:24} {:44} {:3} imported operations, {:3} rule applications",
+            op.node.to_string(),
+            kernel_name(&node.op),
+            self.path(node),
+            self.operations(op).len(),
+            op.steps.len()
+        );
+    }
+
+    /// The imported nodes of an operation, without leaves.
+    fn operations(&self, op: &OpStory) -> Vec<NodeId> {
+        let is_op = |id: &&NodeId| !self.template.imported.node(**id).op.is_leaf();
+        op.imported.iter().filter(is_op).copied().collect()
+    }
+
+    fn explain(&self, out: &mut String, op: &OpStory, config: &PassConfig) {
+        let node = self.decode.node(op.node);
+        let layer = self
+            .layer
+            .map_or_else(|| "outside layers".to_string(), |l| format!("layer {l}"));
+        let _ = writeln!(
+            out,
+            "{}, {layer}, decode program ({})\n  {}\n",
+            kernel_name(&node.op),
+            at(&config.decode),
+            self.print(op.node, node)
+        );
+        let imported = self.operations(op);
+        let _ = writeln!(out, "stands for {} imported operations", imported.len());
+        for id in imported {
+            let line = self.print(id, self.template.imported.node(id));
+            let _ = writeln!(out, "  {line}");
+        }
+        let _ = writeln!(out, "\nrules, in the order in which they applied");
+        for step in grouped(op) {
+            let _ = writeln!(out, "  {step}");
+        }
+        let values = self.values(op);
+        let _ = writeln!(
+            out,
+            "\nforms, with their own time and that of the whole layer"
+        );
+        for (at, value) in values {
+            let Some(story) = self.story.values.get(&value) else {
+                continue;
+            };
+            let _ = writeln!(out, "  value {at} : {}", story.ty);
+            for form in &story.forms {
+                let _ = writeln!(out, "{}", self.form(form));
+            }
+        }
+        if let Some(n) = &op.nearest {
+            let _ = writeln!(
+                out,
+                "\nno rule lowered it; the nearest is {} ({} of {} operations match): {}",
+                n.rule,
+                n.matched.0,
+                n.matched.1,
+                self.named(&n.reason)
+            );
+        }
+        out.push('\n');
+    }
+
+    /// The values of an operation: its own, and those of its elements.
+    fn values(&self, op: &OpStory) -> Vec<(NodeId, usize)> {
+        let mut values = Vec::new();
+        for id in self.decode.ids() {
+            let node = self.decode.node(id);
+            let element = matches!(node.op, Op::Get(_)) && node.inputs == [op.node];
+            if id == op.node || element {
+                values.push((id, self.story.decode[id.index()]));
+            }
+        }
+        values
+    }
+
+    fn form(&self, form: &Form) -> String {
+        let operands: Vec<String> = form.operands.iter().map(|v| self.operand(*v)).collect();
+        let time = |t: Option<u64>| t.map_or_else(|| "-".to_string(), picoseconds);
+        let mark = if form.chosen { "*" } else { " " };
+        let by = if form.rules.is_empty() {
+            String::new()
+        } else {
+            format!("  by {}", form.rules.join(", "))
+        };
+        format!(
+            "  {mark} {:>9} {:>9}  {} {}{}{by}",
+            time(form.own),
+            time(form.total),
+            form.op,
+            operands.join(", "),
+            if form.attrs.is_empty() {
+                String::new()
+            } else {
+                format!(" {}", form.attrs)
+            }
+        )
+    }
+
+    /// A value as the program names it, else by its number.
+    fn operand(&self, value: usize) -> String {
+        match self.story.decode.iter().position(|&v| v == value) {
+            Some(i) => NodeId(i as u32).to_string(),
+            None => format!("v{value}"),
+        }
+    }
+
+    /// The line of a node, with the layer's number for the template's `*`.
+    fn print(&self, id: NodeId, node: &Node) -> String {
+        let mut node = node.clone();
+        node.prov.path = self.path(&node).into();
+        if node.prov.layer.is_some() {
+            node.prov.layer = self.layer;
+        }
+        text::print_node(id, &node)
+    }
+
+    fn named(&self, text: &str) -> String {
+        match self.layer {
+            Some(l) => text.replace(".*.", &format!(".{l}.")),
+            None => text.to_string(),
+        }
+    }
+}
+
+/// Consecutive applications of one rule in one line.
+fn grouped(op: &OpStory) -> Vec<String> {
+    let mut lines: Vec<(usize, String)> = Vec::new();
+    for s in &op.steps {
+        let line = format!("{:14} {:24} gives {}", s.stage.name(), s.rule, s.op);
+        match lines.last_mut() {
+            Some((n, last)) if *last == line => *n += 1,
+            _ => lines.push((1, line)),
+        }
+    }
+    lines
+        .into_iter()
+        .map(|(n, line)| if n > 1 { format!("{line} ×{n}") } else { line })
+        .collect()
+}

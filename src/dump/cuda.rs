@@ -1,0 +1,91 @@
+//! `--emit cuda`: the generated CUDA C with its launches, for reading.
+
+use anyhow::Context;
+use indexmap::IndexMap;
+use lathe_codegen::cuda::{CudaOptions, CudaProgram, Sampling, Sizes, lower_program};
+use lathe_codegen::{Plan, ProgramKind};
+use lathe_ir::Sym;
+use lathe_passes::pipeline::PassConfig;
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+
+/// Multiprocessors of an H100 SXM and of an H200: what sources are generated for without a device.
+const SMS: u32 = 132;
+
+/// Writes every kernel of the decode and general programs, at the sizes for which they were
+/// chosen, as `DIR/cuda/NAME.cu`, and the launches of each program as `DIR/cuda/PROGRAM.txt`.
+///
+/// # Errors
+/// A step has no kernel, or a file cannot be written.
+pub fn emit_cuda(
+    dir: &Path,
+    plan: &Plan,
+    config: &PassConfig,
+    page_size: u32,
+    max_seq_len: u32,
+) -> anyhow::Result<Vec<PathBuf>> {
+    let dir = dir.join("cuda");
+    std::fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
+    let page_size = page_size as usize;
+    let options = CudaOptions {
+        pdl: true,
+        sms: SMS,
+        page_size,
+        max_pages: (max_seq_len as usize).div_ceil(page_size),
+        plain: false,
+    };
+    let mut sources: IndexMap<String, String> = IndexMap::new();
+    let mut written = Vec::new();
+    for program in &plan.programs {
+        let at = match program.kind {
+            ProgramKind::Decode => &config.decode,
+            ProgramKind::General => &config.general,
+            ProgramKind::Full => continue,
+        };
+        let size = |s: Sym| at.env.get(s).max(1) as usize;
+        let sizes = Sizes {
+            t: size(Sym::T),
+            b: size(Sym::B),
+            r: size(Sym::R),
+        };
+        let cuda = lower_program(plan, program, sizes, Sampling::Greedy, options)?;
+        for k in &cuda.kernels {
+            sources.insert(k.name.clone(), k.text.clone());
+        }
+        let path = dir.join(format!("{}.txt", program.kind.name()));
+        std::fs::write(&path, launches(&cuda, plan)).with_context(|| path.display().to_string())?;
+        written.push(path);
+    }
+    for (name, text) in sources {
+        let path = dir.join(format!("{name}.cu"));
+        std::fs::write(&path, text).with_context(|| path.display().to_string())?;
+        written.push(path);
+    }
+    Ok(written)
+}
+
+/// One line a launch: step, kernel, geometry, where it comes from.
+fn launches(cuda: &CudaProgram, plan: &Plan) -> String {
+    let mut out = format!(
+        "{} program of {}: {} launches of {} kernels for T={} B={} R={}\n",
+        cuda.kind.name(),
+        plan.name,
+        cuda.launches.len(),
+        cuda.kernels.len(),
+        cuda.sizes.t,
+        cuda.sizes.b,
+        cuda.sizes.r
+    );
+    let steps = plan.program(cuda.kind).map(|p| &p.steps[..]);
+    for l in &cuda.launches {
+        let path = steps
+            .and_then(|s| s.get(l.step))
+            .map_or("", |s| &*s.prov.path);
+        let _ = writeln!(
+            out,
+            "{:4}  {:44} grid {:?} block {} cluster {} shared {}  {path}",
+            l.step, cuda.kernels[l.kernel].name, l.grid, l.block, l.cluster, l.shared
+        );
+    }
+    out
+}

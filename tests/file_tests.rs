@@ -1,0 +1,316 @@
+//! Tests of passes as files: `tests/files/**/*.ir`.
+//!
+//! A file is a program in text form. Comment lines above it are commands, all others are for
+//! readers:
+//!
+//! - `// run: NAME,...`: stages and rules, run in this order on one e-graph;
+//! - `// goal: GOAL`: what the result is chosen by (`size`, `rewritten`, `decode[:BATCH]`,
+//!   `prefill[:TOKENS]` on an H100), `rewritten` if absent;
+//! - `// interp`: the program and the result are also evaluated on random inputs and compared;
+//! - `// error: TEXT`: the file does not read, or the passes fail, with this in the message.
+//!
+//! The result stands below a line `---`. `LATHE_BLESS=1 cargo test --test file_tests` writes it.
+
+use lathe_ir::interp::{Interp, StepMeta, Tensor, Value};
+use lathe_ir::{DType, Dim, Graph, Op, Sym, SymEnv, Type, WeightRef, text, verify};
+use lathe_passes::egraph::cost::{CostPoint, DeviceModel};
+use lathe_passes::opt::{Goal, is_full_sequence, run, windowed};
+use std::path::{Path, PathBuf};
+
+/// Sequences and positions of the evaluation.
+const BATCH: usize = 2;
+const SEQ: usize = 5;
+
+struct Case {
+    passes: Vec<String>,
+    goal: Goal,
+    interp: bool,
+    error: Option<String>,
+    program: String,
+    expected: String,
+}
+
+impl Case {
+    fn read(content: &str) -> Result<Case, String> {
+        let (program, expected) = match content.split_once("\n---\n") {
+            Some((p, e)) => (format!("{p}\n"), e.to_string()),
+            None => (content.to_string(), String::new()),
+        };
+        let mut case = Case {
+            passes: Vec::new(),
+            goal: Goal::Rewritten,
+            interp: false,
+            error: None,
+            program,
+            expected,
+        };
+        for line in content.lines().take_while(|l| l.starts_with("//")) {
+            let line = line.trim_start_matches('/').trim();
+            if let Some(names) = line.strip_prefix("run:") {
+                case.passes = names.split(',').map(|n| n.trim().to_string()).collect();
+            } else if let Some(goal) = line.strip_prefix("goal:") {
+                case.goal = goal_of(goal.trim())?;
+            } else if line == "interp" {
+                case.interp = true;
+            } else if let Some(text) = line.strip_prefix("error:") {
+                case.error = Some(text.trim().to_string());
+            }
+        }
+        Ok(case)
+    }
+
+    /// The result as text, or the message of the error.
+    fn result(&self) -> Result<(Graph, Graph), String> {
+        let before = text::parse(&self.program).map_err(|e| e.to_string())?;
+        check(&before)?;
+        let passes: Vec<&str> = self.passes.iter().map(String::as_str).collect();
+        let after = run(&before, &passes, &self.goal)
+            .map_err(|e| e.to_string())?
+            .graph;
+        check(&after)?;
+        Ok((before, after))
+    }
+}
+
+fn goal_of(text: &str) -> Result<Goal, String> {
+    let (word, n) = match text.split_once(':') {
+        Some((w, n)) => (w, Some(n.parse::<i64>().map_err(|e| e.to_string())?)),
+        None => (text, None),
+    };
+    match word {
+        "size" => Ok(Goal::Size),
+        "rewritten" => Ok(Goal::Rewritten),
+        "decode" => Ok(Goal::Time(CostPoint::decode(
+            n.unwrap_or(1),
+            512,
+            DeviceModel::H100,
+        ))),
+        "prefill" => Ok(Goal::Time(CostPoint::prefill(
+            n.unwrap_or(2048),
+            DeviceModel::H100,
+        ))),
+        _ => Err(format!("unknown goal '{text}'")),
+    }
+}
+
+fn check(graph: &Graph) -> Result<(), String> {
+    let errors: Vec<String> = verify(graph).iter().map(ToString::to_string).collect();
+    if errors.is_empty() {
+        Ok(())
+    } else {
+        Err(errors.join("\n"))
+    }
+}
+
+fn files(dir: &Path, out: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            files(&path, out);
+        } else if path.extension().is_some_and(|e| e == "ir") {
+            out.push(path);
+        }
+    }
+}
+
+#[test]
+fn every_file() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/files");
+    let bless = std::env::var_os("LATHE_BLESS").is_some();
+    let mut paths = Vec::new();
+    files(&root, &mut paths);
+    paths.sort();
+    assert!(paths.len() >= 12, "the files are not where they should be");
+    let failures: Vec<String> = paths
+        .iter()
+        .filter_map(|path| {
+            let name = path.strip_prefix(&root).unwrap().display();
+            let fault = test(path, bless).err()?;
+            Some(format!("{name}: {fault}"))
+        })
+        .collect();
+    assert!(
+        failures.is_empty(),
+        "{} of {} files failed (LATHE_BLESS=1 accepts changed results)\n\n{}",
+        failures.len(),
+        paths.len(),
+        failures.join("\n\n")
+    );
+}
+
+fn test(path: &Path, bless: bool) -> Result<(), String> {
+    let content = std::fs::read_to_string(path).map_err(|e| e.to_string())?;
+    let case = Case::read(&content)?;
+    let result = case.result();
+    if let Some(wanted) = &case.error {
+        return match result {
+            Err(e) if e.contains(wanted.as_str()) => Ok(()),
+            Err(e) => Err(format!("expected the error '{wanted}', found\n{e}")),
+            Ok(_) => Err(format!("expected the error '{wanted}', but it passes")),
+        };
+    }
+    let (before, after) = result?;
+    if case.interp {
+        compare(&before, &after)?;
+    }
+    let found = text::print(&after);
+    if found == case.expected {
+        return Ok(());
+    }
+    if bless {
+        let content = format!("{}\n---\n{found}", case.program.trim_end());
+        return std::fs::write(path, content).map_err(|e| e.to_string());
+    }
+    Err(difference(&case.expected, &found))
+}
+
+/// The worked example in the description of the passes.
+#[test]
+fn the_example_of_the_readme() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("passes/README.md");
+    let readme = std::fs::read_to_string(path).unwrap();
+    let (_, rest) = readme.split_once("```text\n   // run:").unwrap();
+    let (block, _) = rest.split_once("   ```").unwrap();
+    let content: String = format!("   // run:{block}")
+        .lines()
+        .map(|l| format!("{}\n", l.strip_prefix("   ").unwrap_or(l)))
+        .collect();
+    let case = Case::read(&content).unwrap();
+    let (before, after) = case.result().unwrap();
+    assert!(case.interp);
+    compare(&before, &after).unwrap();
+    assert_eq!(text::print(&after), case.expected);
+}
+
+/// Lines only in the expectation with `-`, lines only in the result with `+`.
+fn difference(expected: &str, found: &str) -> String {
+    let (a, b): (Vec<&str>, Vec<&str>) = (expected.lines().collect(), found.lines().collect());
+    let mut out = String::new();
+    let same = a.iter().zip(&b).take_while(|(x, y)| x == y).count();
+    let tail = a[same..]
+        .iter()
+        .rev()
+        .zip(b[same..].iter().rev())
+        .take_while(|(x, y)| x == y)
+        .count();
+    for (mark, lines) in [
+        ("-", &a[same..a.len() - tail]),
+        ("+", &b[same..b.len() - tail]),
+    ] {
+        for line in lines {
+            out += &format!("{mark}{line}\n");
+        }
+    }
+    out
+}
+
+/// Evaluates both programs on the same random inputs, in f64.
+fn compare(before: &Graph, after: &Graph) -> Result<(), String> {
+    // The stage kv_cache makes a step program, which is held against windows of the whole.
+    let steps = !is_full_sequence(after) && is_full_sequence(before);
+    let reference = if steps {
+        windowed(before).map_err(|e| e.to_string())?
+    } else {
+        before.clone()
+    };
+    let x = evaluate(&reference).map_err(|e| format!("before: {e}"))?;
+    let y = evaluate(after).map_err(|e| format!("after: {e}"))?;
+    for ((name, x), (_, y)) in x.iter().zip(&y) {
+        let close = match (x, y) {
+            (Value::Float(x), Value::Float(y)) => {
+                let scale = x.data.iter().fold(1.0_f64, |m, v| m.max(v.abs()));
+                let pairs = x.data.iter().zip(&y.data);
+                x.shape == y.shape
+                    && pairs
+                        .into_iter()
+                        .all(|(a, b)| (a - b).abs() <= 1e-9 * scale)
+            }
+            (x, y) => x == y,
+        };
+        if !close {
+            return Err(format!("output {name} differs:\n{x:?}\n{y:?}"));
+        }
+    }
+    Ok(())
+}
+
+fn evaluate(graph: &Graph) -> Result<Vec<(String, Value<f64>)>, String> {
+    let rows = BATCH * SEQ;
+    let syms = SymEnv::new(&[
+        (Sym::B, BATCH as i64),
+        (Sym::S, SEQ as i64),
+        (Sym::T, rows as i64),
+        (Sym::R, rows as i64),
+    ]);
+    let weights = |w: &WeightRef| {
+        let n: i64 = w.shape.iter().product();
+        Ok((0..n as u64).map(|i| unit(&w.name, i)).collect())
+    };
+    let mut interp = Interp::new(syms, &weights);
+    interp.step = Some(StepMeta::new(&[SEQ; BATCH], &[0; BATCH]));
+    for node in graph.nodes() {
+        let Op::Input { name, dtype, shape } = &node.op else {
+            continue;
+        };
+        let value = input(name, *dtype, shape, &syms);
+        interp.inputs.insert(name.clone(), value);
+    }
+    let out = interp.run(graph).map_err(|e| e.to_string())?;
+    Ok(out
+        .into_iter()
+        .filter(|(_, v)| !matches!(v, Value::Cache(_)))
+        .collect())
+}
+
+/// The value of an input. A step's input `step.x` holds the rows of the input `x` in order, so
+/// both read the same numbers.
+fn input(name: &str, dtype: DType, shape: &[Dim], syms: &SymEnv) -> Value<f64> {
+    let extents: Vec<usize> = shape.iter().map(|d| d.eval(syms) as usize).collect();
+    let n = extents.iter().product::<usize>() as u64;
+    let plain = name.strip_prefix("step.").unwrap_or(name);
+    let ints =
+        |f: &dyn Fn(u64) -> i64| Value::Int(Tensor::new(extents.clone(), (0..n).map(f).collect()));
+    match (dtype, plain) {
+        (DType::Bool, _) => Value::Bool(Tensor::new(
+            extents,
+            (0..n).map(|i| unit(plain, i) > 0.0).collect(),
+        )),
+        (DType::I32 | DType::I64, "positions") => ints(&|i| i as i64 % SEQ as i64),
+        (DType::I32 | DType::I64, "rows") => ints(&|i| i as i64),
+        (DType::I32 | DType::I64, _) => ints(&|i| (unit(plain, i).abs() * 7.0) as i64),
+        _ => Value::Float(Tensor::new(
+            extents,
+            (0..n).map(|i| unit(plain, i)).collect(),
+        )),
+    }
+}
+
+/// A number in `[-1, 1)` from a name and an index.
+fn unit(name: &str, index: u64) -> f64 {
+    let mut z = name
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |h, b| {
+            (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)
+        })
+        .wrapping_add(index.wrapping_mul(0x9E37_79B9_7F4A_7C15));
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    ((z ^ (z >> 31)) >> 11) as f64 / (1_u64 << 52) as f64 - 1.0
+}
+
+#[test]
+fn the_harness_sees_a_wrong_rewrite() {
+    let program = |op: &str| {
+        let text = format!(
+            "graph \"g\" {{\n  %x = input {{name=\"x\"}} : f32[B,S]\n  %y = {op} %x : f32[B,S]\n  return y=%y\n}}\n"
+        );
+        text::parse(&text).unwrap()
+    };
+    assert!(compare(&program("exp"), &program("exp")).is_ok());
+    let e = compare(&program("exp"), &program("sin")).unwrap_err();
+    assert!(e.contains("output y differs"), "{e}");
+    // The types of the values are part of what is compared.
+    assert!(matches!(program("exp").nodes()[1].ty, Type::Tensor(_)));
+    let d = difference("a\nb\nc\n", "a\nx\nc\n");
+    assert_eq!(d, "-b\n+x\n");
+}
