@@ -75,7 +75,7 @@ fn attention_is_checked() {
          %x = input {name=\"x\"} : f32[T,32]\n%n = none : none\n\
          %c = cache {layer=0, kv_heads=1, head_dim=4} : cache\n\
          %2 = attn_qkv %x, %n, %n, %n, %n, %c {heads=2, kv_heads=1, head_dim=8, rope=1.0, \
-         scale=1.0, causal=false, groups=1, stage=closed} : (f32[T,16], cache)\nreturn\n",
+         scale=1.0, causal=false, groups=1, stage=closed} : (f32[T,2,8], cache)\nreturn\n",
     );
     assert_eq!(
         errors(&g),
