@@ -180,8 +180,8 @@ mod tests {
         let text = "a: 1\n# note\nb:\n  c: [1, 2]\n  d: {e: 5, f: x}\n'g': 7\n";
         assert_eq!(key(text, &["a"]), at(1, 1));
         assert_eq!(key(text, &["b", "d"]), at(5, 3));
-        assert_eq!(key(text, &["b", "d", "f"]), at(5, 12));
-        assert_eq!(value(text, &["b", "d", "f"]), at(5, 15));
+        assert_eq!(key(text, &["b", "d", "f"]), at(5, 13));
+        assert_eq!(value(text, &["b", "d", "f"]), at(5, 16));
         assert_eq!(value(text, &["b", "c"]), at(4, 6));
         assert_eq!(key(text, &["g"]), at(6, 1));
         assert_eq!(key(text, &["z"]), None);
