@@ -57,7 +57,7 @@ pub struct Node {
     pub op: Op,
     /// From what.
     pub inputs: Vec<NodeId>,
-    /// The type of the result; always what [`infer`] derives.
+    /// The type of the result; always what [`infer()`] derives.
     pub ty: Type,
     /// Where the value comes from.
     pub prov: Prov,

@@ -137,7 +137,7 @@ impl ReduceFn {
 }
 
 /// An operation without its operands. Operand order is given with each variant; types are
-/// checked and derived by [`crate::infer`].
+/// checked and derived by [`crate::infer()`].
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub enum Op {
     // ---- leaves ----

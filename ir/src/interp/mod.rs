@@ -294,7 +294,7 @@ impl<'a, F: Float> Interp<'a, F> {
     }
 }
 
-/// Evaluates one operation, whose result has type `ty` (what [`crate::infer`] derives for the
+/// Evaluates one operation, whose result has type `ty` (what [`crate::infer()`] derives for the
 /// operands' types). `state` gives symbols, inputs, weights, step, caches and rounding.
 ///
 /// # Errors
