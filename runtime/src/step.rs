@@ -162,6 +162,15 @@ pub trait Executor {
     /// Limits of a step.
     fn capacity(&self) -> Capacity;
 
+    /// Does now what the first steps of each size would otherwise wait for, such as compiling
+    /// kernels: called before a clock starts. By default there is nothing to do.
+    ///
+    /// # Errors
+    /// The device fails.
+    fn warm_up(&mut self) -> Result<(), StepError> {
+        Ok(())
+    }
+
     /// Runs a step to its end. With `logits`, the logits of the sampled rows are returned too.
     ///
     /// # Errors

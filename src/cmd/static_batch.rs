@@ -57,6 +57,7 @@ impl StaticJob<'_> {
         let max_tokens = resolved.max_num_tokens.value.map_or(2048, |n| n as usize);
         let options = LoadOptions::contiguous(batch, self.max_seq_len, max_tokens);
         let mut executor = model.load(self.weights, options)?;
+        executor.warm_up()?;
         let requests = self.requests();
         let warmup = &requests[..self.warmup.min(batch)];
         if !warmup.is_empty() {

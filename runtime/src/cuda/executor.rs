@@ -334,6 +334,27 @@ impl CudaExecutor {
         Ok(())
     }
 
+    /// Compiles the kernels of every bucket of greedy steps at once, on all cores: a step that meets
+    /// a new bucket later only has to be put together.
+    fn compile_all(&mut self) -> Result<(), CudaError> {
+        let mut kernels = Vec::new();
+        let mut known = std::collections::BTreeSet::new();
+        for program in &self.plan.programs {
+            for sizes in all_sizes(program.kind, &self.options) {
+                let (_, sizes, sampling) = self.key(program.kind, sizes, Sampling::GreedyOnly);
+                let lowered = lower_program(&self.plan, program, sizes, sampling, self.kernels)?;
+                for kernel in lowered.kernels {
+                    if known.insert(kernel.text.clone()) {
+                        kernels.push(kernel);
+                    }
+                }
+            }
+        }
+        let device = self.stream.device().clone();
+        self.modules.get(&device, self.cache.as_ref(), &kernels)?;
+        Ok(())
+    }
+
     fn key(
         &self,
         kind: ProgramKind,
@@ -612,6 +633,10 @@ impl Executor for CudaExecutor {
         self.options.capacity(self.vocab)
     }
 
+    fn warm_up(&mut self) -> Result<(), StepError> {
+        self.compile_all().map_err(device_error)
+    }
+
     fn step(&mut self, batch: &StepBatch, logits: bool) -> Result<StepOutput, StepError> {
         if !self.pending.is_empty() {
             return Err(StepError::Batch("submitted steps are not collected".into()));
@@ -649,6 +674,23 @@ fn device_error(error: CudaError) -> StepError {
     StepError::Device(error.to_string())
 }
 
+/// Every bucket that a program may run in, as far as kernels differ.
+fn all_sizes(kind: ProgramKind, options: &LoadOptions) -> Vec<Sizes> {
+    let rows = options.max_rows.max(options.max_sequences);
+    match kind {
+        ProgramKind::Decode => buckets::all_decode(options.max_sequences),
+        ProgramKind::General => {
+            let mut sizes = buckets::all_general(options.max_tokens, options.max_sequences, rows);
+            // Kernels change with the number of sampled rows too.
+            let most = buckets::general(options.max_tokens, options.max_sequences, rows);
+            let fewer = (0..usize::BITS).map(|i| 1 << i).take_while(|&r| r < most.r);
+            sizes.extend(fewer.map(|r| Sizes { r, ..most }));
+            sizes
+        }
+        ProgramKind::Full => Vec::new(),
+    }
+}
+
 /// The largest workspace of each name over all buckets, with what fills it.
 fn workspaces(
     plan: &Plan,
@@ -662,23 +704,8 @@ fn workspaces(
             entry.0 = entry.0.max(w.bytes.next_multiple_of(4));
         }
     };
-    let rows = options.max_rows.max(options.max_sequences);
     for program in &plan.programs {
-        let sizes = match program.kind {
-            ProgramKind::Decode => buckets::all_decode(options.max_sequences),
-            ProgramKind::General => {
-                let mut sizes =
-                    buckets::all_general(options.max_tokens, options.max_sequences, rows);
-                // Kernels change with the number of sampled rows too.
-                let few = (0..8)
-                    .map(|i| 1 << i)
-                    .filter(|&r| r <= rows.next_power_of_two());
-                let most = buckets::general(options.max_tokens, options.max_sequences, rows);
-                sizes.extend(few.map(|r| Sizes { r, ..most }));
-                sizes
-            }
-            ProgramKind::Full => Vec::new(),
-        };
+        let sizes = all_sizes(program.kind, options);
         for s in sizes {
             for sampling in [Sampling::GreedyOnly, Sampling::Params] {
                 if sampling == Sampling::Params && s.r > 4 {
