@@ -259,6 +259,13 @@ fn report(
         )?;
     }
     writeln!(out, "top-1 agreement     {same_top} of {rows}")?;
+    if same_top < rows {
+        let gap = largest_missed_gap(logits, &g.logits, g.vocab);
+        writeln!(
+            out,
+            "                    they differ where the reference's two best are at most {gap:.3} apart"
+        )?;
+    }
     let mut mismatch = None;
     if let (Some(ours), Some((theirs, n))) = (generated, &g.generated) {
         mismatch = ours.iter().zip(theirs).position(|(a, b)| a != b);
@@ -286,6 +293,26 @@ fn report(
         anyhow::bail!("a greedy token differs in float32");
     }
     Ok(())
+}
+
+/// Of the rows whose best token differs, the largest gap between the reference's two best logits.
+fn largest_missed_gap(ours: &[f32], reference: &[f32], vocab: usize) -> f32 {
+    let mut largest = 0.0f32;
+    for (a, b) in ours.chunks(vocab).zip(reference.chunks(vocab)) {
+        if lathe_runtime::sampling::argmax(a) == lathe_runtime::sampling::argmax(b) {
+            continue;
+        }
+        let (mut first, mut second) = (f32::NEG_INFINITY, f32::NEG_INFINITY);
+        for &x in b {
+            if x > first {
+                (first, second) = (x, first);
+            } else if x > second {
+                second = x;
+            }
+        }
+        largest = largest.max(first - second);
+    }
+    largest
 }
 
 /// ‖a−b‖ / ‖b‖ in f64.

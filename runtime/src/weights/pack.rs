@@ -17,7 +17,7 @@ use super::{Dtype, TensorData, TensorInfo, WeightSource, WeightsError};
 /// Bytes of the destination that one task fills.
 const TASK_BYTES: usize = 256 << 10;
 /// Shortest run that is read from the file rather than copied from its mapping.
-const READ_BYTES: usize = 32 << 10;
+const READ_BYTES: usize = 4 << 10;
 
 /// A recipe bound to a source, checked: filling cannot go out of bounds.
 pub struct Packer<'a> {
