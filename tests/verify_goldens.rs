@@ -1,0 +1,89 @@
+//! The goldens through the optimised plan and its cache on the CPU device, as a user checks them.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+const GOLDENS: [&str; 6] = [
+    "llama-rope3-tied",
+    "llama-mha-bias",
+    "llama-linear",
+    "mistral-window",
+    "qwen2",
+    "qwen3",
+];
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/fixtures/golden")
+        .join(name)
+}
+
+fn verify(model: &Path, dtype: &str, more: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_lathe"))
+        .arg("--model")
+        .arg(model)
+        .args(["--device", "cpu", "--dtype", dtype, "verify"])
+        .args(more)
+        .output()
+        .expect("the program runs")
+}
+
+fn passes(model: &Path, dtype: &str, more: &[&str]) -> String {
+    let output = verify(model, dtype, more);
+    let stdout = String::from_utf8(output.stdout).expect("UTF-8");
+    let stderr = String::from_utf8(output.stderr).expect("UTF-8");
+    assert!(
+        output.status.success(),
+        "{}: {stdout}{stderr}",
+        model.display()
+    );
+    stdout
+}
+
+#[test]
+fn float32_in_both_spellings() {
+    for name in GOLDENS {
+        let old = tempfile::tempdir().expect("a folder");
+        for file in ["model.safetensors", "golden.safetensors"] {
+            std::fs::copy(golden(name).join(file), old.path().join(file)).expect("copied");
+        }
+        let config = golden(name).join("config.old.json");
+        std::fs::copy(config, old.path().join("config.json")).expect("copied");
+        for folder in [golden(name), old.path().to_path_buf()] {
+            let out = passes(&folder, "float32", &[]);
+            assert!(out.contains("greedy tokens       all 48 equal"), "{out}");
+        }
+    }
+}
+
+#[test]
+fn bfloat16_is_as_near_as_the_reference() {
+    for name in GOLDENS {
+        passes(&golden(name), "bfloat16", &[]);
+    }
+}
+
+#[test]
+fn chunks_and_pages_change_nothing() {
+    let more = ["--max_num_tokens", "7", "--attn_page_size", "16"];
+    for name in ["llama-rope3-tied", "mistral-window"] {
+        let out = passes(&golden(name), "float32", &more);
+        assert!(out.contains("all 48 equal"), "{out}");
+    }
+}
+
+#[test]
+fn switched_off_stages_give_the_same_model() {
+    for off in ["fuse", "qkv-join", "kv_cache"] {
+        let out = passes(&golden("llama-rope3-tied"), "float32", &["--disable", off]);
+        assert!(out.contains("all 48 equal"), "{off}: {out}");
+    }
+}
+
+#[test]
+fn an_error_past_the_limit_fails() {
+    let output = verify(&golden("qwen2"), "bfloat16", &["--rtol", "1e-6"]);
+    assert_eq!(output.status.code(), Some(1));
+    let stderr = String::from_utf8(output.stderr).expect("UTF-8");
+    assert!(stderr.contains("past the limit"), "{stderr}");
+}
