@@ -4,8 +4,10 @@ use crate::cli::{DtypeChoice, GlobalOptions};
 use crate::config::{self, Options, Resolved};
 use crate::model_folder::{model_folder, model_name};
 use crate::phases::Phases;
+use lathe_codegen::{LowerError, Plan, Programs, lower};
 use lathe_ir::DType;
 use lathe_ir::import::{HfConfig, ImportOptions, Model, import};
+use lathe_passes::pipeline::Compiled;
 use std::path::{Path, PathBuf};
 
 /// A model with where it came from.
@@ -19,6 +21,22 @@ pub struct Imported {
     pub dtype: DType,
     /// The naive graph and the model's sizes.
     pub model: Model,
+}
+
+impl Imported {
+    /// The plan of the compiled model: its step programs, or the whole-sequence program where there
+    /// are none.
+    ///
+    /// # Errors
+    /// An operation without a kernel, or a weight without a layout.
+    pub fn lower(&self, compiled: &Compiled) -> Result<Plan, LowerError> {
+        let programs = Programs {
+            decode: compiled.decode.as_ref(),
+            general: compiled.general.as_ref(),
+            full: compiled.general.is_none().then_some(&compiled.full),
+        };
+        lower(&self.name, self.dtype, &programs)
+    }
 }
 
 /// Merges the YAML file, if one was named, over the options of the command line.

@@ -1,12 +1,13 @@
 //! From a checkpoint folder to a model on a device: what every command that runs a model shares.
 
-use crate::cli::{DeviceChoice, DtypeChoice, GlobalOptions};
+use crate::cli::{DeviceChoice, GlobalOptions};
 use crate::config::Resolved;
-use crate::model_folder::{model_folder, model_name};
+use crate::frontend::import_model;
+use crate::phases::Phases;
 use anyhow::Context;
-use lathe_codegen::{Plan, Programs, lower};
+use lathe_codegen::Plan;
 use lathe_ir::DType;
-use lathe_ir::import::{HfConfig, ImportOptions, ModelInfo, import};
+use lathe_ir::import::ModelInfo;
 use lathe_passes::egraph::cost::DeviceModel;
 use lathe_passes::pipeline::{Compiled, compile};
 use lathe_runtime::cpu;
@@ -111,44 +112,25 @@ impl CompiledModel {
             );
         }
         let start = Instant::now();
-        let folder = model_folder(global)?;
+        let imported = import_model(global, run, &mut Phases::new())?;
         let target = Target::resolve(global.device)?;
-        let mut config = HfConfig::from_file(&folder)?;
-        config = config.with_overrides(run.overrides())?;
-        let dtype = match global.dtype {
-            DtypeChoice::Bfloat16 => DType::BF16,
-            DtypeChoice::Float16 => DType::F16,
-            DtypeChoice::Float32 => DType::F32,
-            DtypeChoice::Auto => config.dtype()?.unwrap_or(DType::BF16),
-        };
-        let import_options = ImportOptions {
-            dtype,
-            max_seq_len: run.max_seq_len.value,
-        };
-        let model = import(&config, &import_options)?;
-        let imported = start.elapsed();
-        let compiled = compile(&model.graph, &run.pass_config(target.cost_model()))?;
+        let read = start.elapsed();
+        let compiled = compile(&imported.model.graph, &run.pass_config(target.cost_model()))?;
         let optimised = start.elapsed();
-        let name = model_name(global, &folder);
-        let programs = Programs {
-            decode: compiled.decode.as_ref(),
-            general: compiled.general.as_ref(),
-            full: compiled.general.is_none().then_some(&compiled.full),
-        };
-        let plan = lower(&name, dtype, &programs)?;
+        let plan = imported.lower(&compiled)?;
         let lowered = start.elapsed();
         Ok(CompiledModel {
-            folder,
-            name,
-            info: model.arch,
-            dtype,
+            folder: imported.folder,
+            name: imported.name,
+            info: imported.model.arch,
+            dtype: imported.dtype,
             target,
             compiled,
             plan,
             cuda_graphs: run.compile_backend.value.cuda_graphs(),
             phases: vec![
-                ("import", imported),
-                ("passes", optimised - imported),
+                ("import", read),
+                ("passes", optimised - read),
                 ("lower", lowered - optimised),
             ],
         })

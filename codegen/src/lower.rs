@@ -82,6 +82,8 @@ struct Lowering<'a> {
     program: Program,
     /// Operands that stand for each node: one, or one for each element of a tuple.
     operands: Vec<Vec<Operand>>,
+    /// Users of each node.
+    users: Vec<Vec<NodeId>>,
     /// Tuple elements that somebody takes.
     taken: Vec<Vec<bool>>,
 }
@@ -113,6 +115,7 @@ impl<'a> Lowering<'a> {
                 outputs: Vec::new(),
             },
             operands: Vec::new(),
+            users: graph.users(),
             taken,
         }
     }
@@ -253,11 +256,7 @@ impl<'a> Lowering<'a> {
             matches!(self.graph.node(user).op, Op::Permute(_) | Op::Pack(_))
                 && matches!(self.layout(user), Ok(Some(_)))
         };
-        self.graph
-            .ids()
-            .skip(id.index() + 1)
-            .filter(|u| self.graph.node(*u).inputs.contains(&id))
-            .any(|u| !outer_layout(u))
+        self.users[id.index()].iter().any(|&u| !outer_layout(u))
     }
 
     /// The recipe of a weight, a transposed weight or a pack of weights.

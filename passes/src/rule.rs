@@ -2,7 +2,7 @@
 //!
 //! README.md beside this crate has the rules for writing rules.
 
-use crate::egraph::analysis::{Applied, Data, Value};
+use crate::egraph::analysis::{Applied, Value};
 use crate::egraph::convert::add_op;
 use crate::egraph::mask::Fact;
 use crate::egraph::{EGraph, Lang, TensorAnalysis};
@@ -261,13 +261,5 @@ impl Apply<'_> {
     /// Whether two variables are the same class.
     pub fn same(&self, a: Id, b: Id) -> bool {
         self.egraph.find(a) == self.egraph.find(b)
-    }
-}
-
-/// The payload of a class's data, if it is one.
-pub fn payload(data: &Data) -> Option<&Op> {
-    match data {
-        Data::Payload(op) => Some(op),
-        Data::Value(_) => None,
     }
 }

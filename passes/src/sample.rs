@@ -189,6 +189,15 @@ impl Build {
         self.op(Op::Win(lathe_ir::WinSpec { batch, seq }), &[x])
     }
 
+    /// A table of `count` rotary frequencies.
+    pub fn freqs(&mut self, count: i64) -> NodeId {
+        let data = (0..count)
+            .map(|i| Real::new(0.7f64.powi(i as i32)))
+            .collect();
+        let name = "inv_freq".to_string();
+        self.op(Op::Table { name, data }, &[])
+    }
+
     /// An absent operand.
     pub fn none(&mut self) -> NodeId {
         self.op(Op::None, &[])

@@ -2,9 +2,9 @@
 
 use crate::step::Capacity;
 use crate::weights::WeightSource;
-use lathe_codegen::Plan;
-use lathe_ir::Sym;
-use lathe_ir::SymEnv;
+use lathe_codegen::{Operand, Plan};
+use lathe_ir::{Op, Real, Sym, SymEnv};
+use std::collections::BTreeMap;
 
 /// Sizes that are fixed while a model is loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,4 +89,43 @@ pub struct Loadable<'a> {
     pub weights: &'a dyn WeightSource,
     /// Vocabulary size.
     pub vocab: usize,
+}
+
+/// Rotary tables `cos, sin` of `[positions, D/2]` each, by index of the frequency table and bits of
+/// the scaling.
+pub(crate) type RopeTables = BTreeMap<(usize, u64), (Vec<f32>, Vec<f32>)>;
+
+/// Cosines and sines of position times frequency, scaled, for every table and scaling that a step
+/// of the plan rotates by.
+pub(crate) fn rope_tables(plan: &Plan, positions: usize) -> RopeTables {
+    let mut tables = BTreeMap::new();
+    for step in plan.programs.iter().flat_map(|p| &p.steps) {
+        let (rope, operand) = match &step.op {
+            Op::AttnQkv(spec) => (spec.rope, 4),
+            Op::Rope(spec) => (Some(*spec), 2),
+            _ => continue,
+        };
+        let (Some(rope), Some(Operand::Table(t))) = (rope, step.operands.get(operand)) else {
+            continue;
+        };
+        let scaling = rope.scaling.get();
+        tables
+            .entry((*t, scaling.to_bits()))
+            .or_insert_with(|| waves(&plan.tables[*t].data, scaling as f32, positions));
+    }
+    tables
+}
+
+fn waves(freqs: &[Real], scaling: f32, positions: usize) -> (Vec<f32>, Vec<f32>) {
+    let mut cos = Vec::with_capacity(positions * freqs.len());
+    let mut sin = Vec::with_capacity(positions * freqs.len());
+    for p in 0..positions {
+        for f in freqs {
+            // Hugging Face multiplies in f32: the angle is rounded before the functions.
+            let angle = f64::from(p as f32 * f.get() as f32);
+            cos.push(angle.cos() as f32 * scaling);
+            sin.push(angle.sin() as f32 * scaling);
+        }
+    }
+    (cos, sin)
 }

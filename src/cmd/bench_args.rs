@@ -8,7 +8,7 @@ use clap::Args;
 use lathe_runtime::sampling::SamplingParams;
 use serde::Deserialize;
 
-use crate::config::{Given, Options};
+use crate::config::{Given, Options, Resolved};
 use crate::errors::usage_error;
 
 /// Shared flags.
@@ -171,15 +171,12 @@ impl BenchArgs {
         }
     }
 
-    /// Options of the YAML file.
+    /// The YAML file, if one was named, over these options of the command line.
     ///
     /// # Errors
     /// The file cannot be read or has unknown keys or values.
-    pub(super) fn yaml(&self) -> anyhow::Result<Options> {
-        Ok(match &self.extra_llm_api_options {
-            Some(path) => crate::config::read(path)?,
-            None => Options::default(),
-        })
+    pub(super) fn resolve(&self, flags: Options) -> anyhow::Result<Resolved> {
+        crate::frontend::resolve(flags, self.extra_llm_api_options.as_deref())
     }
 
     /// How tokens are chosen: greedily, unless a file says otherwise.

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Args;
+use lathe_codegen::Plan;
 use lathe_codegen::plan::ProgramKind;
-use lathe_codegen::{Plan, Programs, lower};
 use lathe_ir::DType;
 use lathe_passes::egraph::cost::{CostPoint, DeviceModel, kv_token_bytes};
 use lathe_passes::pipeline::{Compiled, PassConfig, compile_with};
@@ -88,12 +88,7 @@ impl Compile {
         phases.begin("passes");
         let compiled = compile_with(&imported.model.graph, &pass_config, true)?;
         phases.end_parts("passes", &compiled.phases);
-        let programs_of = Programs {
-            decode: compiled.decode.as_ref(),
-            general: compiled.general.as_ref(),
-            full: compiled.general.is_none().then_some(&compiled.full),
-        };
-        let plan = lower(&imported.name, imported.dtype, &programs_of)?;
+        let plan = imported.lower(&compiled)?;
         phases.end("lower");
 
         let mut out = String::new();

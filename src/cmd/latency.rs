@@ -10,7 +10,7 @@ use super::serving::ServingJob;
 use super::throughput::{read_dataset, weight_choice};
 use crate::bench::serve::Load;
 use crate::cli::GlobalOptions;
-use crate::config::{Resolved, RuntimeKind};
+use crate::config::RuntimeKind;
 use crate::errors::usage_error;
 use crate::model::CompiledModel;
 
@@ -35,7 +35,7 @@ impl Latency {
         let bench = &self.bench;
         bench.check()?;
         let params = bench.sampling()?;
-        let resolved = Resolved::new(bench.flags(), bench.yaml()?);
+        let resolved = bench.resolve(bench.flags())?;
         if resolved.runtime.value != RuntimeKind::Trtllm {
             return Err(usage_error(
                 "latency runs on the engine; runtime: demollm is for throughput",

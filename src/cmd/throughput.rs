@@ -82,7 +82,7 @@ impl Throughput {
         bench.check()?;
         let stop = stop_tokens(self.eos_id)?;
         let params = bench.sampling()?;
-        let mut resolved = Resolved::new(self.flags(), bench.yaml()?);
+        let mut resolved = bench.resolve(self.flags())?;
         if resolved.decode_batch.source == Source::Default {
             resolved.decode_batch.value = DECODE_BATCH;
         }

@@ -189,7 +189,7 @@ const PROJ_ROPE: Rule = Rule {
         let y = proj(&mut q, g, None);
         let pos = q.input("positions", DType::I64, &[t()]);
         let pos = q.reshape(pos, &[t(), n(1)]);
-        let f = freqs(&mut q, 3);
+        let f = q.freqs(3);
         let y = q.op(
             Op::Rope(RopeSpec {
                 scaling: Real::new(1.0),
@@ -203,7 +203,7 @@ const PROJ_ROPE: Rule = Rule {
         let y = proj(&mut q, g, None);
         let pos = q.input("positions", DType::I64, &[n(2)]);
         let pos = q.reshape(pos, &[n(1), n(2)]);
-        let f = freqs(&mut q, 3);
+        let f = q.freqs(3);
         let y = q.op(
             Op::Rope(RopeSpec {
                 scaling: Real::new(1.0),
@@ -307,10 +307,7 @@ fn step_of(g: &mut Gen, (bias, norm, rope): (bool, bool, bool), foreign: bool, d
     };
     let none = q.none();
     let (pos, f) = if rope {
-        (
-            q.input("positions", DType::I64, &[t()]),
-            freqs(&mut q, d / 2),
-        )
+        (q.input("positions", DType::I64, &[t()]), q.freqs(d / 2))
     } else {
         (none, none)
     };
@@ -382,7 +379,7 @@ fn proj(q: &mut Build, g: &mut Gen, rope: Option<RopeSpec>) -> NodeId {
     let w = q.weight("w", DType::F32, &[12, k]);
     let none = q.none();
     let (p, f) = if rope.is_some() {
-        (q.input("positions", DType::I64, &[t()]), freqs(q, 3))
+        (q.input("positions", DType::I64, &[t()]), q.freqs(3))
     } else {
         (none, none)
     };
@@ -393,16 +390,4 @@ fn proj(q: &mut Build, g: &mut Gen, rope: Option<RopeSpec>) -> NodeId {
         rope,
     };
     q.op(Op::Proj(spec), &[x, w, none, none, p, f])
-}
-
-fn freqs(q: &mut Build, count: i64) -> NodeId {
-    q.op(
-        Op::Table {
-            name: "inv_freq".into(),
-            data: (0..count)
-                .map(|i| Real::new(0.7f64.powi(i as i32)))
-                .collect(),
-        },
-        &[],
-    )
 }

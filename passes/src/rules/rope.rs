@@ -133,13 +133,7 @@ fn wave(a: &Apply<'_>, id: Id, f: &str) -> Option<Wave> {
 
 /// Angles in parts, as Hugging Face computes them; `perm` is the final transpose.
 fn angles(q: &mut Build, f: i64, perm: &[u8]) -> NodeId {
-    let freq = q.op(
-        Op::Table {
-            name: "inv_freq".into(),
-            data: (0..f).map(|i| Real::new(0.7f64.powi(i as i32))).collect(),
-        },
-        &[],
-    );
+    let freq = q.freqs(f);
     let freq = q.reshape(freq, &[n(1), n(f), n(1)]);
     let freq = q.op(Op::Expand(vec![b(), n(f), n(1)]), &[freq]);
     let p = q.input("positions", DType::I64, &[b(), s()]);
@@ -152,13 +146,7 @@ fn angles(q: &mut Build, f: i64, perm: &[u8]) -> NodeId {
 fn rope(g: &mut Gen, cos_scaling: f64, sin_scaling: f64, straight: bool) -> Graph {
     let mut q = Build::new();
     let (dt, h, f) = (g.float(), g.dim(), g.dim());
-    let freq = q.op(
-        Op::Table {
-            name: "inv_freq".into(),
-            data: (0..f).map(|i| Real::new(0.7f64.powi(i as i32))).collect(),
-        },
-        &[],
-    );
+    let freq = q.freqs(f);
     let p = q.input("positions", DType::I64, &[b(), s()]);
     let angles = q.op(Op::Angles, &[p, freq]);
     let x = q.input("x", dt, &[b(), n(h), s(), n(2 * f)]);

@@ -531,7 +531,7 @@ const ANGLES: Rule = Rule {
     sample: |g| {
         let mut q = Build::new();
         let p = q.input("p", DType::I64, &[b(), s()]);
-        let f = freqs(&mut q, g.dim());
+        let f = q.freqs(g.dim());
         let y = q.op(Op::Angles, &[p, f]);
         let y = q.win(y, Some(0), Some(1));
         q.done(&[y])
@@ -557,7 +557,7 @@ const ROPE: Rule = Rule {
         let (h, f) = (g.dim(), g.dim());
         let x = q.input("x", DType::F32, &[b(), n(h), s(), n(2 * f)]);
         let p = q.input("p", DType::I64, &[b(), n(1), s()]);
-        let f = freqs(&mut q, f);
+        let f = q.freqs(f);
         let y = q.op(
             Op::Rope(RopeSpec {
                 scaling: Real::new(1.0),
@@ -679,16 +679,4 @@ fn attend(g: &mut Gen, mask: Mask) -> Graph {
 /// A full-sequence input `[B,S,d]`.
 pub(super) fn full(q: &mut Build, g: &mut Gen, name: &str, dtype: DType) -> NodeId {
     q.input(name, dtype, &[b(), s(), n(g.dim())])
-}
-
-fn freqs(q: &mut Build, count: i64) -> NodeId {
-    q.op(
-        Op::Table {
-            name: "inv_freq".into(),
-            data: (0..count)
-                .map(|i| Real::new(0.7f64.powi(i as i32)))
-                .collect(),
-        },
-        &[],
-    )
 }

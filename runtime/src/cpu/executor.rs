@@ -4,13 +4,13 @@ use super::exec::{Inputs, Run};
 use super::kernels::Elem;
 use super::memory::{Arena, Layout};
 use super::pages::PageBuffer;
-use crate::load::{LoadOptions, Loadable};
+use crate::load::{LoadOptions, Loadable, RopeTables, rope_tables};
 use crate::step::{Capacity, Executor, StepBatch, StepError, StepKind, StepOutput, StepTime};
 use crate::weights::{WeightsError, pack::Packer};
 use half::bf16;
 use lathe_codegen::{Plan, ProgramKind};
-use lathe_ir::{DType, Op, Sym, SymEnv};
-use std::collections::{BTreeMap, VecDeque};
+use lathe_ir::{DType, Sym, SymEnv};
+use std::collections::VecDeque;
 use std::time::Instant;
 
 /// A model cannot be loaded on the CPU.
@@ -81,7 +81,7 @@ pub(super) struct CpuExecutor<E> {
     pub(super) options: LoadOptions,
     pub(super) weights: Vec<PageBuffer<E>>,
     /// Cosines and sines `[max_pos, D/2]` by table and scaling.
-    pub(super) rope: BTreeMap<(usize, u64), (Vec<f32>, Vec<f32>)>,
+    pub(super) rope: RopeTables,
     pub(super) caches: Vec<PageBuffer<E>>,
     vocab: usize,
     arena: Arena,
@@ -276,38 +276,6 @@ impl<E: Elem> Executor for CpuExecutor<E> {
             .pop_front()
             .ok_or_else(|| StepError::Batch("nothing was submitted".into()))
     }
-}
-
-/// `cos` and `sin` of position times frequency, scaled, for every table and scaling in use.
-fn rope_tables(plan: &Plan, max_pos: usize) -> BTreeMap<(usize, u64), (Vec<f32>, Vec<f32>)> {
-    let mut tables = BTreeMap::new();
-    for step in plan.programs.iter().flat_map(|p| &p.steps) {
-        let Op::AttnQkv(spec) = &step.op else {
-            continue;
-        };
-        let (Some(rope), Some(lathe_codegen::Operand::Table(t))) =
-            (spec.rope, step.operands.get(4))
-        else {
-            continue;
-        };
-        let key = (*t, rope.scaling.get().to_bits());
-        tables.entry(key).or_insert_with(|| {
-            let scaling = rope.scaling.get() as f32;
-            let freqs = &plan.tables[*t].data;
-            let mut cos = Vec::with_capacity(max_pos * freqs.len());
-            let mut sin = Vec::with_capacity(max_pos * freqs.len());
-            for p in 0..max_pos {
-                for f in freqs {
-                    // Hugging Face multiplies in f32; the angle is rounded before the functions.
-                    let angle = p as f32 * f.get() as f32;
-                    cos.push((f64::from(angle).cos() as f32) * scaling);
-                    sin.push((f64::from(angle).sin() as f32) * scaling);
-                }
-            }
-            (cos, sin)
-        });
-    }
-    tables
 }
 
 fn check_tokens(tokens: &[i32], vocab: usize) -> Result<(), StepError> {

@@ -14,14 +14,14 @@ use super::state::{MetaLayout, check};
 use super::timing::time_runs;
 use super::upload::{Placement, upload_weights};
 use super::{CudaError, DevicePtr, buckets};
-use crate::load::{LoadOptions, Loadable};
+use crate::load::{LoadOptions, Loadable, rope_tables};
 use crate::step::{Capacity, Executor, StepBatch, StepError, StepKind, StepOutput, StepTime};
 use half::{bf16, f16};
 use lathe_codegen::cuda::{
     CudaOptions, CudaProgram, Meta, Sampling, Sizes, lower_program, tokens_kernel,
 };
-use lathe_codegen::{Operand, Plan, Program, ProgramKind};
-use lathe_ir::{DType, Op, Sym, SymEnv};
+use lathe_codegen::{Plan, Program, ProgramKind};
+use lathe_ir::{DType, Sym, SymEnv};
 use std::collections::{BTreeMap, VecDeque};
 
 /// Steps whose results may be outstanding.
@@ -183,7 +183,11 @@ impl CudaExecutor {
             .map(|p| p.activation_bytes(&env(largest.of(p.kind))))
             .max()
             .unwrap_or(0);
-        let rope = rope_tables(&plan, options.max_seq_len);
+        // The kernels take cosines and sines apart: keyed like `Addresses::rope`.
+        let rope: Vec<((usize, u64, bool), Vec<f32>)> = rope_tables(&plan, options.max_seq_len)
+            .into_iter()
+            .flat_map(|((t, bits), (cos, sin))| [((t, bits, false), cos), ((t, bits, true), sin)])
+            .collect();
         let meta_bytes = [largest.decode, largest.general]
             .map(|s| MetaLayout::new(s, kernels.max_pages).bytes())
             .into_iter()
@@ -191,7 +195,7 @@ impl CudaExecutor {
             .unwrap_or(0);
         let rows = largest.decode.r.max(largest.general.r);
         let table_bytes: usize = plan.tables.iter().map(|t| aligned(4 * t.data.len())).sum();
-        let rope_bytes: usize = rope.values().map(|v| aligned(4 * v.len())).sum();
+        let rope_bytes: usize = rope.iter().map(|(_, v)| aligned(4 * v.len())).sum();
         let work_bytes: usize = workspaces.values().map(|w| aligned(w.0)).sum();
         let weight_bytes: usize = plan.weights.iter().map(|w| aligned(w.recipe.bytes())).sum();
         let tokens = options.pages * options.page_size;
@@ -716,38 +720,4 @@ fn workspaces(
         }
     }
     Ok(all)
-}
-
-/// `cos` and `sin` of position times frequency, scaled, for every table and scaling in use, keyed
-/// like [`Addresses::rope`].
-fn rope_tables(plan: &Plan, positions: usize) -> BTreeMap<(usize, u64, bool), Vec<f32>> {
-    let mut tables = BTreeMap::new();
-    for step in plan.programs.iter().flat_map(|p| &p.steps) {
-        let (rope, operand) = match &step.op {
-            Op::AttnQkv(spec) => (spec.rope, 4),
-            Op::Rope(spec) => (Some(*spec), 2),
-            _ => continue,
-        };
-        let (Some(rope), Some(Operand::Table(t))) = (rope, step.operands.get(operand)) else {
-            continue;
-        };
-        let bits = rope.scaling.get().to_bits();
-        let scaling = rope.scaling.get() as f32;
-        for sine in [false, true] {
-            tables.entry((*t, bits, sine)).or_insert_with(|| {
-                let freqs = &plan.tables[*t].data;
-                let mut values = Vec::with_capacity(positions * freqs.len());
-                for p in 0..positions {
-                    for f in freqs {
-                        // Hugging Face multiplies in f32: the angle is rounded before the functions.
-                        let angle = f64::from(p as f32 * f.get() as f32);
-                        let v = if sine { angle.sin() } else { angle.cos() };
-                        values.push(v as f32 * scaling);
-                    }
-                }
-                values
-            });
-        }
-    }
-    tables
 }
