@@ -16,6 +16,15 @@ pub struct KernelSource {
     pub text: String,
 }
 
+impl KernelSource {
+    /// The text behind the comments that name where the kernel comes from. Kernels of different ops
+    /// or models with equal code are one kernel.
+    pub fn code(&self) -> &str {
+        let start = self.text.find("#define LATHE_NAME").unwrap_or(0);
+        &self.text[start..]
+    }
+}
+
 /// A file of `kernels/`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Body {

@@ -1,4 +1,5 @@
-//! The CUDA device: a plan in memory, its programs lowered by bucket, and steps.
+//! The CUDA device: steps of a plan that lies on it ([`super::resident`]), by programs that were
+//! lowered for buckets of sizes ([`super::programs`]).
 //!
 //! A step costs the host one copy of its metadata from pinned memory, one graph launch and one copy
 //! of the sampled tokens back; nothing is allocated and nothing waits but [`Executor::collect`].
@@ -7,21 +8,20 @@ use super::cubin_cache::{CubinCache, DEFAULT_LIMIT};
 use super::driver::{Device, Event, Function, Stream};
 use super::graph::Graph;
 use super::launch::{Args, LaunchConfig, launch};
-use super::memory::{Arena, Pinned, aligned, bytes_of, check_fits};
-use super::prepare::{Addresses, Modules, Prepared, Resolver};
+use super::memory::Pinned;
+use super::prepare::{Modules, Prepared, Resolver};
 use super::profile::KernelTime;
+use super::programs::{Key, Programs, key};
+use super::resident::Resident;
 use super::state::{MetaLayout, check};
 use super::timing::time_runs;
-use super::upload::{Placement, upload_weights};
 use super::{CudaError, DevicePtr, buckets};
-use crate::load::{LoadOptions, Loadable, rope_tables};
+use crate::load::{LoadOptions, Loadable};
 use crate::step::{Capacity, Executor, StepBatch, StepError, StepKind, StepOutput, StepTime};
 use half::{bf16, f16};
-use lathe_codegen::cuda::{
-    CudaOptions, CudaProgram, Meta, Sampling, Sizes, lower_program, tokens_kernel,
-};
-use lathe_codegen::{Plan, Program, ProgramKind};
-use lathe_ir::{DType, Sym, SymEnv};
+use lathe_codegen::cuda::{CudaOptions, Meta, Sampling, Sizes, tokens_kernel};
+use lathe_codegen::{Plan, ProgramKind};
+use lathe_ir::DType;
 use std::collections::{BTreeMap, VecDeque};
 
 /// Steps whose results may be outstanding.
@@ -83,17 +83,17 @@ struct Slot {
 /// A plan on a GPU.
 pub struct CudaExecutor {
     // Graphs and modules first: they are dropped before the memory that they point to.
-    prepared: BTreeMap<(ProgramKind, Sizes, Sampling), Prepared>,
+    prepared: BTreeMap<Key, Prepared>,
     modules: Modules,
+    /// Lowered and not yet prepared.
+    programs: Programs,
     plan: Plan,
     options: LoadOptions,
     how: CudaLoad,
     kernels: CudaOptions,
     vocab: usize,
     cache: Option<CubinCache>,
-    addresses: Addresses,
-    /// Addresses of the slots of each program.
-    slots: Vec<Vec<DevicePtr>>,
+    resident: Resident,
     pending: VecDeque<Pending>,
     ring: Vec<Slot>,
     next_slot: usize,
@@ -102,44 +102,11 @@ pub struct CudaExecutor {
     /// Resolves references to sampled tokens; made when it is first needed.
     token_kernel: Option<Function>,
     stream: Stream,
-    _arenas: Vec<Arena>,
-}
-
-/// The buckets of the largest steps.
-struct Largest {
-    decode: Sizes,
-    general: Sizes,
-}
-
-impl Largest {
-    fn new(o: &LoadOptions) -> Largest {
-        let n = buckets::decode(o.max_sequences);
-        let rows = o.max_rows.max(o.max_sequences);
-        Largest {
-            decode: Sizes { t: n, b: n, r: n },
-            general: buckets::general(o.max_tokens, o.max_sequences, rows),
-        }
-    }
-
-    fn of(&self, kind: ProgramKind) -> Sizes {
-        match kind {
-            ProgramKind::Decode => self.decode,
-            _ => self.general,
-        }
-    }
-}
-
-fn env(s: Sizes) -> SymEnv {
-    SymEnv::new(&[
-        (Sym::T, s.t as i64),
-        (Sym::B, s.b as i64),
-        (Sym::R, s.r as i64),
-    ])
 }
 
 impl CudaExecutor {
     /// Loads a plan onto a GPU: predicts and checks memory, reads or makes the weights. Kernels are
-    /// compiled when a bucket is first used, or by [`CudaExecutor::prepare`].
+    /// compiled when a bucket is first used, or by [`Executor::warm_up`].
     ///
     /// # Errors
     /// As [`load`].
@@ -173,129 +140,13 @@ impl CudaExecutor {
             max_pages: options.max_seq_len.div_ceil(options.page_size.max(1)),
             plain: how.plain,
         };
-        let largest = Largest::new(&options);
-        let stepped = |p: &&Program| p.kind != ProgramKind::Full;
-        let workspaces = workspaces(&plan, &options, kernels)?;
-        let activations = plan
-            .programs
-            .iter()
-            .filter(stepped)
-            .map(|p| p.activation_bytes(&env(largest.of(p.kind))))
-            .max()
-            .unwrap_or(0);
-        // The kernels take cosines and sines apart: keyed like `Addresses::rope`.
-        let rope: Vec<((usize, u64, bool), Vec<f32>)> = rope_tables(&plan, options.max_seq_len)
-            .into_iter()
-            .flat_map(|((t, bits), (cos, sin))| [((t, bits, false), cos), ((t, bits, true), sin)])
-            .collect();
-        let meta_bytes = [largest.decode, largest.general]
-            .map(|s| MetaLayout::new(s, kernels.max_pages).bytes())
-            .into_iter()
-            .max()
-            .unwrap_or(0);
-        let rows = largest.decode.r.max(largest.general.r);
-        let table_bytes: usize = plan.tables.iter().map(|t| aligned(4 * t.data.len())).sum();
-        let rope_bytes: usize = rope.iter().map(|(_, v)| aligned(4 * v.len())).sum();
-        let work_bytes: usize = workspaces.values().map(|w| aligned(w.0)).sum();
-        let weight_bytes: usize = plan.weights.iter().map(|w| aligned(w.recipe.bytes())).sum();
-        let tokens = options.pages * options.page_size;
-        let cache_bytes: usize = plan
-            .caches
-            .iter()
-            .map(|c| aligned(tokens * c.token_bytes()))
-            .sum();
-        let state = aligned(meta_bytes) + aligned(4 * rows) + table_bytes + rope_bytes + work_bytes;
-        let wanted = [
-            ("weights".to_owned(), weight_bytes),
-            ("KV cache".to_owned(), cache_bytes),
-            ("activations".to_owned(), activations),
-            ("workspaces".to_owned(), state),
-        ];
-        let hint =
-            "lower the batch size, the sequence length, the tokens of a step or the KV cache";
-        check_fits(&device, &wanted, hint)?;
-
-        let mut weights = Arena::new(&device, "weights", weight_bytes, hint)?;
-        let mut caches = Arena::new(&device, "KV cache", cache_bytes, hint)?;
-        let slots_arena = Arena::new(&device, "activations", activations, hint)?;
-        let mut state_arena = Arena::new(&device, "workspaces", state, hint)?;
-        let mut addresses = Addresses::default();
-        for w in &plan.weights {
-            addresses.weights.push(weights.alloc(w.recipe.bytes())?);
-        }
-        for c in &plan.caches {
-            addresses
-                .caches
-                .push(caches.alloc(tokens * c.token_bytes())?);
-            addresses
-                .cache_rows
-                .push((tokens * 2 * c.kv_heads as usize) as u64);
-        }
-        addresses.meta = state_arena.alloc(meta_bytes)?;
-        addresses.sampled = state_arena.alloc(4 * rows)?;
-        // Every cache starts as zeros, so that what was never written is a number.
-        // SAFETY: each range is a part of an arena that nothing uses yet.
-        unsafe {
-            stream.fill_u32(caches.base(), 0, caches.capacity() / 4)?;
-            stream.fill_u32(slots_arena.base(), 0, slots_arena.capacity() / 4)?;
-            stream.fill_u32(state_arena.base(), 0, state_arena.capacity() / 4)?;
-        }
-        for (name, (bytes, fill)) in workspaces {
-            let at = state_arena.alloc(bytes)?;
-            if let Some(word) = fill {
-                // SAFETY: as above.
-                unsafe { stream.fill_u32(at, word, bytes / 4)? };
-            }
-            addresses.workspaces.insert(name, at);
-        }
-        for t in &plan.tables {
-            let data: Vec<f32> = t.data.iter().map(|v| v.get() as f32).collect();
-            let at = state_arena.alloc(4 * data.len())?;
-            // SAFETY: the range was just allocated; the data lives until the wait below.
-            unsafe { stream.copy_to_device(at, bytes_of(&data))? };
-            stream.synchronize()?;
-            addresses.tables.push(at);
-        }
-        for (key, data) in rope {
-            let at = state_arena.alloc(4 * data.len())?;
-            // SAFETY: as above.
-            unsafe { stream.copy_to_device(at, bytes_of(&data))? };
-            stream.synchronize()?;
-            addresses.rope.insert(key, at);
-        }
-        let placements: Vec<Placement<'_>> = plan
-            .weights
-            .iter()
-            .zip(&addresses.weights)
-            .map(|(w, &dst)| Placement {
-                recipe: &w.recipe,
-                dst,
-            })
-            .collect();
-        // SAFETY: each weight was given its own memory of its recipe's size, and no kernel runs yet.
-        let stats = unsafe {
-            upload_weights(&stream, &placements, model.weights, cache.as_ref(), &|_| {})?
-        };
-        tracing::debug!("weights: {stats:?}");
-        let slots = plan
-            .programs
-            .iter()
-            .map(|p| {
-                let env = env(largest.of(p.kind));
-                let mut at = slots_arena.base();
-                let mut place = |bytes: usize| {
-                    let here = at;
-                    at += aligned(bytes) as DevicePtr;
-                    here
-                };
-                p.slots.iter().map(|s| place(s.bytes(&env))).collect()
-            })
-            .collect();
+        let programs = Programs::lower(&plan, &options, kernels)?;
+        let resident = Resident::load(&stream, model, &options, &programs, cache.as_ref())?;
         let ring = (0..IN_FLIGHT)
             .map(|_| {
                 Ok(Slot {
-                    meta: Pinned::new(&device, meta_bytes)?,
-                    next: Pinned::new(&device, 4 * rows)?,
+                    meta: Pinned::new(&device, resident.meta_bytes)?,
+                    next: Pinned::new(&device, 4 * resident.rows)?,
                     start: device.event(true)?,
                     end: device.event(true)?,
                 })
@@ -304,85 +155,48 @@ impl CudaExecutor {
         Ok(CudaExecutor {
             prepared: BTreeMap::new(),
             modules: Modules::default(),
+            programs,
             plan,
             options,
             how: how.clone(),
             kernels,
             vocab: model.vocab,
             cache,
-            addresses,
-            slots,
+            resident,
             pending: VecDeque::new(),
             ring,
             next_slot: 0,
             sampled: 0,
             token_kernel: None,
             stream,
-            _arenas: vec![weights, caches, slots_arena, state_arena],
         })
     }
 
-    /// Compiles the kernels of greedy decode steps of up to `sequences` rows, so that no later step
-    /// waits for them.
-    ///
-    /// # Errors
-    /// A kernel does not compile.
-    pub fn prepare(&mut self, sequences: usize) -> Result<(), CudaError> {
-        if self.plan.program(ProgramKind::Decode).is_none() {
-            return Ok(());
-        }
-        for sizes in buckets::all_decode(sequences.min(self.options.max_sequences)) {
-            let key = self.key(ProgramKind::Decode, sizes, Sampling::GreedyOnly);
-            self.ready(key)?;
-        }
-        Ok(())
-    }
-
-    /// Compiles the kernels of every bucket of greedy steps at once, on all cores: a step that meets
-    /// a new bucket later only has to be put together.
-    fn compile_all(&mut self) -> Result<(), CudaError> {
-        let mut kernels = Vec::new();
-        let mut known = std::collections::BTreeSet::new();
-        for program in &self.plan.programs {
-            for sizes in all_sizes(program.kind, &self.options) {
-                let (_, sizes, sampling) = self.key(program.kind, sizes, Sampling::GreedyOnly);
-                let lowered = lower_program(&self.plan, program, sizes, sampling, self.kernels)?;
-                for kernel in lowered.kernels {
-                    if known.insert(kernel.text.clone()) {
-                        kernels.push(kernel);
-                    }
-                }
-            }
-        }
+    /// Compiles the kernels of every step at once, on all cores, and puts greedy decode steps
+    /// together: a step that meets a new bucket later has little left to do.
+    fn prepare_all(&mut self) -> Result<(), CudaError> {
+        let kernels = self.programs.kernels();
         let device = self.stream.device().clone();
         self.modules.get(&device, self.cache.as_ref(), &kernels)?;
+        self.token_kernel()?;
+        if self.plan.program(ProgramKind::Decode).is_some() {
+            for sizes in buckets::all_decode(self.options.max_sequences) {
+                self.ready(key(ProgramKind::Decode, sizes, Sampling::GreedyOnly))?;
+            }
+        }
         Ok(())
-    }
-
-    fn key(
-        &self,
-        kind: ProgramKind,
-        sizes: Sizes,
-        sampling: Sampling,
-    ) -> (ProgramKind, Sizes, Sampling) {
-        // Only small steps keep their logits to themselves.
-        let sampling = match sampling {
-            Sampling::GreedyOnly if sizes.r > 4 => Sampling::Greedy,
-            s => s,
-        };
-        (kind, sizes, sampling)
     }
 
     /// Lowers, compiles, resolves and captures a program unless that was done before.
-    fn ready(&mut self, key: (ProgramKind, Sizes, Sampling)) -> Result<(), CudaError> {
+    fn ready(&mut self, key: Key) -> Result<(), CudaError> {
         if self.prepared.contains_key(&key) {
             return Ok(());
         }
-        let (kind, sizes, sampling) = key;
+        let (kind, sizes, _) = key;
         let at = self.plan.programs.iter().position(|p| p.kind == kind);
         let at = at.ok_or(CudaError::NoStepProgram)?;
         let program = &self.plan.programs[at];
-        let lowered = lower_program(&self.plan, program, sizes, sampling, self.kernels)?;
+        let lowered = self.programs.take(&self.plan, key, self.kernels)?;
         let device = self.stream.device().clone();
         let modules = self
             .modules
@@ -391,14 +205,14 @@ impl CudaExecutor {
         let resolver = Resolver {
             program,
             lowered: &lowered,
-            addresses: &self.addresses,
-            slots: &self.slots[at],
+            addresses: &self.resident.addresses,
+            slots: &self.resident.slots[at],
             meta: &meta,
         };
         let launches = resolver.launches(&modules, self.how.pdl)?;
         let logits = lowered.logits.map(|v| {
             let size = program.values[v.0 as usize].0.dtype.size();
-            (self.slots[at][program.slot(v)], size)
+            (self.resident.slots[at][program.slot(v)], size)
         });
         let graph = match self.how.graphs && kind == ProgramKind::Decode {
             false => None,
@@ -421,7 +235,7 @@ impl CudaExecutor {
     }
 
     /// The program and bucket for a batch.
-    fn choose(&self, batch: &StepBatch, logits: bool) -> (ProgramKind, Sizes, Sampling) {
+    fn choose(&self, batch: &StepBatch, logits: bool) -> Key {
         let greedy = batch.samplers.iter().all(|s| s.params.is_greedy());
         let sampling = match (greedy, logits) {
             (false, _) => Sampling::Params,
@@ -435,20 +249,16 @@ impl CudaExecutor {
         if decode {
             let n = buckets::decode(batch.sequences());
             let sizes = Sizes { t: n, b: n, r: n };
-            self.key(ProgramKind::Decode, sizes, sampling)
+            key(ProgramKind::Decode, sizes, sampling)
         } else {
             let (t, b) = (batch.tokens_len(), batch.sequences());
             let sizes = buckets::general(t, b, batch.rows.len());
-            self.key(ProgramKind::General, sizes, sampling)
+            key(ProgramKind::General, sizes, sampling)
         }
     }
 
     /// Puts a step into the stream.
-    fn launch_step(
-        &mut self,
-        batch: &StepBatch,
-        logits: bool,
-    ) -> Result<(ProgramKind, Sizes, Sampling), StepError> {
+    fn launch_step(&mut self, batch: &StepBatch, logits: bool) -> Result<Key, StepError> {
         check(batch, &self.options, self.vocab, self.sampled)?;
         if self.pending.len() == IN_FLIGHT {
             return Err(StepError::Batch(format!(
@@ -462,11 +272,7 @@ impl CudaExecutor {
         Ok(key)
     }
 
-    fn enqueue(
-        &mut self,
-        batch: &StepBatch,
-        key: (ProgramKind, Sizes, Sampling),
-    ) -> Result<(), CudaError> {
+    fn enqueue(&mut self, batch: &StepBatch, key: Key) -> Result<(), CudaError> {
         let slot = self.next_slot;
         self.next_slot = (slot + 1) % IN_FLIGHT;
         let refers = batch.tokens.iter().any(|&t| t < 0);
@@ -485,14 +291,15 @@ impl CudaExecutor {
         // was collected (there are as many slots as steps in flight).
         unsafe {
             self.stream
-                .copy_to_device(self.addresses.meta, &s.meta.as_slice()[..bytes])?;
+                .copy_to_device(self.resident.addresses.meta, &s.meta.as_slice()[..bytes])?;
         }
         if let Some(function) = resolver {
             let rows = key.1.t as u32;
-            let tokens = self.addresses.meta + prepared.meta.offset(Meta::Tokens) as DevicePtr;
+            let tokens =
+                self.resident.addresses.meta + prepared.meta.offset(Meta::Tokens) as DevicePtr;
             let args = Args::new()
                 .ptr(tokens)
-                .ptr(self.addresses.sampled)
+                .ptr(self.resident.addresses.sampled)
                 .u32(rows);
             let config = LaunchConfig::linear(rows.div_ceil(256), 256);
             // SAFETY: parameters as in tokens.cu; both arrays belong to `self`.
@@ -511,7 +318,10 @@ impl CudaExecutor {
         if rows > 0 {
             let next = &mut s.next.as_mut_slice()[..4 * rows];
             // SAFETY: the slot's memory is read only after its event.
-            unsafe { self.stream.copy_to_host(next, self.addresses.sampled)? };
+            unsafe {
+                self.stream
+                    .copy_to_host(next, self.resident.addresses.sampled)?
+            };
         }
         self.stream.record(&s.end)?;
         self.sampled = rows;
@@ -551,11 +361,7 @@ impl CudaExecutor {
         })
     }
 
-    fn read_logits(
-        &self,
-        key: (ProgramKind, Sizes, Sampling),
-        rows: usize,
-    ) -> Result<Vec<f32>, CudaError> {
+    fn read_logits(&self, key: Key, rows: usize) -> Result<Vec<f32>, CudaError> {
         let Some((at, size)) = self.prepared[&key].logits else {
             return Ok(Vec::new());
         };
@@ -625,7 +431,7 @@ impl CudaExecutor {
     pub fn decode_launches(&mut self, sequences: usize) -> Result<(usize, bool), CudaError> {
         let n = buckets::decode(sequences);
         let sizes = Sizes { t: n, b: n, r: n };
-        let key = self.key(ProgramKind::Decode, sizes, Sampling::GreedyOnly);
+        let key = key(ProgramKind::Decode, sizes, Sampling::GreedyOnly);
         self.ready(key)?;
         let p = &self.prepared[&key];
         Ok((p.launches.len(), p.graph.is_some()))
@@ -638,7 +444,7 @@ impl Executor for CudaExecutor {
     }
 
     fn warm_up(&mut self) -> Result<(), StepError> {
-        self.compile_all().map_err(device_error)
+        self.prepare_all().map_err(device_error)
     }
 
     fn step(&mut self, batch: &StepBatch, logits: bool) -> Result<StepOutput, StepError> {
@@ -676,48 +482,4 @@ impl Drop for CudaExecutor {
 
 fn device_error(error: CudaError) -> StepError {
     StepError::Device(error.to_string())
-}
-
-/// Every bucket that a program may run in, as far as kernels differ.
-fn all_sizes(kind: ProgramKind, options: &LoadOptions) -> Vec<Sizes> {
-    let rows = options.max_rows.max(options.max_sequences);
-    match kind {
-        ProgramKind::Decode => buckets::all_decode(options.max_sequences),
-        ProgramKind::General => {
-            let mut sizes = buckets::all_general(options.max_tokens, options.max_sequences, rows);
-            // Kernels change with the number of sampled rows too.
-            let most = buckets::general(options.max_tokens, options.max_sequences, rows);
-            let fewer = (0..usize::BITS).map(|i| 1 << i).take_while(|&r| r < most.r);
-            sizes.extend(fewer.map(|r| Sizes { r, ..most }));
-            sizes
-        }
-        ProgramKind::Full => Vec::new(),
-    }
-}
-
-/// The largest workspace of each name over all buckets, with what fills it.
-fn workspaces(
-    plan: &Plan,
-    options: &LoadOptions,
-    kernels: CudaOptions,
-) -> Result<BTreeMap<String, (usize, Option<u32>)>, CudaError> {
-    let mut all: BTreeMap<String, (usize, Option<u32>)> = BTreeMap::new();
-    let mut add = |lowered: CudaProgram| {
-        for w in lowered.workspaces {
-            let entry = all.entry(w.name).or_insert((0, w.fill));
-            entry.0 = entry.0.max(w.bytes.next_multiple_of(4));
-        }
-    };
-    for program in &plan.programs {
-        let sizes = all_sizes(program.kind, options);
-        for s in sizes {
-            for sampling in [Sampling::GreedyOnly, Sampling::Params] {
-                if sampling == Sampling::Params && s.r > 4 {
-                    continue;
-                }
-                add(lower_program(plan, program, s, sampling, kernels)?);
-            }
-        }
-    }
-    Ok(all)
 }

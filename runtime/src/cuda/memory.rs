@@ -33,7 +33,7 @@ pub fn check_fits(
     check_against(wanted, free.saturating_sub(DRIVER_RESERVE), total, hint)
 }
 
-fn check_against(
+pub(super) fn check_against(
     wanted: &[(String, usize)],
     free: usize,
     total: usize,

@@ -12,7 +12,9 @@
 //! | [`memory`] | arenas checked before they are allocated, pinned host memory |
 //! | [`tensor_map`] | descriptors of the tensor memory accelerator |
 //! | [`graph`], [`timing`] | CUDA graphs, and how long things take |
-//! | [`executor`] | a plan on the device: programs by bucket, graphs, steps |
+//! | `programs` | the plan lowered for every bucket |
+//! | `resident` | the memory plan, and what lies where on the device |
+//! | [`executor`] | steps: the program and graph of a bucket, what goes in and comes back |
 //! | [`upload`] | weights into their packed layout on the device |
 //! | [`cublaslt`] | the vendor's GEMM, for comparison and on request |
 
@@ -29,8 +31,12 @@ pub mod memory;
 pub mod nvrtc;
 mod prepare;
 mod profile;
+mod programs;
+mod resident;
 mod state;
 pub mod tensor_map;
+#[cfg(test)]
+mod test_plans;
 pub mod timing;
 pub mod upload;
 

@@ -164,7 +164,7 @@ fn config(l: &Launch, pdl: bool) -> LaunchConfig {
     }
 }
 
-/// Loaded modules by their text: programs of different buckets share most kernels.
+/// Loaded modules by their code: programs of different buckets share most kernels.
 #[derive(Debug, Default)]
 pub(super) struct Modules(BTreeMap<String, Module>);
 
@@ -178,8 +178,9 @@ impl Modules {
     ) -> Result<Vec<Module>, CudaError> {
         let mut wanted: Vec<super::nvrtc::Source> = Vec::new();
         for k in kernels {
-            if !self.0.contains_key(&k.text) && wanted.iter().all(|w| w.text != k.text) {
-                wanted.push(super::nvrtc::Source::new(k.name.clone(), k.text.clone()));
+            let code = k.code();
+            if !self.0.contains_key(code) && wanted.iter().all(|w| w.text != code) {
+                wanted.push(super::nvrtc::Source::new(k.name.clone(), code));
             }
         }
         let threads = std::thread::available_parallelism().map_or(4, |n| n.get());
@@ -190,6 +191,6 @@ impl Modules {
             let module = device.load_module(&source.name, &outcome?.cubin)?;
             self.0.insert(source.text, module);
         }
-        Ok(kernels.iter().map(|k| self.0[&k.text].clone()).collect())
+        Ok(kernels.iter().map(|k| self.0[k.code()].clone()).collect())
     }
 }

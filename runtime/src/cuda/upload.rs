@@ -5,6 +5,7 @@
 //! locking them costs little (about 0.8 ms a MiB, which is why they are small). Host memory is these buffers,
 //! however large the model. Random weights: a kernel writes them where they belong.
 
+use std::fmt;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -47,6 +48,22 @@ pub struct UploadStats {
     pub generated: usize,
     /// Time of it all.
     pub duration: Duration,
+}
+
+impl fmt::Display for UploadStats {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let gb = |bytes: usize| bytes as f64 * 1e-9;
+        let seconds = self.duration.as_secs_f64();
+        let done = match (self.copied, self.generated) {
+            (copied, 0) => format!("{:.2} GB read", gb(copied)),
+            (0, generated) => format!("{:.2} GB of random values made", gb(generated)),
+            (copied, generated) => {
+                format!("{:.2} GB read, {:.2} GB made", gb(copied), gb(generated))
+            }
+        };
+        let rate = gb(self.copied + self.generated) / seconds.max(1e-9);
+        write!(f, "weights: {done} in {seconds:.2} s, {rate:.1} GB/s")
+    }
 }
 
 /// Puts all weights in their places and waits until they are there. `progress` is called with the bytes done, from

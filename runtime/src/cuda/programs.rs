@@ -1,0 +1,205 @@
+//! Programs lowered for every bucket that a loaded model may run in: once, before anything is on the
+//! device. Their workspaces are a part of the memory plan, their kernels are what a warm-up compiles.
+
+use super::CudaError;
+use super::buckets;
+use crate::load::LoadOptions;
+use lathe_codegen::cuda::{
+    CudaOptions, CudaProgram, KernelSource, Sampling, Sizes, Workspace, lower_program,
+};
+use lathe_codegen::{Plan, Program, ProgramKind};
+use rayon::prelude::*;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Which program, for which sizes, with which sampling.
+pub(super) type Key = (ProgramKind, Sizes, Sampling);
+
+/// Most rows of a step that may keep its logits to itself.
+const FUSED_SAMPLING_ROWS: usize = 4;
+
+/// The key of a step; steps of more rows keep their logits whatever is asked for.
+pub(super) fn key(kind: ProgramKind, sizes: Sizes, sampling: Sampling) -> Key {
+    let sampling = match sampling {
+        Sampling::GreedyOnly if sizes.r > FUSED_SAMPLING_ROWS => Sampling::Greedy,
+        s => s,
+    };
+    (kind, sizes, sampling)
+}
+
+/// Lowered programs that no step has used yet.
+#[derive(Debug)]
+pub(super) struct Programs(BTreeMap<Key, CudaProgram>);
+
+impl Programs {
+    /// Lowers the plan for all buckets.
+    ///
+    /// # Errors
+    /// A step has no kernel.
+    pub(super) fn lower(
+        plan: &Plan,
+        options: &LoadOptions,
+        kernels: CudaOptions,
+    ) -> Result<Programs, CudaError> {
+        let wanted: Vec<(&Program, Key)> = plan
+            .programs
+            .iter()
+            .flat_map(|program| {
+                let keys = keys(program.kind, options);
+                keys.into_iter().map(move |key| (program, key))
+            })
+            .collect();
+        let lowered = wanted
+            .into_par_iter()
+            .map(|(program, key)| Ok((key, lower_program(plan, program, key.1, key.2, kernels)?)))
+            .collect::<Result<_, CudaError>>()?;
+        Ok(Programs(lowered))
+    }
+
+    /// The largest workspace of each name.
+    pub(super) fn workspaces(&self) -> Vec<Workspace> {
+        let mut all: BTreeMap<&str, Workspace> = BTreeMap::new();
+        for w in self.0.values().flat_map(|p| &p.workspaces) {
+            let entry = all.entry(&w.name).or_insert_with(|| w.clone());
+            entry.bytes = entry.bytes.max(w.bytes).next_multiple_of(4);
+        }
+        all.into_values().collect()
+    }
+
+    /// The distinct kernels of all programs.
+    pub(super) fn kernels(&self) -> Vec<KernelSource> {
+        let mut known = BTreeSet::new();
+        let all = self.0.values().flat_map(|p| &p.kernels);
+        all.filter(|k| known.insert(k.code())).cloned().collect()
+    }
+
+    /// The program of a key: taken out, or lowered now if there was none.
+    ///
+    /// # Errors
+    /// The plan has no such program, or a step has no kernel.
+    pub(super) fn take(
+        &mut self,
+        plan: &Plan,
+        key: Key,
+        kernels: CudaOptions,
+    ) -> Result<CudaProgram, CudaError> {
+        if let Some(lowered) = self.0.remove(&key) {
+            return Ok(lowered);
+        }
+        let program = plan.program(key.0).ok_or(CudaError::NoStepProgram)?;
+        Ok(lower_program(plan, program, key.1, key.2, kernels)?)
+    }
+}
+
+/// What programs are lowered for: together they have every kernel and the largest workspaces of
+/// steps that do not ask for logits.
+fn keys(kind: ProgramKind, options: &LoadOptions) -> BTreeSet<Key> {
+    let sizes = all_sizes(kind, options);
+    let most = sizes.iter().copied().max_by_key(|s| (s.r, s.t));
+    let mut keys = BTreeSet::new();
+    for s in sizes {
+        keys.insert(key(kind, s, Sampling::GreedyOnly));
+        // Where logits are kept anyway, only the sampling kernel differs.
+        if s.r <= FUSED_SAMPLING_ROWS || Some(s) == most {
+            keys.insert(key(kind, s, Sampling::Params));
+        }
+    }
+    keys
+}
+
+/// Every bucket that a program may run in, as far as kernels differ.
+fn all_sizes(kind: ProgramKind, options: &LoadOptions) -> Vec<Sizes> {
+    let rows = options.max_rows.max(options.max_sequences);
+    match kind {
+        ProgramKind::Decode => buckets::all_decode(options.max_sequences),
+        ProgramKind::General => {
+            let mut sizes = buckets::all_general(options.max_tokens, options.max_sequences, rows);
+            // Kernels change with the number of sampled rows too.
+            let most = buckets::general(options.max_tokens, options.max_sequences, rows);
+            let fewer = (0..usize::BITS).map(|i| 1 << i).take_while(|&r| r < most.r);
+            sizes.extend(fewer.map(|r| Sizes { r, ..most }));
+            sizes
+        }
+        ProgramKind::Full => Vec::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::test_plans::{kernel_options, plan};
+    use super::*;
+    use lathe_ir::DType;
+
+    fn options() -> LoadOptions {
+        LoadOptions {
+            max_tokens: 700,
+            max_rows: 24,
+            max_sequences: 24,
+            max_seq_len: 1024,
+            page_size: 64,
+            pages: 16,
+        }
+    }
+
+    /// No step without logits meets a kernel or a workspace that the load did not know of.
+    #[test]
+    fn every_step_is_foreseen() {
+        for (name, dtype) in [
+            ("configs/llama-3.2-1b", DType::BF16),
+            ("golden/gemma2", DType::BF16),
+            ("golden/falcon", DType::F32),
+        ] {
+            let plan = plan(name, dtype);
+            let (options, kernels) = (options(), kernel_options());
+            let programs = Programs::lower(&plan, &options, kernels).unwrap();
+            let known: BTreeSet<String> = programs
+                .kernels()
+                .iter()
+                .map(|k| k.code().to_owned())
+                .collect();
+            let spaces: BTreeMap<String, usize> = programs
+                .workspaces()
+                .into_iter()
+                .map(|w| (w.name, w.bytes))
+                .collect();
+            let mut steps = BTreeSet::new();
+            for sampling in [Sampling::GreedyOnly, Sampling::Params] {
+                for b in 1..=options.max_sequences {
+                    let n = buckets::decode(b);
+                    let sizes = Sizes { t: n, b: n, r: n };
+                    steps.insert(key(ProgramKind::Decode, sizes, sampling));
+                    for t in (b..=options.max_tokens).step_by(61) {
+                        for r in 0..=b {
+                            let sizes = buckets::general(t, b, r);
+                            steps.insert(key(ProgramKind::General, sizes, sampling));
+                        }
+                    }
+                }
+            }
+            assert!(steps.len() > 100);
+            for key in steps {
+                let program = plan.program(key.0).unwrap();
+                let lowered = lower_program(&plan, program, key.1, key.2, kernels).unwrap();
+                for k in &lowered.kernels {
+                    assert!(known.contains(k.code()), "{name}: {} of {key:?}", k.name);
+                }
+                for w in &lowered.workspaces {
+                    assert!(spaces[&w.name] >= w.bytes, "{name}: {} of {key:?}", w.name);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_program_is_lowered_once_and_the_same_later() {
+        let plan = plan("golden/qwen3", DType::BF16);
+        let (options, kernels) = (options(), kernel_options());
+        let mut programs = Programs::lower(&plan, &options, kernels).unwrap();
+        let sizes = Sizes { t: 8, b: 8, r: 8 };
+        let key = key(ProgramKind::Decode, sizes, Sampling::GreedyOnly);
+        assert_eq!(key.2, Sampling::Greedy);
+        let count = programs.0.len();
+        let first = programs.take(&plan, key, kernels).unwrap();
+        assert_eq!(programs.0.len(), count - 1);
+        assert_eq!(programs.take(&plan, key, kernels).unwrap(), first);
+    }
+}
