@@ -1,7 +1,7 @@
 //! From a checkpoint folder to a model on a device: what every command that runs a model shares.
 
 use crate::cli::{DeviceChoice, GlobalOptions};
-use crate::config::Resolved;
+use crate::config::{CompileBackend, Resolved};
 use crate::frontend::import_model;
 use crate::phases::Phases;
 use anyhow::Context;
@@ -93,8 +93,8 @@ pub struct CompiledModel {
     pub compiled: Compiled,
     /// What devices execute.
     pub plan: Plan,
-    /// Whether decode steps are captured as CUDA graphs.
-    pub cuda_graphs: bool,
+    /// How kernels are made and launched.
+    pub backend: CompileBackend,
     /// Phases with their times, in order.
     pub phases: Vec<(&'static str, Duration)>,
 }
@@ -127,7 +127,7 @@ impl CompiledModel {
             target,
             compiled,
             plan,
-            cuda_graphs: run.compile_backend.value.cuda_graphs(),
+            backend: run.compile_backend.value,
             phases: vec![
                 ("import", read),
                 ("passes", optimised - read),
@@ -190,7 +190,8 @@ impl CompiledModel {
             Target::Cuda(ordinal, _) => {
                 let how = CudaLoad {
                     ordinal: *ordinal as usize,
-                    graphs: self.cuda_graphs,
+                    graphs: self.backend.cuda_graphs(),
+                    per_op: !self.backend.fuses(),
                     ..CudaLoad::default()
                 };
                 cuda::load(model, options, &how).context("loading the model on the GPU")?

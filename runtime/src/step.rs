@@ -129,6 +129,19 @@ pub struct StepOutput {
     pub time: StepTime,
 }
 
+/// How a device executes a decode step of the size that ran last.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Execution {
+    /// Kernels of the step.
+    pub launches: usize,
+    /// Of these, kernels of the layer in the middle.
+    pub kernels_per_layer: usize,
+    /// Graphs that the host launches for the step: 1, or 0 if it launches the kernels one by one.
+    pub graph_launches: usize,
+    /// Host time of submitting such a step: the median in seconds.
+    pub submit_seconds: f64,
+}
+
 /// How much a device can hold; fixed when the model is loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capacity {
@@ -169,6 +182,12 @@ pub trait Executor {
     /// The device fails.
     fn warm_up(&mut self) -> Result<(), StepError> {
         Ok(())
+    }
+
+    /// How decode steps are executed; nothing before the first one and where steps are not made of
+    /// launches.
+    fn execution(&self) -> Option<Execution> {
+        None
     }
 
     /// Runs a step to its end. With `logits`, the logits of the sampled rows are returned too.

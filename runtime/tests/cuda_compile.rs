@@ -36,7 +36,9 @@ fn plan(name: &str, dtype: DType, disabled: &[&str]) -> Plan {
         general: compiled.general.as_ref(),
         full: None,
     };
-    lower(name, dtype, &programs).unwrap()
+    // The programs of torch-simple.
+    let unfused = if disabled == ["fuse"] { " unfused" } else { "" };
+    lower(&format!("{name}{unfused}"), dtype, &programs).unwrap()
 }
 
 fn programs(plan: &Plan, decode: &[usize], general: &[usize]) -> Vec<CudaProgram> {
@@ -46,6 +48,7 @@ fn programs(plan: &Plan, decode: &[usize], general: &[usize]) -> Vec<CudaProgram
         page_size: 64,
         max_pages: 64,
         plain: false,
+        per_op: plan.name.ends_with("unfused"),
     };
     let mut all = Vec::new();
     for (kind, buckets) in [
@@ -137,6 +140,12 @@ fn every_kernel_compiles_without_spills() {
             &[1, 8],
             &[64],
         ));
+    }
+    for m in ["llama-rope3-tied", "qwen3", "gpt-neox", "falcon"] {
+        for dtype in [DType::BF16, DType::F32] {
+            let unfused = plan(&golden(m), dtype, &["fuse"]);
+            all.extend(programs(&unfused, &[1, 8], &[64]));
+        }
     }
     for m in ["llama-rope3-tied", "qwen2"] {
         all.extend(programs(&plan(&golden(m), DType::F32, &[]), &[1, 8], &[64]));

@@ -2,6 +2,7 @@
 //! trtllm-bench's `--report_json` (keys, order and units), plus one section of our own; its text form is in
 //! `report_text`, the files of single requests and iterations in `report_json`.
 
+use lathe_runtime::step::Execution;
 use serde::Serialize;
 
 use super::dataset::DatasetStats;
@@ -147,6 +148,9 @@ pub struct LatheSection {
     /// Where the time of a step goes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub step_breakdown: Option<StepBreakdown>,
+    /// How a decode step is executed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub execution: Option<ExecutionInfo>,
     /// How full the KV cache was.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kv_cache: Option<KvOccupancy>,
@@ -200,6 +204,30 @@ pub struct StepBreakdown {
     pub other_ms: Option<f64>,
     /// Time between steps in which the device waits for the host.
     pub host_gap_ms: f64,
+}
+
+/// How a decode step of the last size is executed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub struct ExecutionInfo {
+    /// Kernels of the step.
+    pub launches_per_decode_step: usize,
+    /// Kernels of one layer.
+    pub kernels_per_layer: usize,
+    /// Graphs that the host launches for the step; 0 if it launches the kernels one by one.
+    pub graph_launches_per_decode_step: usize,
+    /// Host time of submitting the step, the median in microseconds.
+    pub submit_us: f64,
+}
+
+impl From<Execution> for ExecutionInfo {
+    fn from(e: Execution) -> ExecutionInfo {
+        ExecutionInfo {
+            launches_per_decode_step: e.launches,
+            kernels_per_layer: e.kernels_per_layer,
+            graph_launches_per_decode_step: e.graph_launches,
+            submit_us: e.submit_seconds * 1e6,
+        }
+    }
 }
 
 /// How full the KV cache was.
@@ -388,6 +416,12 @@ pub(super) mod tests {
                 other_ms: Some(0.5),
                 host_gap_ms: 0.0625,
             }),
+            execution: Some(ExecutionInfo {
+                launches_per_decode_step: 83,
+                kernels_per_layer: 5,
+                graph_launches_per_decode_step: 1,
+                submit_us: 21.5,
+            }),
             kv_cache: Some(KvOccupancy {
                 num_pages: 100,
                 page_size: 64,
@@ -518,6 +552,15 @@ pub(super) mod tests {
                     "gemm_ms",
                     "other_ms",
                     "host_gap_ms",
+                ],
+            ),
+            section(
+                "lathe/execution",
+                &[
+                    "launches_per_decode_step",
+                    "kernels_per_layer",
+                    "graph_launches_per_decode_step",
+                    "submit_us",
                 ],
             ),
             section(

@@ -282,6 +282,17 @@ impl LatheSection {
                 writeln!(out, "  {name:<19} {ms:.4} ({percent:.1} %)")?;
             }
         }
+        if let Some(e) = &self.execution {
+            let how = match e.graph_launches_per_decode_step {
+                0 => "one by one",
+                _ => "as one graph",
+            };
+            writeln!(
+                out,
+                "Decode step:          {} kernels launched {how}, {} a layer, {:.1} µs of host time",
+                e.launches_per_decode_step, e.kernels_per_layer, e.submit_us
+            )?;
+        }
         if let Some(cache) = &self.kv_cache {
             let peak = cache.peak_pages as f64 / cache.num_pages.max(1) as f64 * 100.0;
             writeln!(

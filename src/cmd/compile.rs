@@ -112,6 +112,7 @@ impl Compile {
                 &pass_config,
                 config.attn_page_size.value,
                 max_seq_len,
+                !config.compile_backend.value.fuses(),
             )?;
             let _ = writeln!(out);
             for path in written {

@@ -16,7 +16,7 @@ use super::outputs::{Outputs, engine, machine, phases};
 use crate::bench::dataset::{Dataset, DatasetStats};
 use crate::bench::kv_size::{KvLimits, cpu_free_bytes, kv_size};
 use crate::bench::metrics::RequestRecord;
-use crate::bench::report::{LatheSection, Report, WorldInfo};
+use crate::bench::report::{ExecutionInfo, LatheSection, Report, WorldInfo};
 use crate::bench::serve::{Load, Served, latency_config, serve};
 use crate::bench::sizing::{SizingInput, sizes};
 use crate::bench::tuning::TuningInput;
@@ -81,11 +81,13 @@ impl ServingJob<'_> {
         );
         bar.finish_and_clear();
         let served = served?;
+        let execution = executor.execution().map(Into::into);
         self.report(
             model,
             stats,
             &limits,
             &served,
+            execution,
             start.elapsed().as_secs_f64(),
         )
     }
@@ -175,6 +177,7 @@ impl ServingJob<'_> {
         stats: DatasetStats,
         limits: &Limits,
         served: &Served,
+        execution: Option<ExecutionInfo>,
         seconds: f64,
     ) -> anyhow::Result<()> {
         let mut section = LatheSection {
@@ -182,6 +185,7 @@ impl ServingJob<'_> {
             roofline_percent: roofline_percent(model, served),
             phases: phases(model, seconds),
             warnings: limits.warnings.clone(),
+            execution,
             ..LatheSection::default()
         };
         // One request at a time is the point of `latency`.

@@ -78,6 +78,7 @@ impl StaticJob<'_> {
             device: model.target.name(),
             phases: phases(model, start.elapsed().as_secs_f64()),
             warnings: warnings(&stats, limits),
+            execution: executor.execution().map(Into::into),
             ..LatheSection::default()
         };
         let world = WorldInfo {

@@ -11,7 +11,8 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use crate::cli::GlobalOptions;
-use crate::config::{Given, Options, Resolved, Switch};
+use crate::config::{Given, Options, Switch};
+use crate::frontend::resolve;
 use crate::model::{CompiledModel, Target, WeightChoice};
 
 /// Compare with reference logits and greedy tokens.
@@ -28,6 +29,13 @@ pub struct Verify {
     /// Rules or stages to switch off, e.g. kv_cache to recompute whole sequences
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     disable: Vec<String>,
+    /// YAML file with settings, such as compile_backend
+    #[arg(
+        long = "extra_llm_api_options",
+        visible_alias = "config",
+        value_name = "FILE"
+    )]
+    config: Option<PathBuf>,
     /// Tokens of one step; prompts are cut into chunks of at most as many
     #[arg(long, value_name = "N")]
     max_num_tokens: Option<usize>,
@@ -57,7 +65,7 @@ impl Verify {
                 .switches
                 .extend(Given::flag("--disable", Some(Switch { name, enabled })));
         }
-        let resolved = Resolved::new(flags, Options::default());
+        let resolved = resolve(flags, self.config.as_deref())?;
         let mut model = CompiledModel::compile(global, &resolved)?;
         let path = self
             .golden

@@ -23,6 +23,7 @@ pub fn emit_cuda(
     config: &PassConfig,
     page_size: u32,
     max_seq_len: u32,
+    per_op: bool,
 ) -> anyhow::Result<Vec<PathBuf>> {
     let dir = dir.join("cuda");
     std::fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
@@ -33,6 +34,7 @@ pub fn emit_cuda(
         page_size,
         max_pages: (max_seq_len as usize).div_ceil(page_size),
         plain: false,
+        per_op,
     };
     let mut sources: IndexMap<String, String> = IndexMap::new();
     let mut written = Vec::new();

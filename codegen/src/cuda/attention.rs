@@ -77,7 +77,8 @@ fn rope(cx: &mut Context<'_>, spec: RopeSpec) -> Result<(), CudaError> {
     Ok(())
 }
 
-/// Separate q, k and v: append, then attend.
+/// Separate q, k and v: one kernel that appends and attends, or one for each where tensor cores
+/// compute the attention of prompts.
 fn split(cx: &mut Context<'_>, spec: AttnSpec) -> Result<(), CudaError> {
     let (q, k) = (cx.tensor(0)?, cx.tensor(1)?);
     let (q_shape, k_shape) = (cx.extents(q), cx.extents(k));
@@ -88,15 +89,32 @@ fn split(cx: &mut Context<'_>, spec: AttnSpec) -> Result<(), CudaError> {
         d: q_shape[2] as usize,
         dtype: q.dtype,
     };
-    let cache = cx.operand(3)?;
+    check_causal(cx, &h)?;
+    let (q, k, v) = (cx.operand(0)?, cx.operand(1)?, cx.operand(2)?);
+    let (cache, out) = (cx.operand(3)?, cx.result(0)?);
+    if cx.program.kind == ProgramKind::Decode && decode_takes(cx, &h) {
+        let extra = Decode {
+            fused: true,
+            defines: cx.defines(h.dtype).def("LATHE_SPLIT", 1),
+            bias: Arg::Ptr(k),
+            norms: [Arg::Ptr(v), Arg::Ptr(Ref::Null)],
+            tables: [Arg::Ptr(Ref::Null), Arg::Ptr(Ref::Null)],
+            name: "_split",
+        };
+        decode(cx, &h, q, cache, out, extra);
+        return Ok(());
+    }
+    if cx.options.per_op || !prefill_takes(cx, &h) {
+        return plain(cx, &h, q, cache, out, Some([k, v]));
+    }
     let defines = cx
         .defines(h.dtype)
         .def("LATHE_HKV", h.hkv)
         .def("LATHE_D", h.d)
         .def("LATHE_PAGE", cx.options.page_size);
     let args = vec![
-        Arg::Ptr(cx.operand(1)?),
-        Arg::Ptr(cx.operand(2)?),
+        Arg::Ptr(k),
+        Arg::Ptr(v),
         meta(Meta::Positions),
         meta(Meta::RowSeq),
         meta(Meta::BlockTable),
@@ -112,8 +130,15 @@ fn split(cx: &mut Context<'_>, spec: AttnSpec) -> Result<(), CudaError> {
         Geometry::new([rows, 1, 1], 256, 0),
         args,
     );
-    let (q, out) = (cx.operand(0)?, cx.result(0)?);
-    attend(cx, &h, q, cache, out)
+    prefill(cx, &h, q, cache, out);
+    Ok(())
+}
+
+fn check_causal(cx: &Context<'_>, h: &Heads) -> Result<(), CudaError> {
+    match h.spec.mask.causal {
+        true => Ok(()),
+        false => Err(cx.refuse("a cache holds earlier tokens only: attention must be causal")),
+    }
 }
 
 /// A packed projection: head norms, RoPE, append and attention.
@@ -150,9 +175,10 @@ fn packed(cx: &mut Context<'_>, spec: &QkvSpec) -> Result<(), CudaError> {
         let extra = Decode {
             fused: true,
             defines: with_norm(cx.defines(h.dtype)),
+            bias: Arg::Ptr(Ref::Null),
             norms: [qnorm, knorm],
             tables: [cos, sin],
-            norm_name: if spec.head_norm.is_some() {
+            name: if spec.head_norm.is_some() {
                 "_qknorm"
             } else {
                 ""
@@ -194,32 +220,40 @@ fn packed(cx: &mut Context<'_>, spec: &QkvSpec) -> Result<(), CudaError> {
 
 /// Attention of roped queries.
 fn attend(cx: &mut Context<'_>, h: &Heads, q: Ref, cache: Ref, out: Ref) -> Result<(), CudaError> {
-    if !h.spec.mask.causal {
-        return Err(cx.refuse("a cache holds earlier tokens only: attention must be causal"));
-    }
+    check_causal(cx, h)?;
     if cx.program.kind == ProgramKind::Decode && decode_takes(cx, h) {
         let extra = Decode {
             fused: false,
             defines: cx.defines(h.dtype),
+            bias: Arg::Ptr(Ref::Null),
             norms: [Arg::Ptr(Ref::Null), Arg::Ptr(Ref::Null)],
             tables: [Arg::Ptr(Ref::Null), Arg::Ptr(Ref::Null)],
-            norm_name: "",
+            name: "",
         };
         decode(cx, h, q, cache, out, extra);
     } else if prefill_takes(cx, h) {
         prefill(cx, h, q, cache, out);
     } else {
-        plain(cx, h, q, cache, out)?;
+        plain(cx, h, q, cache, out, None)?;
     }
     Ok(())
 }
 
-fn plain(cx: &mut Context<'_>, h: &Heads, q: Ref, cache: Ref, out: Ref) -> Result<(), CudaError> {
+/// The plain kernel; with `fresh` keys and values it puts those into the cache.
+fn plain(
+    cx: &mut Context<'_>,
+    h: &Heads,
+    q: Ref,
+    cache: Ref,
+    out: Ref,
+    fresh: Option<[Ref; 2]>,
+) -> Result<(), CudaError> {
     if h.d > 256 {
         return Err(cx.refuse(format!("heads of {} features are too large", h.d)));
     }
-    let defines = head_defines(cx, h, cx.defines(h.dtype));
-    let args = vec![
+    let mut defines = head_defines(cx, h, cx.defines(h.dtype));
+    let mut label = head_label(h);
+    let mut args = vec![
         Arg::Ptr(q),
         Arg::Ptr(cache),
         meta(Meta::Positions),
@@ -228,8 +262,14 @@ fn plain(cx: &mut Context<'_>, h: &Heads, q: Ref, cache: Ref, out: Ref) -> Resul
         Arg::Ptr(out),
         Arg::I32(cx.options.max_pages as i32),
     ];
+    if let Some(kv) = fresh {
+        defines = defines.def("LATHE_APPEND", 1);
+        label.push_str("_append");
+        args.extend(kv.map(Arg::Ptr));
+        args.push(meta(Meta::CuSeqlens));
+    }
     let geometry = Geometry::new([cx.sizes.t, h.hq, 1], 128, 0);
-    cx.launch(Body::AttnPlain, &head_label(h), defines, geometry, args);
+    cx.launch(Body::AttnPlain, &label, defines, geometry, args);
     Ok(())
 }
 
@@ -260,9 +300,11 @@ fn head_label(h: &Heads) -> String {
 struct Decode {
     fused: bool,
     defines: Defines,
+    bias: Arg,
     norms: [Arg; 2],
     tables: [Arg; 2],
-    norm_name: &'static str,
+    /// Part of the kernel's name.
+    name: &'static str,
 }
 
 fn decode_takes(cx: &Context<'_>, h: &Heads) -> bool {
@@ -304,12 +346,12 @@ fn decode(cx: &mut Context<'_>, h: &Heads, q: Ref, cache: Ref, out: Ref, extra: 
         (items, 4 * group * h.d + 16 * group * (h.d + 2))
     };
     let fused = if extra.fused { "_fused" } else { "" };
-    let label = format!("{}{fused}{}_c{cluster}", head_label(h), extra.norm_name);
+    let label = format!("{}{fused}{}_c{cluster}", head_label(h), extra.name);
     let [qnorm, knorm] = extra.norms;
     let [cos, sin] = extra.tables;
     let args = vec![
         Arg::Ptr(q),
-        Arg::Ptr(Ref::Null),
+        extra.bias,
         qnorm,
         knorm,
         cos,

@@ -1,6 +1,7 @@
 //! What the kernel families share while a program is lowered.
 
 use super::CudaError;
+use super::choice::Choices;
 use super::launch::{
     Arg, CudaOptions, Launch, MapArg, MapSwizzle, Meta, Ref, Sampling, Sizes, Workspace,
 };
@@ -13,6 +14,7 @@ pub(super) struct Context<'a> {
     pub(super) plan: &'a Plan,
     pub(super) program: &'a Program,
     pub(super) options: CudaOptions,
+    pub(super) choices: &'a Choices,
     pub(super) sizes: Sizes,
     pub(super) sampling: Sampling,
     pub(super) env: SymEnv,
@@ -52,6 +54,7 @@ impl<'a> Context<'a> {
         sizes: Sizes,
         sampling: Sampling,
         options: CudaOptions,
+        choices: &'a Choices,
     ) -> Context<'a> {
         let env = SymEnv::new(&[
             (Sym::B, sizes.b as i64),
@@ -63,6 +66,7 @@ impl<'a> Context<'a> {
             plan,
             program,
             options,
+            choices,
             sizes,
             sampling,
             env,
@@ -155,6 +159,7 @@ impl<'a> Context<'a> {
             step: self.at,
             bytes,
             flops: 0.0,
+            library: None,
         });
         self.launches.last_mut().expect("one was pushed")
     }

@@ -1,19 +1,16 @@
-//! Which kernel runs a GEMM step: weight-streaming GEMV up to 4 rows, skinny tensor-core GEMM up to
-//! 128, tiled GEMM above, and a plain one for other element types and ragged sizes. A norm prologue
-//! that the kernel does not take becomes a launch of its own.
+//! Which kernel runs a GEMM step: the variant that was chosen by timing, else by the heuristics
+//! weight-streaming GEMV up to 4 rows, skinny tensor-core GEMM up to 128, tiled GEMM above; and a
+//! plain one for other element types and ragged sizes. A norm prologue that the kernel does not take
+//! becomes a launch of its own.
 
+use super::choice::{GemmKey, Variant};
 use super::context::{Context, Geometry};
-use super::launch::{Arg, Ref, Sampling};
+use super::launch::{Arg, LibraryGemm, Ref, Sampling};
 use super::norm::{self, Norm};
 use super::source::Body;
 use super::{CudaError, gemv, skinny, tiled};
 use crate::plan::Operand;
 use lathe_ir::{DType, Epilogue, GemmSpec, Op, Prologue};
-
-/// Most rows of the weight-streaming kernel.
-const GEMV_ROWS: usize = 4;
-/// Most rows of the skinny kernel.
-const SKINNY_ROWS: usize = 128;
 
 /// A GEMM step with its operands found.
 #[derive(Clone)]
@@ -71,12 +68,24 @@ pub(super) fn argmax_follows(cx: &Context<'_>) -> bool {
     cx.sampling == Sampling::GreedyOnly
         && next.op == Op::Sample
         && matches!(next.operands[0], Operand::Value(v) if Some(v) == logits)
-        && rows <= GEMV_ROWS
+        && rows <= gemv::ROWS
         && cx.is_absent(2)
         && !cx.options.plain
 }
 
 pub(super) fn step(cx: &mut Context<'_>, argmax: bool) -> Result<(), CudaError> {
+    let gemm = operands(cx, argmax)?;
+    run(cx, gemm)
+}
+
+/// The GEMM of the current step, if its kernel can be chosen.
+pub(super) fn key(cx: &mut Context<'_>) -> Result<Option<GemmKey>, CudaError> {
+    let argmax = argmax_follows(cx);
+    let gemm = operands(cx, argmax)?;
+    Ok(GemmKey::of(&gemm, cx.options.plain))
+}
+
+fn operands(cx: &mut Context<'_>, argmax: bool) -> Result<Gemm, CudaError> {
     let (x, w) = (cx.tensor(0)?, cx.tensor(1)?);
     let (m, k) = cx.matrix(x);
     let n = w.shape[0].eval(&cx.env) as usize;
@@ -97,7 +106,7 @@ pub(super) fn step(cx: &mut Context<'_>, argmax: bool) -> Result<(), CudaError> 
         (true, Some(v)) => Ref::Value(v),
         (true, None) => cx.work("sum", m * k * x.dtype.size(), None),
     };
-    let gemm = Gemm {
+    Ok(Gemm {
         m,
         n,
         k,
@@ -117,36 +126,89 @@ pub(super) fn step(cx: &mut Context<'_>, argmax: bool) -> Result<(), CudaError> 
             cx.result(usize::from(added))?
         },
         argmax,
-    };
-    run(cx, gemm)
+    })
 }
 
 fn run(cx: &mut Context<'_>, mut g: Gemm) -> Result<(), CudaError> {
     let flops = g.flops();
-    let streams = g.m <= GEMV_ROWS && gemv::takes(&g);
-    let prologue_fits = streams && gemv::takes_prologue(&g);
-    if g.prologue != Prologue::None && !prologue_fits {
+    let sms = cx.options.sms as usize;
+    let key = GemmKey::of(&g, cx.options.plain);
+    let variant = match &key {
+        Some(key) => {
+            let chosen = cx.choices.get(key);
+            if let Some(v) = chosen {
+                v.check(key, sms).map_err(|reason| cx.refuse(reason))?;
+            }
+            Some(chosen.unwrap_or_else(|| Variant::heuristic(key, sms)))
+        }
+        None if gemv::takes(&g) => Some(Variant::Gemv),
+        None => None,
+    };
+    let fuses_norm = variant == Some(Variant::Gemv) && gemv::takes_prologue(&g);
+    if g.prologue != Prologue::None && !fuses_norm {
         split_prologue(cx, &mut g)?;
     }
-    let matrix_cores = g.dtype == DType::BF16
-        && !cx.options.plain
-        && g.n.is_multiple_of(8)
-        && g.k.is_multiple_of(8)
-        // Their SwiGLU takes no bias.
-        && (g.bias.is_none() || g.epilogue != Epilogue::SwiGlu);
-    if streams {
-        gemv::launch(cx, &g);
-    } else if matrix_cores && g.m <= SKINNY_ROWS {
-        skinny::launch(cx, &g);
-    } else if matrix_cores {
-        tiled::launch(cx, &g);
-    } else {
-        plain(cx, &g);
-    }
+    let library = match (variant, key) {
+        (Some(Variant::CublasLt { algorithm }), Some(key)) => {
+            // The own kernel stays beside it for devices without the library.
+            own(cx, &g, Some((&key, Variant::heuristic(&key, sms))));
+            Some(LibraryGemm {
+                m: g.m,
+                n: g.n,
+                k: g.k,
+                x: g.x.clone(),
+                w: g.w.clone(),
+                residual: g.residual.clone(),
+                y: g.y.clone(),
+                algorithm,
+            })
+        }
+        (Some(Variant::Gemv), None) => {
+            gemv::launch(cx, &g);
+            None
+        }
+        (variant, key) => {
+            own(cx, &g, key.as_ref().zip(variant));
+            None
+        }
+    };
     if let Some(launch) = cx.launches.last_mut() {
         launch.flops = flops;
+        launch.library = library;
     }
     Ok(())
+}
+
+/// One of the generated kernels, its variant checked before; the plain one without a variant.
+fn own(cx: &mut Context<'_>, g: &Gemm, variant: Option<(&GemmKey, Variant)>) {
+    let sms = cx.options.sms as usize;
+    match variant {
+        Some((_, Variant::Gemv)) => gemv::launch(cx, g),
+        Some((
+            key,
+            Variant::Skinny {
+                warpgroups,
+                panels,
+                even,
+            },
+        )) => {
+            let shape = skinny::Shape::new(key, warpgroups, panels, even, sms);
+            let shape = shape.expect("the variant was checked");
+            skinny::launch(cx, g, &shape, warpgroups, panels);
+        }
+        Some((
+            key,
+            Variant::Tiled {
+                rows,
+                cols,
+                cluster,
+            },
+        )) => {
+            let shape = tiled::Shape::new(key, rows, cols, cluster, sms);
+            tiled::launch(cx, g, &shape.expect("the variant was checked"));
+        }
+        Some((_, Variant::CublasLt { .. })) | None => plain(cx, g),
+    }
 }
 
 /// The norm as a launch of its own; the GEMM then reads its result.

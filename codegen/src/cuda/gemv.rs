@@ -1,5 +1,6 @@
 //! The weight-streaming GEMV of at most 4 rows: specialisation and geometry of `gemv.cu`.
 
+use super::choice::GemmKey;
 use super::context::{Context, Geometry};
 use super::gemm::{Gemm, epilogue_name};
 use super::launch::{Arg, Ref};
@@ -7,6 +8,8 @@ use super::source::{Body, literal};
 use crate::plan::Operand;
 use lathe_ir::{Epilogue, Op, Prologue};
 
+/// Most rows.
+pub(super) const ROWS: usize = 4;
 const WARPS: usize = 8;
 /// Rows of a group.
 const R: usize = 2;
@@ -21,7 +24,15 @@ const NEXT: usize = 4096;
 pub(super) fn takes(g: &Gemm) -> bool {
     let vectors = (g.k * g.dtype.size()).is_multiple_of(16);
     let epilogue = g.bias.is_none() || (g.epilogue == Epilogue::None && !g.argmax);
-    vectors && epilogue && shape(g, 132).is_some()
+    g.m <= ROWS && vectors && epilogue && g.shape(132).is_some()
+}
+
+/// Whether the kernel computes a bf16 GEMM, its prologue aside or fused.
+pub(super) fn computes(key: &GemmKey) -> bool {
+    let vectors = (2 * key.k).is_multiple_of(16);
+    let epilogue = !key.bias || key.epilogue == Epilogue::None;
+    let added = key.bias || key.epilogue == Epilogue::Residual;
+    key.m <= ROWS && vectors && epilogue && shape(key.m, key.n, key.k, 2, added, 132).is_some()
 }
 
 /// Whether the prologue's rows fit into registers.
@@ -38,30 +49,28 @@ struct Shape {
 }
 
 /// Geometry by the formulas at the top of `gemv.cu`.
-fn shape(g: &Gemm, sms: usize) -> Option<Shape> {
-    let size = g.dtype.size();
+fn shape(m: usize, n: usize, k: usize, size: usize, addend: bool, sms: usize) -> Option<Shape> {
     let kc = 512 / size * 4;
-    let groups = g.n.div_ceil(R);
+    let groups = n.div_ceil(R);
     let grid = sms.min(groups);
     let rounds = groups / (grid * WARPS);
     let rem = groups - rounds * grid * WARPS;
     let pairs = rem.div_ceil(grid);
-    let chunks = g.k.div_ceil(kc);
+    let chunks = k.div_ceil(kc);
     let umin = (rem / grid) * chunks / WARPS;
     let sp = match umin {
         0 => WARPS,
         _ => ((chunks - 1).div_ceil(umin) + 1).min(WARPS).min(chunks),
     };
-    let addend = g.bias.is_some() || g.epilogue == Epilogue::Residual;
     let added = if addend { rounds * WARPS + pairs } else { 0 };
-    let part = (rounds * WARPS + pairs * sp + added) * R * g.m * 4;
+    let part = (rounds * WARPS + pairs * sp + added) * R * m * 4;
     let up = |b: usize| b.next_multiple_of(16);
     let bytes = |slots: usize| {
         up(WARPS * slots * R * kc * size)
-            + up(g.m * g.k * size)
+            + up(m * k * size)
             + up(part)
             + up(WARPS * slots * 8)
-            + up(WARPS * g.m * 8)
+            + up(WARPS * m * 8)
     };
     let slots = (2..=6).rev().find(|&s| bytes(s) <= SHARED)?;
     Some(Shape {
@@ -72,8 +81,17 @@ fn shape(g: &Gemm, sms: usize) -> Option<Shape> {
     })
 }
 
+impl Gemm {
+    fn shape(&self, sms: usize) -> Option<Shape> {
+        let addend = self.bias.is_some() || self.epilogue == Epilogue::Residual;
+        shape(self.m, self.n, self.k, self.dtype.size(), addend, sms)
+    }
+}
+
 pub(super) fn launch(cx: &mut Context<'_>, g: &Gemm) {
-    let s = shape(g, cx.options.sms as usize).expect("`takes` was asked first");
+    let s = g
+        .shape(cx.options.sms as usize)
+        .expect("`takes` was asked first");
     let (prologue, eps) = match g.prologue {
         Prologue::None => (0, None),
         Prologue::Rms { eps } => (1, Some(eps)),

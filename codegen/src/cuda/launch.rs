@@ -2,7 +2,7 @@
 //! references into addresses; argument lists are generated from the plan and typed nowhere else.
 
 use super::source::KernelSource;
-use crate::plan::{ProgramKind, ValueId};
+use crate::plan::{Plan, Program, ProgramKind, ValueId};
 use lathe_ir::Real;
 
 /// Arrays that describe a step, written by the host before it. All are i32 unless noted.
@@ -131,6 +131,29 @@ pub struct Launch {
     pub bytes: f64,
     /// Floating-point operations of the matrix products.
     pub flops: f64,
+    /// The vendor's library in place of the kernel, where it is there.
+    pub library: Option<LibraryGemm>,
+}
+
+/// `y[M, N] = x[M, K] · w[N, K]ᵀ (+ residual[M, N])` in bf16 by cuBLASLt.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LibraryGemm {
+    /// Rows of x.
+    pub m: usize,
+    /// Rows of w.
+    pub n: usize,
+    /// Columns of both.
+    pub k: usize,
+    /// x.
+    pub x: Ref,
+    /// w.
+    pub w: Ref,
+    /// What is added.
+    pub residual: Option<Ref>,
+    /// y.
+    pub y: Ref,
+    /// Place of the algorithm in the list that the library proposes.
+    pub algorithm: usize,
 }
 
 /// Memory that kernels share among themselves; of all programs the largest of a name is allocated.
@@ -179,6 +202,8 @@ pub struct CudaOptions {
     pub max_pages: usize,
     /// No tensor cores, no fused attention: the kernels that others are compared with.
     pub plain: bool,
+    /// Every operation is one launch, also where two kernels would be faster.
+    pub per_op: bool,
 }
 
 /// A program of the plan as kernels and launches for one bucket.
@@ -196,4 +221,15 @@ pub struct CudaProgram {
     pub workspaces: Vec<Workspace>,
     /// Where the logits are, if they were asked for.
     pub logits: Option<ValueId>,
+}
+
+impl CudaProgram {
+    /// Launches of the layer in the middle, where nothing of the model's ends is.
+    pub fn kernels_per_layer(&self, plan: &Plan, program: &Program) -> usize {
+        let middle = plan.caches.get(plan.caches.len() / 2).map(|c| c.layer);
+        self.launches
+            .iter()
+            .filter(|l| middle.is_some() && program.steps[l.step].prov.layer == middle)
+            .count()
+    }
 }

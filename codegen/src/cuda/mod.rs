@@ -5,6 +5,7 @@
 //! step and how it is specialised; equal kernels are generated once.
 
 mod attention;
+mod choice;
 mod context;
 mod elementwise;
 mod gemm;
@@ -18,15 +19,17 @@ mod skinny;
 mod source;
 mod tiled;
 
+pub use choice::{Choices, GemmKey, Variant};
 pub use launch::{
-    Arg, CudaOptions, CudaProgram, Launch, MapArg, MapSwizzle, Meta, Ref, Sampling, Sizes,
-    Workspace,
+    Arg, CudaOptions, CudaProgram, Launch, LibraryGemm, MapArg, MapSwizzle, Meta, Ref, Sampling,
+    Sizes, Workspace,
 };
 pub use source::KernelSource;
 
 use crate::plan::{Operand, Plan, Program};
 use context::Context;
 use lathe_ir::Op;
+use std::collections::BTreeMap;
 
 /// A step that no CUDA kernel executes.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
@@ -44,7 +47,7 @@ pub struct CudaError {
     pub reason: String,
 }
 
-/// Kernels and launches of a program for one bucket.
+/// Kernels and launches of a program for one bucket, by the families' heuristics.
 ///
 /// # Errors
 /// A step has no kernel.
@@ -55,9 +58,80 @@ pub fn lower_program(
     sampling: Sampling,
     options: CudaOptions,
 ) -> Result<CudaProgram, CudaError> {
-    let mut cx = Context::new(plan, program, sizes, sampling, options);
-    let mut skip = None;
+    lower_tuned(plan, program, sizes, sampling, options, &Choices::default())
+}
+
+/// As [`lower_program`], with the kernels that `choices` names.
+///
+/// # Errors
+/// A step has no kernel, or not the chosen one.
+pub fn lower_tuned(
+    plan: &Plan,
+    program: &Program,
+    sizes: Sizes,
+    sampling: Sampling,
+    options: CudaOptions,
+    choices: &Choices,
+) -> Result<CudaProgram, CudaError> {
+    let cx = Context::new(plan, program, sizes, sampling, options, choices);
+    lower_steps(cx, 0..program.steps.len())
+}
+
+/// Only the launches of some steps of a program, for timing them alone; `steps` ascend.
+///
+/// # Errors
+/// As [`lower_tuned`].
+pub fn lower_gemms(
+    plan: &Plan,
+    program: &Program,
+    sizes: Sizes,
+    options: CudaOptions,
+    choices: &Choices,
+    steps: &[usize],
+) -> Result<CudaProgram, CudaError> {
+    let cx = Context::new(plan, program, sizes, Sampling::Greedy, options, choices);
+    lower_steps(cx, steps.iter().copied())
+}
+
+/// The GEMMs of a program whose kernel can be chosen, with the steps that have each.
+///
+/// # Errors
+/// A GEMM's operands are not what they should be.
+pub fn gemm_keys(
+    plan: &Plan,
+    program: &Program,
+    sizes: Sizes,
+    sampling: Sampling,
+    options: CudaOptions,
+) -> Result<BTreeMap<GemmKey, Vec<usize>>, CudaError> {
+    let choices = Choices::default();
+    let mut cx = Context::new(plan, program, sizes, sampling, options, &choices);
+    let mut keys: BTreeMap<GemmKey, Vec<usize>> = BTreeMap::new();
     for at in 0..program.steps.len() {
+        cx.begin(at);
+        if matches!(cx.step().op, Op::Linear | Op::Gemm(_))
+            && let Some(key) = gemm::key(&mut cx)?
+        {
+            keys.entry(key).or_default().push(at);
+        }
+    }
+    Ok(keys)
+}
+
+/// The text of all kernels that [`Variant`] chooses between: measured times hold for it alone.
+pub fn gemm_text() -> String {
+    use source::Body;
+    let bodies = [Body::Gemv, Body::Skinny, Body::Gemm, Body::Norm];
+    source::text_of(&bodies)
+}
+
+fn lower_steps(
+    mut cx: Context<'_>,
+    steps: impl Iterator<Item = usize>,
+) -> Result<CudaProgram, CudaError> {
+    let (program, sampling) = (cx.program, cx.sampling);
+    let mut skip = None;
+    for at in steps {
         cx.begin(at);
         if skip == Some(at) {
             continue;
@@ -89,7 +163,7 @@ pub fn lower_program(
     };
     Ok(CudaProgram {
         kind: program.kind,
-        sizes,
+        sizes: cx.sizes,
         kernels: cx.kernels.finish(),
         launches: cx.launches,
         workspaces: cx.workspaces,

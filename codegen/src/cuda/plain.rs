@@ -111,17 +111,7 @@ pub(super) fn step(cx: &mut Context<'_>) -> Result<(), CudaError> {
             let offset = start * from[usize::from(axis)];
             copy(cx, 0, &dims, &from, offset, None)
         }
-        Op::Concat { axis } => {
-            let to = dense(&cx.extents(cx.result_type(0)?));
-            let mut at = 0;
-            for i in 0..2 {
-                let dims = cx.extents(cx.tensor(i)?);
-                let offset = at * to[usize::from(axis)];
-                copy(cx, i, &dims, &dense(&dims), 0, Some((&to, offset)))?;
-                at += dims[usize::from(axis)];
-            }
-            Ok(())
-        }
+        Op::Concat { axis } => concat(cx, usize::from(axis)),
         Op::RepeatKv { groups } => {
             let x = cx.extents(cx.tensor(0)?);
             let s = dense(&x);
@@ -164,6 +154,44 @@ fn copy(
     let grid = [(geo.n as usize).div_ceil(256), 1, 1];
     let label = format!("copy_r{}_{to_type}", dims.len());
     let inputs = [cx.operand(operand)?, Ref::Null, Ref::Null];
+    launch(
+        cx,
+        &label,
+        defines,
+        Geometry::new(grid, 256, 0),
+        inputs,
+        &geo,
+    )
+}
+
+/// Two tensors one after the other along an axis.
+fn concat(cx: &mut Context<'_>, axis: usize) -> Result<(), CudaError> {
+    let (a, b) = (cx.tensor(0)?, cx.tensor(1)?);
+    let out = cx.result_type(0)?;
+    let dims = cx.extents(out);
+    if dims.len() > 6 {
+        return Err(cx.refuse(format!("{} axes, the kernel takes 6", dims.len())));
+    }
+    let (first, second) = (cx.extents(a), cx.extents(b));
+    let (from_a, from_b) = (dense(&first), dense(&second));
+    let mut geo = Geo::new(&dims);
+    geo.inputs[0][..dims.len()].copy_from_slice(&from_a);
+    geo.inputs[1][..dims.len()].copy_from_slice(&from_b);
+    geo.reduced[0] = first[axis];
+    geo.offsets[1] = -first[axis] * from_b[axis];
+    let compute = if out.dtype.is_float() { "float" } else { "i64" };
+    let defines = cx
+        .defines(DType::F32)
+        .def("LATHE_KIND", 0)
+        .def("LATHE_RANK", dims.len().max(1))
+        .def("LATHE_CONCAT", axis)
+        .def("LATHE_TA", c_type(cx.stored_dtype(0)?))
+        .def("LATHE_TB", c_type(cx.stored_dtype(1)?))
+        .def("LATHE_TO", c_type(out.dtype))
+        .def("LATHE_CT", compute);
+    let grid = [(geo.n as usize).div_ceil(256), 1, 1];
+    let label = format!("concat{axis}_r{}_{}", dims.len(), out.dtype);
+    let inputs = [cx.operand(0)?, cx.operand(1)?, Ref::Null];
     launch(
         cx,
         &label,

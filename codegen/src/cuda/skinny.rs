@@ -1,55 +1,116 @@
 //! The tensor-core GEMM of at most 128 rows with swapped operands: specialisation and geometry of
 //! `gemm_skinny.cu`.
 
+use super::choice::{GemmKey, Variant};
 use super::context::{Context, Geometry, matrix_map};
 use super::gemm::{Gemm, epilogue_macro};
 use super::launch::{Arg, Ref};
 use super::source::Body;
 use lathe_ir::Epilogue;
 
+/// Most rows.
+pub(super) const ROWS: usize = 128;
 /// Shared memory that a block may have.
 const SHARED: usize = 232_448;
 
-pub(super) fn launch(cx: &mut Context<'_>, g: &Gemm) {
-    let nt = [8, 16, 24, 32, 48, 64, 96, 128]
+/// Geometry of a variant by the formulas at the top of `gemm_skinny.cu`.
+pub(super) struct Shape {
+    /// Tokens that the kernel can take.
+    nt: usize,
+    /// Rows of the weights in a tile.
+    rows: usize,
+    stages: usize,
+    shared: usize,
+    grid: usize,
+}
+
+/// Tokens of the smallest kernel that takes `m` rows.
+fn tokens(m: usize) -> Option<usize> {
+    [8, 16, 24, 32, 48, 64, 96, 128]
         .into_iter()
-        .find(|&nt| nt >= g.m)
-        .unwrap_or(128);
-    // One warpgroup and wide slots for few tokens; two where the token tile is as large as the weights'.
-    let (cwg, kp) = if nt <= 32 { (1, 2) } else { (2, 1) };
-    let rows = 64 * cwg;
-    let features = if g.epilogue == Epilogue::SwiGlu {
-        32
-    } else {
-        64
+        .find(|&nt| nt >= m)
+}
+
+/// One warpgroup and wide slots for few tokens; two where the token tile is as large as the weights'.
+pub(super) fn heuristic(key: &GemmKey) -> Variant {
+    let (warpgroups, panels) = match key.m {
+        0..=32 => (1, 2),
+        _ => (2, 1),
     };
-    let tc = match nt {
-        nt if nt <= 32 => nt,
-        nt if nt % 32 == 0 => 32,
-        _ => 16,
-    };
-    let staging = cwg * tc * (features + 4) * 4;
-    let slot = kp * (rows + nt) * 128 + 16;
-    let stages = ((SHARED - staging) / slot).min(10);
-    let shared = stages * slot + staging;
-    let units = g.n.div_ceil(rows) * g.k.div_ceil(64 * kp);
-    let grid = units.min(cx.options.sms as usize);
-    let partial = cx.work("skinny.partial", grid * rows * nt * 4, Some(u32::MAX));
+    Variant::Skinny {
+        warpgroups,
+        panels,
+        even: false,
+    }
+}
+
+impl Shape {
+    /// None if the variant does not compute the GEMM.
+    pub(super) fn new(
+        key: &GemmKey,
+        warpgroups: usize,
+        panels: usize,
+        even: bool,
+        sms: usize,
+    ) -> Option<Shape> {
+        let nt = tokens(key.m)?;
+        if !matches!(warpgroups, 1 | 2) || !matches!(panels, 1 | 2 | 4) {
+            return None;
+        }
+        let rows = 64 * warpgroups;
+        let features = match key.epilogue {
+            Epilogue::SwiGlu => 32,
+            _ => 64,
+        };
+        let staged = match nt {
+            nt if nt <= 32 => nt,
+            nt if nt % 32 == 0 => 32,
+            _ => 16,
+        };
+        let staging = warpgroups * staged * (features + 4) * 4;
+        let slot = panels * (rows + nt) * 128 + 16;
+        let stages = ((SHARED - staging) / slot).min(10);
+        let tiles = key.n.div_ceil(rows);
+        let units = tiles * key.k.div_ceil(64 * panels);
+        let grid = match even {
+            false => units.min(sms),
+            // Tiles that are all split into the same number of parts.
+            true if tiles < sms && !sms.is_multiple_of(tiles) => (sms / tiles * tiles).min(units),
+            true => return None,
+        };
+        (stages >= 3).then_some(Shape {
+            nt,
+            rows,
+            stages,
+            shared: stages * slot + staging,
+            grid,
+        })
+    }
+}
+
+pub(super) fn launch(cx: &mut Context<'_>, g: &Gemm, s: &Shape, warpgroups: usize, panels: usize) {
+    // As large as any variant needs, so that another one can be chosen after the memory is planned.
+    let most = cx.options.sms as usize * 128 * s.nt * 4;
+    let partial = cx.work("skinny.partial", most, Some(u32::MAX));
     let epi = epilogue_macro(g);
     let defines = cx
         .defines(g.dtype)
-        .def("NT", nt)
-        .def("CWG", cwg)
-        .def("KP", kp)
-        .def("STAGES", stages)
+        .def("NT", s.nt)
+        .def("CWG", warpgroups)
+        .def("KP", panels)
+        .def("STAGES", s.stages)
         .def("MIN_CTAS", 1)
         .def("EPI", epi)
         .def("OUT_F32", 0)
         .def("EVICT_FIRST", 1);
-    let label = format!("t{nt}_{}", epi["EPI_".len()..].to_lowercase());
+    let label = format!(
+        "t{}_w{warpgroups}p{panels}_{}",
+        s.nt,
+        epi["EPI_".len()..].to_lowercase()
+    );
     let out = g.features() as i32;
     let args = vec![
-        matrix_map(g.w.clone(), g.n, g.k, rows, 64),
+        matrix_map(g.w.clone(), g.n, g.k, s.rows, 64),
         matrix_map(g.x.clone(), g.m, g.k, g.m.next_multiple_of(8), 64),
         Arg::Ptr(g.y.clone()),
         Arg::Ptr(g.bias.clone().unwrap_or(Ref::Null)),
@@ -62,6 +123,6 @@ pub(super) fn launch(cx: &mut Context<'_>, g: &Gemm) {
         Arg::I32(out),
         Arg::I32(out),
     ];
-    let geometry = Geometry::new([grid, 1, 1], 128 * (cwg + 1), shared);
+    let geometry = Geometry::new([s.grid, 1, 1], 128 * (warpgroups + 1), s.shared);
     cx.launch(Body::Skinny, &label, defines, geometry, args);
 }

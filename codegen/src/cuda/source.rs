@@ -94,6 +94,12 @@ impl Body {
     }
 }
 
+/// The texts of some bodies with what they include.
+pub(super) fn text_of(bodies: &[Body]) -> String {
+    let texts = bodies.iter().map(|b| b.text());
+    [PRELUDE, HOPPER].into_iter().chain(texts).collect()
+}
+
 /// The macros that specialise a kernel, in order.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct Defines(Vec<(String, String)>);

@@ -14,18 +14,23 @@ use super::profile::KernelTime;
 use super::programs::{Key, Programs, key};
 use super::resident::Resident;
 use super::state::{MetaLayout, check};
-use super::timing::time_runs;
+use super::timing::{Samples, time_runs};
 use super::{CudaError, DevicePtr, buckets};
 use crate::load::{LoadOptions, Loadable};
-use crate::step::{Capacity, Executor, StepBatch, StepError, StepKind, StepOutput, StepTime};
+use crate::step::{
+    Capacity, Execution, Executor, StepBatch, StepError, StepKind, StepOutput, StepTime,
+};
 use half::{bf16, f16};
 use lathe_codegen::cuda::{CudaOptions, Meta, Sampling, Sizes, tokens_kernel};
 use lathe_codegen::{Plan, ProgramKind};
 use lathe_ir::DType;
 use std::collections::{BTreeMap, VecDeque};
+use std::time::Instant;
 
 /// Steps whose results may be outstanding.
 const IN_FLIGHT: usize = 4;
+/// Submit times that are kept for the median.
+const SUBMITS: usize = 4096;
 
 /// How a plan is put on a GPU.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,6 +43,8 @@ pub struct CudaLoad {
     pub pdl: bool,
     /// Only the kernels that others are compared with.
     pub plain: bool,
+    /// Every operation of the plan is one launch.
+    pub per_op: bool,
     /// Folder of compiled kernels; none: the user's cache.
     pub cache: Option<std::path::PathBuf>,
 }
@@ -49,6 +56,7 @@ impl Default for CudaLoad {
             graphs: true,
             pdl: true,
             plain: false,
+            per_op: false,
             cache: None,
         }
     }
@@ -99,6 +107,12 @@ pub struct CudaExecutor {
     next_slot: usize,
     /// Rows that the last step sampled.
     sampled: usize,
+    /// Program of the last decode step.
+    last_decode: Option<Key>,
+    /// Seconds that the last decode steps took to submit, in a ring.
+    submits: Vec<f64>,
+    /// Decode steps submitted.
+    decode_steps: usize,
     /// Resolves references to sampled tokens; made when it is first needed.
     token_kernel: Option<Function>,
     stream: Stream,
@@ -139,6 +153,7 @@ impl CudaExecutor {
             page_size: options.page_size,
             max_pages: options.max_seq_len.div_ceil(options.page_size.max(1)),
             plain: how.plain,
+            per_op: how.per_op,
         };
         let programs = Programs::lower(&plan, &options, kernels)?;
         let resident = Resident::load(&stream, model, &options, &programs, cache.as_ref())?;
@@ -167,6 +182,9 @@ impl CudaExecutor {
             ring,
             next_slot: 0,
             sampled: 0,
+            last_decode: None,
+            submits: Vec::new(),
+            decode_steps: 0,
             token_kernel: None,
             stream,
         })
@@ -259,6 +277,7 @@ impl CudaExecutor {
 
     /// Puts a step into the stream.
     fn launch_step(&mut self, batch: &StepBatch, logits: bool) -> Result<Key, StepError> {
+        let start = Instant::now();
         check(batch, &self.options, self.vocab, self.sampled)?;
         if self.pending.len() == IN_FLIGHT {
             return Err(StepError::Batch(format!(
@@ -269,6 +288,15 @@ impl CudaExecutor {
         self.stream.device().bind().map_err(device_error)?;
         self.ready(key).map_err(device_error)?;
         self.enqueue(batch, key).map_err(device_error)?;
+        if key.0 == ProgramKind::Decode {
+            let seconds = start.elapsed().as_secs_f64();
+            match self.submits.get_mut(self.decode_steps % SUBMITS) {
+                Some(oldest) => *oldest = seconds,
+                None => self.submits.push(seconds),
+            }
+            self.decode_steps += 1;
+            self.last_decode = Some(key);
+        }
         Ok(key)
     }
 
@@ -445,6 +473,18 @@ impl Executor for CudaExecutor {
 
     fn warm_up(&mut self) -> Result<(), StepError> {
         self.prepare_all().map_err(device_error)
+    }
+
+    fn execution(&self) -> Option<Execution> {
+        let key = self.last_decode?;
+        let prepared = &self.prepared[&key];
+        let program = self.plan.program(key.0)?;
+        Some(Execution {
+            launches: prepared.launches.len(),
+            kernels_per_layer: prepared.lowered.kernels_per_layer(&self.plan, program),
+            graph_launches: usize::from(prepared.graph.is_some()),
+            submit_seconds: Samples::new(self.submits.clone())?.median(),
+        })
     }
 
     fn step(&mut self, batch: &StepBatch, logits: bool) -> Result<StepOutput, StepError> {

@@ -34,5 +34,6 @@ pub(super) fn kernel_options() -> CudaOptions {
         page_size: 64,
         max_pages: 16,
         plain: false,
+        per_op: false,
     }
 }

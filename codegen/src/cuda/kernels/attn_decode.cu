@@ -11,6 +11,8 @@
 //                  1: qkv is the raw packed projection [B, (HQ + 2 HKV) D]; the kernel adds the bias (LATHE_BIAS 1),
 //                  applies the q/k head norms (LATHE_QKNORM 1, LATHE_EPS), ropes q, and the CTA that holds the last
 //                  tile of (sequence, kv head) ropes k and appends k and v to the cache.
+//   LATHE_SPLIT    1 (with FUSED 1): q, k and v are apart and roped already: the parameters q [B, HQ*D], bias = k
+//                  [B, HKV*D] and qnorm = v [B, HKV*D]; no bias, norm or tables. The kernel still appends k and v.
 //   LATHE_PREFETCH 1 (with FUSED and PDL): kv_lens, block_table and older cache rows are read before
 //                  griddepcontrol.wait. Only where no kernel of the same PDL chain before this one writes them (the
 //                  step state advances in the last kernel of a graph). Default 0.
@@ -46,6 +48,9 @@
 #endif
 #ifndef LATHE_FUSED
 #define LATHE_FUSED 0
+#endif
+#ifndef LATHE_SPLIT
+#define LATHE_SPLIT 0
 #endif
 #ifndef LATHE_BIAS
 #define LATHE_BIAS 0
@@ -107,8 +112,12 @@ DEV void prepare_heads(const E* qkv, const E* bias, const E* qnorm, const E* kno
     const int u = base + threadIdx.x;
     const bool on = u < limit;
     const int hh = on ? u / HB : 0, blk = on ? u % HB : 0;
-    const int head = hh < GQ ? h * GQ + hh : hh == GQ ? HQ + h : HQ + HKV + h;
     float v[16];
+#if LATHE_SPLIT
+    const E* from = hh < GQ ? qkv + ((i64)b * HQ + h * GQ + hh) * D : (hh == GQ ? bias : qnorm) + ((i64)b * HKV + h) * D;
+    load_block16(from + blk * 16, nullptr, v);
+#else
+    const int head = hh < GQ ? h * GQ + hh : hh == GQ ? HQ + h : HQ + HKV + h;
     load_block16(qkv + ((i64)b * (HQ + 2 * HKV) + head) * D + blk * 16, LATHE_BIAS ? bias + head * D + blk * 16 : nullptr, v);
     float rstd = 1.0f;
 #if LATHE_QKNORM
@@ -123,6 +132,7 @@ DEV void prepare_heads(const E* qkv, const E* bias, const E* qnorm, const E* kno
       const E* nw = LATHE_QKNORM ? (hh < GQ ? qnorm : knorm) + blk * 16 : nullptr;
       rope_block16(v, nw, rstd, cosv + (i64)pos * (D / 2) + blk * 8, sinv + (i64)pos * (D / 2) + blk * 8);
     }
+#endif
     if (on) put(hh, blk, v);
   }
 }

@@ -1,11 +1,14 @@
 // attn_plain: causal attention of ragged rows over the paged KV cache, any element type, head size and batch: the f32
 // path, head sizes that no other kernel takes, and the reference for the fast kernels.
-// Called by: attention steps after the new keys and values are in the cache.
+// Called by: attention steps after the new keys and values are in the cache, or with LATHE_APPEND instead of that.
 //
 // Defines: LATHE_HQ, LATHE_HKV, LATHE_D (up to 256), LATHE_PAGE; LATHE_SCALE; LATHE_SOFTCAP (0.0f: none);
-//   LATHE_WINDOW (0: none).
+//   LATHE_WINDOW (0: none). LATHE_APPEND 1: the keys and values of the step's rows are in k and v; the kernel puts them
+//   into the cache and reads them from k and v, so that no block needs what another one writes. The rows of a sequence
+//   are at consecutive positions.
 // Parameters: const E* q [T, HQ*D] (roped), const E* cache, const i32* positions [T], const i32* row_seq [T] (< 0:
-//   padding row, zeros), const i32* block_table [B, max_pages], E* out [T, HQ*D], i32 max_pages.
+//   padding row, zeros), const i32* block_table [B, max_pages], E* out [T, HQ*D], i32 max_pages; LATHE_APPEND: const E* k
+//   [T, HKV*D], const E* v [T, HKV*D], const i32* cu_seqlens [B+1].
 // Geometry: grid (rows, HQ), block 128, smem 0. A warp takes every fourth key with its own online softmax; the four
 // are merged at the end.
 #ifndef LATHE_SOFTCAP
@@ -14,12 +17,19 @@
 #ifndef LATHE_WINDOW
 #define LATHE_WINDOW 0
 #endif
+#ifndef LATHE_APPEND
+#define LATHE_APPEND 0
+#endif
 constexpr int HQ = LATHE_HQ, HKV = LATHE_HKV, D = LATHE_D, PAGE = LATHE_PAGE, EL = (D + 31) / 32;
 static_assert(HQ % HKV == 0 && D <= 256, "heads");
 
 extern "C" __global__ void __launch_bounds__(128)
-LATHE_NAME(const E* q, const E* cache, const i32* positions, const i32* row_seq, const i32* block_table, E* out,
-           i32 max_pages) {
+LATHE_NAME(const E* q, E* cache, const i32* positions, const i32* row_seq, const i32* block_table, E* out,
+           i32 max_pages
+#if LATHE_APPEND
+           , const E* k, const E* v, const i32* cu_seqlens
+#endif
+) {
   __shared__ float mo[4][D], ml[2][4];
   const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31;
   const int row = blockIdx.x, head = blockIdx.y, h = head / (HQ / HKV);
@@ -31,6 +41,18 @@ LATHE_NAME(const E* q, const E* cache, const i32* positions, const i32* row_seq,
     for (int i = tid; i < D; i += 128) out[at + i] = from_f32<E>(0.0f);
     return;
   }
+#if LATHE_APPEND
+  const int fresh = pos - (row - cu_seqlens[seq]);  // position of the sequence's first row in this step
+  if (head % (HQ / HKV) == 0) {
+    const i64 page = block_table[(i64)seq * max_pages + pos / PAGE];
+    E* to = cache + ((page * 2 * HKV + h) * PAGE + pos % PAGE) * D;
+    const i64 from = ((i64)row * HKV + h) * D;
+    for (int i = tid; i < D; i += 128) {
+      to[i] = k[from + i];
+      to[(i64)HKV * PAGE * D + i] = v[from + i];
+    }
+  }
+#endif
   float qf[EL], o[EL], m = NEG_INF, l = 0.0f;
 #pragma unroll
   for (int j = 0; j < EL; ++j) {
@@ -43,6 +65,13 @@ LATHE_NAME(const E* q, const E* cache, const i32* positions, const i32* row_seq,
     const i64 page = block_table[(i64)seq * max_pages + p / PAGE];
     const E* kr = cache + ((page * 2 * HKV + h) * PAGE + p % PAGE) * D;
     const E* vr = kr + (i64)HKV * PAGE * D;
+#if LATHE_APPEND
+    if (p >= fresh) {
+      const i64 from = ((i64)(row - (pos - p)) * HKV + h) * D;
+      kr = k + from;
+      vr = v + from;
+    }
+#endif
     float d = 0.0f;
 #pragma unroll
     for (int j = 0; j < EL; ++j) {

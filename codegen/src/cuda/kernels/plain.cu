@@ -9,6 +9,8 @@
 //   LATHE_EXPR(a, b, c, ix)  expression of CT values; ix[d] (i64) are the output coordinates (iota). Kind 0: the
 //                result; kind 1: applied to each element (a) before reducing. Default (a). `where`: ((a) != 0 ? (b) : (c)).
 //   LATHE_INPUTS 0..3 inputs read by kind 0 (default 1).
+//   LATHE_CONCAT kind 0: the axis along which b follows a; rdims[0] is the extent of a along it, ob the offset that takes
+//                output coordinates to b.
 //   LATHE_RED    kind 1: 0 sum, 1 max, 2 mean, 3 min, 4 argmax (index over the reduced axes, lowest wins).
 //   LATHE_TI     kinds 3, 4: index type, i32 or i64.
 // Parameters: const void* a, const void* b, const void* c, void* out, Geo geo (by value, 8-byte fields, layout below).
@@ -101,10 +103,16 @@ LATHE_NAME(const void* pa, const void* pb, const void* pc, void* po, const __gri
     ib += ix[d] * geo.sb[d];
     ic += ix[d] * geo.sc[d];
   }
+#ifdef LATHE_CONCAT
+  out[io] = Put<LATHE_TO>::cv(ix[LATHE_CONCAT] < geo.rdims[0]
+                                  ? Get<LATHE_TA>::cv(a[ia])
+                                  : Get<LATHE_TB>::cv((reinterpret_cast<const LATHE_TB*>(pb) + geo.ob)[ib]));
+#else
   const CT va = LATHE_INPUTS > 0 ? Get<LATHE_TA>::cv(a[ia]) : (CT)0;
   const CT vb = LATHE_INPUTS > 1 ? Get<LATHE_TB>::cv((reinterpret_cast<const LATHE_TB*>(pb) + geo.ob)[ib]) : (CT)0;
   const CT vc = LATHE_INPUTS > 2 ? Get<LATHE_TC>::cv((reinterpret_cast<const LATHE_TC*>(pc) + geo.oc)[ic]) : (CT)0;
   out[io] = Put<LATHE_TO>::cv((CT)(LATHE_EXPR(va, vb, vc, ix)));
+#endif
 
 #elif LATHE_KIND == 1
   __shared__ CT red[128];
