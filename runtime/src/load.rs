@@ -62,11 +62,6 @@ impl LoadOptions {
         let n = self.max_sequences as i64;
         SymEnv::new(&[(Sym::T, n), (Sym::B, n), (Sym::R, n)])
     }
-
-    /// Bytes of the KV cache.
-    pub fn cache_bytes(&self, plan: &Plan) -> usize {
-        self.pages * self.page_size * plan.token_bytes()
-    }
 }
 
 /// The tensors that a plan reads, with the shapes that the checkpoint must have.

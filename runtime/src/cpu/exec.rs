@@ -7,7 +7,7 @@ use super::kernels::norm::{add_rms_norm, rms_norm};
 use super::kernels::rope::{RopeAppend, rope_append};
 use super::kernels::rows::{argmax, embed};
 use super::kernels::{Elem, KernelError, StepMeta};
-use super::memory::Layout;
+use super::memory::{Layout, padded_head};
 use super::pages::PageBuffer;
 use super::plain;
 use crate::sampling::sample;
@@ -256,6 +256,19 @@ impl<'a, E: Elem> Run<'a, E> {
             .ok_or("no cache operand")?;
         let meta = self.meta();
         let rows = meta.positions.len();
+        let (narrow, shape) = (shape.head_dim, shape.padded());
+        let widened;
+        let qkv = if shape.head_dim == narrow {
+            qkv
+        } else if extra.q_norm.is_some() || extra.k_norm.is_some() || extra.tables.is_some() {
+            // Rewrites pack norms and rotations into attention only where the head has whole blocks.
+            return Err(format!(
+                "a head of {narrow} with a norm or a rotation, not a multiple of 16"
+            ));
+        } else {
+            widened = with_width(qkv, narrow, shape.head_dim);
+            &widened
+        };
         let width = shape.heads * shape.head_dim;
         let mut q = std::mem::take(self.scratch);
         q.resize(rows * width, E::default());
@@ -282,18 +295,27 @@ impl<'a, E: Elem> Run<'a, E> {
             softcap: spec.softcap.map(|c| c.get() as f32),
             groups: shape.heads / shape.kv_heads.max(1),
         };
-        let result = if step.results[0].is_some() {
+        let run = |out: &mut [E]| {
             let args = AttentionArgs {
                 kv_heads: shape.kv_heads,
                 head_dim: shape.head_dim,
                 q: &q,
                 cache: &self.caches[cache],
                 meta: self.meta(),
-                out: self.out(step, 0),
+                out,
             };
             attention(&attend, args).map_err(|e| e.to_string())
-        } else {
+        };
+        let result = if step.results[0].is_none() {
             Ok(())
+        } else if shape.head_dim == narrow {
+            run(self.out(step, 0))
+        } else {
+            let mut wide = vec![E::default(); q.len()];
+            run(&mut wide).map(|()| {
+                let out = with_width(&wide, shape.head_dim, narrow);
+                self.out(step, 0).copy_from_slice(&out);
+            })
         };
         *self.scratch = q;
         result
@@ -386,6 +408,27 @@ struct Heads {
     heads: usize,
     kv_heads: usize,
     head_dim: usize,
+}
+
+impl Heads {
+    /// With heads as wide as the kernels and the cache have them.
+    fn padded(self) -> Heads {
+        Heads {
+            head_dim: padded_head(self.head_dim),
+            ..self
+        }
+    }
+}
+
+/// Heads of `from` features as heads of `to`, cut off or filled up with zeros: these add nothing to a
+/// score and give outputs that nobody reads.
+fn with_width<E: Elem>(heads: &[E], from: usize, to: usize) -> Vec<E> {
+    let kept = from.min(to);
+    let mut out = vec![E::default(); heads.len() / from * to];
+    for (head, out) in heads.chunks_exact(from).zip(out.chunks_exact_mut(to)) {
+        out[..kept].copy_from_slice(&head[..kept]);
+    }
+    out
 }
 
 struct Extra<'a, E> {

@@ -2,7 +2,7 @@
 
 use super::exec::{Inputs, Run};
 use super::kernels::Elem;
-use super::memory::{Arena, Layout};
+use super::memory::{Arena, Layout, padded_head, token_bytes};
 use super::pages::PageBuffer;
 use crate::load::{LoadOptions, Loadable, RopeTables, rope_tables};
 use crate::step::{Capacity, Executor, StepBatch, StepError, StepKind, StepOutput, StepTime};
@@ -94,7 +94,7 @@ pub(super) struct CpuExecutor<E> {
 impl<E: Elem> CpuExecutor<E> {
     fn new(model: Loadable<'_>, options: LoadOptions) -> Result<CpuExecutor<E>, CpuLoadError> {
         let plan = model.plan.clone();
-        let cache_bytes = options.cache_bytes(&plan);
+        let cache_bytes = options.pages * options.page_size * token_bytes(&plan);
         let full_env = SymEnv::new(&[
             (Sym::B, options.max_sequences as i64),
             (Sym::S, options.max_seq_len as i64),
@@ -142,7 +142,7 @@ impl<E: Elem> CpuExecutor<E> {
             .caches
             .iter()
             .map(|c| {
-                let row = 2 * c.kv_heads as usize * c.head_dim as usize;
+                let row = 2 * c.kv_heads as usize * padded_head(c.head_dim as usize);
                 let tokens = if stepped {
                     options.pages * options.page_size
                 } else {

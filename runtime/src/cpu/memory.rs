@@ -1,6 +1,6 @@
-//! The activations of a program: one arena, with an offset for each slot.
+//! The activations of a program: one arena, with an offset for each slot; and the size of the cache.
 
-use lathe_codegen::Program;
+use lathe_codegen::{Plan, Program};
 use lathe_ir::SymEnv;
 
 /// A cache line.
@@ -43,4 +43,18 @@ impl Layout {
         }
         Layout { offsets, bytes }
     }
+}
+
+/// Features of a head in memory: the kernels take heads in blocks of 16, so that others are filled up
+/// with zeros.
+pub(super) fn padded_head(head_dim: usize) -> usize {
+    head_dim.next_multiple_of(16)
+}
+
+/// Bytes of one token in all caches of a plan, as this device stores them.
+pub fn token_bytes(plan: &Plan) -> usize {
+    let cache = |c: &lathe_codegen::plan::CacheSpec| {
+        2 * c.kv_heads as usize * padded_head(c.head_dim as usize) * c.dtype.size()
+    };
+    plan.caches.iter().map(cache).sum()
 }

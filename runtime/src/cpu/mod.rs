@@ -8,3 +8,4 @@ pub mod pages;
 mod plain;
 
 pub use executor::{CpuLoadError, load, run_full};
+pub use memory::token_bytes;
