@@ -1,7 +1,8 @@
 //! What describes a step on the device: one block of arrays, written by one copy from pinned memory.
 
+use super::memory::bytes_of;
 use crate::load::LoadOptions;
-use crate::step::{StepBatch, StepError};
+use crate::step::{RowSampler, StepBatch, StepError};
 use lathe_codegen::cuda::{Meta, Sizes};
 
 /// Offsets of the arrays of a bucket in the block, in bytes.
@@ -80,58 +81,71 @@ impl MetaLayout {
         self.ints(out, Meta::KvLens, &batch.kv_lens, b, 0);
         self.ints(out, Meta::Rows, &batch.rows, r, 0);
         let at = self.offset(Meta::BlockTable);
-        for s in 0..b {
-            let row = &mut out[at + 4 * s * self.max_pages..][..4 * self.max_pages];
-            let n = match s < sequences {
-                true => batch.max_pages.min(self.max_pages),
-                false => 0,
-            };
+        let width = batch.max_pages.min(self.max_pages);
+        let table = &mut out[at..][..4 * b * self.max_pages];
+        for (s, row) in table
+            .chunks_exact_mut((4 * self.max_pages).max(4))
+            .enumerate()
+        {
+            let n = if s < sequences { width } else { 0 };
             let pages = match n {
                 0 => &[],
                 n => &batch.block_table[s * batch.max_pages..][..n],
             };
-            for (to, page) in row.chunks_exact_mut(4).zip(pages) {
-                to.copy_from_slice(&page.to_le_bytes());
-            }
-            row[4 * n..].fill(0);
-        }
-        for (i, s) in batch.samplers.iter().enumerate().take(r) {
-            self.word(
-                out,
-                Meta::Temperature,
-                i,
-                &s.params.temperature.to_le_bytes(),
-            );
-            self.word(out, Meta::TopK, i, &s.params.top_k.to_le_bytes());
-            self.word(out, Meta::TopP, i, &s.params.top_p.to_le_bytes());
-            // The kernel takes the position of the input token and draws for the one after it.
-            let before = s.position.wrapping_sub(1);
-            self.word(out, Meta::SamplePositions, i, &before.to_le_bytes());
-            self.word(out, Meta::Seed, i, &s.params.seed.to_le_bytes());
-            self.word(out, Meta::Request, i, &s.request.to_le_bytes());
+            let (used, unused) = row.split_at_mut(4 * n);
+            used.copy_from_slice(bytes_of(pages));
+            unused.fill(0);
         }
         // Rows without parameters are greedy.
-        for i in batch.samplers.len()..r {
-            self.word(out, Meta::Temperature, i, &0f32.to_le_bytes());
-            self.word(out, Meta::TopK, i, &1u32.to_le_bytes());
-            self.word(out, Meta::TopP, i, &1f32.to_le_bytes());
-            self.word(out, Meta::SamplePositions, i, &0u32.to_le_bytes());
-            self.word(out, Meta::Seed, i, &0u64.to_le_bytes());
-            self.word(out, Meta::Request, i, &0u64.to_le_bytes());
-        }
+        let samplers = &batch.samplers[..batch.samplers.len().min(r)];
+        self.each(out, Meta::Temperature, samplers, 0f32.to_le_bytes(), |s| {
+            s.params.temperature.to_le_bytes()
+        });
+        self.each(out, Meta::TopK, samplers, 1u32.to_le_bytes(), |s| {
+            s.params.top_k.to_le_bytes()
+        });
+        self.each(out, Meta::TopP, samplers, 1f32.to_le_bytes(), |s| {
+            s.params.top_p.to_le_bytes()
+        });
+        // The kernel takes the position of the input token and draws for the one after it.
+        self.each(out, Meta::SamplePositions, samplers, [0; 4], |s| {
+            s.position.wrapping_sub(1).to_le_bytes()
+        });
+        self.each(out, Meta::Seed, samplers, [0; 8], |s| {
+            s.params.seed.to_le_bytes()
+        });
+        self.each(out, Meta::Request, samplers, [0; 8], |s| {
+            s.request.to_le_bytes()
+        });
     }
 
     fn ints(&self, out: &mut [u8], meta: Meta, values: &[i32], len: usize, pad: i32) {
+        let values = &values[..values.len().min(len)];
         let out = &mut out[self.offset(meta)..][..4 * len];
-        let padded = values.iter().copied().chain(std::iter::repeat(pad));
-        for (to, v) in out.chunks_exact_mut(4).zip(padded) {
-            to.copy_from_slice(&v.to_le_bytes());
+        let (given, padding) = out.split_at_mut(4 * values.len());
+        given.copy_from_slice(bytes_of(values));
+        for to in padding.chunks_exact_mut(4) {
+            to.copy_from_slice(&pad.to_le_bytes());
         }
     }
 
-    fn word(&self, out: &mut [u8], meta: Meta, i: usize, bytes: &[u8]) {
-        let at = self.offset(meta) + i * bytes.len();
-        out[at..at + bytes.len()].copy_from_slice(bytes);
+    /// One field of all samplers, with `pad` for the rows beyond them.
+    fn each<const N: usize>(
+        &self,
+        out: &mut [u8],
+        meta: Meta,
+        samplers: &[RowSampler],
+        pad: [u8; N],
+        field: impl Fn(&RowSampler) -> [u8; N],
+    ) {
+        let out = &mut out[self.offset(meta)..][..N * self.sizes.r];
+        let (given, padding) = out.split_at_mut(N * samplers.len());
+        for (to, s) in given.chunks_exact_mut(N).zip(samplers) {
+            to.copy_from_slice(&field(s));
+        }
+        for to in padding.chunks_exact_mut(N) {
+            to.copy_from_slice(&pad);
+        }
     }
 }
 
@@ -177,4 +191,59 @@ pub(super) fn check(
         return fail("a sequence longer than its pages".into());
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sampling::SamplingParams;
+
+    fn int(out: &[u8], layout: &MetaLayout, meta: Meta, i: usize) -> i32 {
+        let at = layout.offset(meta) + 4 * i;
+        i32::from_le_bytes(out[at..at + 4].try_into().unwrap())
+    }
+
+    /// Two sequences in a bucket of four, over bytes of an earlier step.
+    #[test]
+    fn a_step_is_written_with_its_padding() {
+        let layout = MetaLayout::new(Sizes { t: 8, b: 4, r: 4 }, 3);
+        let mut batch = StepBatch {
+            max_pages: 2,
+            ..StepBatch::default()
+        };
+        let sampler = |request, position| RowSampler {
+            params: SamplingParams {
+                temperature: 0.5,
+                top_k: 9,
+                top_p: 0.25,
+                seed: 1 << 40,
+            },
+            request,
+            position,
+        };
+        batch.push_sequence(&[11, 12, 13], 4, &[6, 7], Some(sampler(3, 7)));
+        batch.push_sequence(&[-1], 1, &[5], Some(sampler(4, 2)));
+        let mut out = vec![0xaa; layout.bytes()];
+        layout.write(&batch, &mut out);
+        let ints =
+            |meta, n: usize| -> Vec<i32> { (0..n).map(|i| int(&out, &layout, meta, i)).collect() };
+        assert_eq!(ints(Meta::Tokens, 8), [11, 12, 13, -1, 0, 0, 0, 0]);
+        assert_eq!(ints(Meta::Positions, 8), [4, 5, 6, 1, 0, 0, 0, 0]);
+        assert_eq!(ints(Meta::RowSeq, 8), [0, 0, 0, 1, -1, -1, -1, -1]);
+        assert_eq!(ints(Meta::CuSeqlens, 5), [0, 3, 4, 4, 4]);
+        assert_eq!(ints(Meta::KvLens, 4), [7, 2, 0, 0]);
+        assert_eq!(ints(Meta::Rows, 4), [2, 3, 0, 0]);
+        let table = [6, 7, 0, 5, 0, 0, 0, 0, 0, 0, 0, 0];
+        assert_eq!(ints(Meta::BlockTable, 12), table);
+        assert_eq!(ints(Meta::TopK, 4), [9, 9, 1, 1]);
+        assert_eq!(ints(Meta::SamplePositions, 4), [6, 1, 0, 0]);
+        let float = |meta, i| f32::from_bits(int(&out, &layout, meta, i) as u32);
+        assert_eq!(
+            [0, 1, 2].map(|i| float(Meta::Temperature, i)),
+            [0.5, 0.5, 0.0]
+        );
+        assert_eq!([1, 3].map(|i| float(Meta::TopP, i)), [0.25, 1.0]);
+        assert_eq!(ints(Meta::Request, 8), [3, 0, 4, 0, 0, 0, 0, 0]);
+        assert_eq!(ints(Meta::Seed, 4), [0, 256, 0, 256]);
+    }
 }
