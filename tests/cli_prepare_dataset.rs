@@ -358,6 +358,116 @@ fn real_text() {
     );
 }
 
+#[test]
+fn real_text_with_every_flag() {
+    let model = tokenizer_folder();
+    let folder = model.path().join("set/main");
+    std::fs::create_dir_all(&folder).unwrap();
+    let rows = folder.join("test.jsonl");
+    std::fs::write(
+        &rows,
+        "{\"q\":\"abc\",\"a\":\"hello\"}\n{\"q\":\"de\",\"a\":\"\"}\n",
+    )
+    .unwrap();
+    let set = model.path().join("set");
+    let base = [
+        "-m",
+        path(&model),
+        "prepare-dataset",
+        "--stdout",
+        "--task-id",
+        "7",
+        "--random-seed",
+        "1",
+        "real-dataset",
+        "--dataset-name",
+        set.to_str().unwrap(),
+        "--dataset-config-name",
+        "main",
+        "--dataset-split",
+        "test",
+        "--dataset-input-key",
+        "q",
+    ];
+    let with = |more: &[&'static str]| [base.as_slice(), more].concat();
+    let requests = lines(&stdout(&lathe(&with(&[
+        "--dataset-prompt",
+        "Say:",
+        "--dataset-output-key",
+        "a",
+        "--num-requests",
+        "9",
+        "--max-input-len",
+        "100",
+    ]))));
+    let summary: Vec<(i64, usize, u64)> = requests
+        .iter()
+        .map(|r| {
+            (
+                r["task_id"].as_i64().unwrap(),
+                r["input_ids"].as_array().unwrap().len(),
+                r["output_tokens"].as_u64().unwrap(),
+            )
+        })
+        .collect();
+    // "Say: abc" and "Say: de"; an empty answer counts as one token.
+    assert_eq!(summary, [(7, 8, 5), (7, 7, 1)]);
+    let distributed = with(&["--output-len-dist", "50,10"]);
+    let text = stdout(&lathe(&distributed));
+    assert_eq!(text, stdout(&lathe(&distributed)), "the seed decides");
+    assert!(
+        lines(&text)
+            .iter()
+            .all(|r| r["output_tokens"].as_u64().unwrap() > 1)
+    );
+
+    assert_error(&base, 2, "--dataset-output-key");
+    assert_error(
+        &with(&["--output-len-dist", "many"]),
+        2,
+        "expected MEAN,STDEV",
+    );
+    let both = [
+        "--dataset-output-key",
+        "a",
+        "--dataset-prompt",
+        "x",
+        "--dataset-prompt-key",
+        "q",
+    ];
+    assert_error(&with(&both), 2, "cannot be used with");
+    let images = ["--dataset-output-key", "a", "--dataset-image-key", "image"];
+    assert_error(&with(&images), 2, "only text is supported");
+    let none = ["--dataset-output-key", "a", "--max-input-len", "1"];
+    assert_error(&with(&none), 1, "no input is left");
+    std::fs::write(&rows, "{\"q\":\"abc\",\"a\":\"hello\"}\nnot json\n").unwrap();
+    assert_error(
+        &with(&["--dataset-output-key", "a"]),
+        1,
+        "test.jsonl:2: not valid JSON",
+    );
+    std::fs::write(&rows, "{\"q\":5,\"a\":\"hello\"}\n").unwrap();
+    let number = with(&["--dataset-output-key", "a"]);
+    assert_error(
+        &number,
+        1,
+        "test.jsonl:1: no text field \"q\"; the line has q, a",
+    );
+    let hub = [
+        "-m",
+        path(&model),
+        "prepare-dataset",
+        "real-dataset",
+        "--dataset-name",
+        "org/set",
+        "--dataset-split",
+        "test",
+        "--output-len-dist",
+        "3,0",
+    ];
+    assert_error(&hub, 1, "--dataset-name takes local files only");
+}
+
 /// A tokenizer with one token a printable ASCII character.
 fn tokenizer_folder() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();

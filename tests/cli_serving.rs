@@ -326,6 +326,154 @@ fn a_full_disk_costs_one_file() {
     assert_eq!(json(&request).as_array().unwrap().len(), 4);
 }
 
+/// Nothing can be printed, but the files are written.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_under_stdout_costs_the_text_alone() {
+    let files = Files::new(4);
+    let report = files.path("report.json");
+    let output = Command::new(env!("CARGO_BIN_EXE_lathe"))
+        .arg("--model")
+        .arg(golden("gpt2"))
+        .args(["--device", "cpu", "--dtype", "float32", "throughput"])
+        .arg("--dataset")
+        .arg(&files.dataset)
+        .arg("--report_json")
+        .arg(&report)
+        .args(["--log_level", "error"])
+        .stdin(Stdio::null())
+        .stdout(std::fs::File::create("/dev/full").unwrap())
+        .stderr(Stdio::piped())
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let text = stderr(&output);
+    assert!(text.contains("No space left"), "{text}");
+    assert_eq!(json(&report)["request_info"]["num_requests"], 4);
+}
+
+/// All bad lines with their numbers, before anything runs; nothing is written.
+#[test]
+fn bad_lines_in_the_middle_of_a_dataset() {
+    let files = Files::new(5);
+    let mut lines: Vec<String> = std::fs::read_to_string(&files.dataset)
+        .unwrap()
+        .lines()
+        .map(str::to_owned)
+        .collect();
+    lines.insert(2, "{\"task_id\":9,\"input_ids\":[1".into());
+    lines.insert(4, "{\"task_id\":9,\"input_ids\":[1]}".into());
+    std::fs::write(&files.dataset, lines.join("\n")).unwrap();
+    let report = files.path("report.json");
+    let arguments = [
+        "throughput",
+        "--dataset",
+        files.dataset.to_str().unwrap(),
+        "--report_json",
+        report.to_str().unwrap(),
+    ];
+    let output = lathe("gpt2", &arguments);
+    assert_eq!(output.status.code(), Some(1));
+    let text = stderr(&output);
+    let name = files.dataset.display();
+    assert!(
+        text.contains(&format!("{name}:3: not valid JSON")),
+        "{text}"
+    );
+    assert!(
+        text.contains(&format!("{name}:5: output_tokens missing")),
+        "{text}"
+    );
+    assert_eq!(text.lines().count(), 2, "{text}");
+    assert!(output.stdout.is_empty() && !report.exists());
+    // What comes before the first bad line can be run.
+    let output = lathe(
+        "gpt2",
+        &[&arguments[..3], &["--num_requests", "2"]].concat(),
+    );
+    assert!(output.status.success(), "{}", stderr(&output));
+}
+
+/// A request that the engine refuses: the others run, the report is written and names it.
+#[test]
+fn a_request_that_is_too_long_for_a_step_fails_alone() {
+    let files = Files::new(6);
+    let [report, requests] = ["report.json", "requests.json"].map(|name| files.path(name));
+    let output = lathe(
+        "gpt2",
+        &[
+            "throughput",
+            "--dataset",
+            files.dataset.to_str().unwrap(),
+            "--disable_chunked_context",
+            "--max_num_tokens",
+            "11",
+            "--report_json",
+            report.to_str().unwrap(),
+            "--request_json",
+            requests.to_str().unwrap(),
+        ],
+    );
+    // Prompts have 1, 6, 11, 2, 7 and 12 tokens.
+    assert_eq!(output.status.code(), Some(1));
+    let text = stderr(&output);
+    let reason =
+        "the prompt of 12 tokens is longer than max_num_tokens 11 and chunked context is off";
+    let line = format!("error: Requests failed: {reason} (1 requests)\n");
+    assert_eq!(text, line);
+    let report = json(&report);
+    assert_eq!(report["request_info"]["num_requests"], 5);
+    assert_eq!(report["lathe"]["failed_requests"][0]["error"], reason);
+    assert_eq!(report["lathe"]["failed_requests"][0]["count"], 1);
+    let requests = json(&requests);
+    let failed: Vec<u64> = requests
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|entry| entry["error_tokens"] == 1)
+        .map(|entry| entry["id"].as_u64().unwrap())
+        .collect();
+    assert_eq!(failed, [5]);
+}
+
+/// Flags of trtllm-bench that ask for what is the case anyway are taken, others refused, all at once.
+#[test]
+fn flags_of_trtllm_bench() {
+    let files = Files::new(2);
+    let dataset = files.dataset.to_str().unwrap();
+    let neutral = "--backend _autodeploy --tp 1 --pp 1 --ep 1 --cluster_size 1 --beam_width 1 --max_input_len 4096 \
+                   --image_data_format pt --data_device cuda --no_skip_tokenizer_init --enable_chunked_context \
+                   --kv-cache-free-gpu-mem-fraction 0.9 --num-requests 0 --warmup 2 --concurrency -1 --eos_id -1 \
+                   --scheduler_policy max_utilization --target_input_len 8 --target_output_len 8";
+    let flags: Vec<&str> = neutral.split_whitespace().collect();
+    let taken = lathe(
+        "gpt2",
+        &[&["throughput", "--dataset", dataset], &flags[..]].concat(),
+    );
+    assert!(taken.status.success(), "{}", stderr(&taken));
+    let text = String::from_utf8(taken.stdout).unwrap();
+    assert!(
+        text.contains("Scheduling Policy:      max_utilization"),
+        "{text}"
+    );
+    let foreign = "--backend tensorrt --engine_dir e --pp 2 --ep 2 --cluster_size 2 --beam_width 2 --medusa_choices m \
+                   --modality image --image_data_format pil --max_input_len 1 --custom_module_dirs c";
+    let flags: Vec<&str> = foreign.split_whitespace().collect();
+    for command in ["throughput", "latency"] {
+        let refused = lathe(
+            "gpt2",
+            &[&[command, "--dataset", dataset], &flags[..]].concat(),
+        );
+        assert_eq!(refused.status.code(), Some(2));
+        let text = stderr(&refused);
+        let names = flags.iter().filter(|flag| flag.starts_with("--"));
+        for name in names {
+            assert!(text.contains(*name), "{name} in {text}");
+        }
+        assert_eq!(text.lines().count(), 11, "{text}");
+    }
+}
+
 /// Ctrl-C in the middle: the partial report, marked, and exit code 1.
 #[cfg(unix)]
 #[test]

@@ -63,7 +63,7 @@ fn defaults_are_those_of_a_benchmark() {
     for text in ["", "# nothing\n", "{}", "max_batch_size: null"] {
         let c = yaml(text);
         assert_eq!(c.compile_backend.value, CompileBackend::Opt);
-        assert_eq!(c.free_mem_ratio.value, 0.9);
+        assert_eq!(c.free_mem_ratio.value, 0.95);
         assert_eq!(c.attn_page_size.value, 64);
         assert_eq!(c.max_batch_size.value, None);
         assert!(c.enable_chunked_prefill.value);

@@ -14,6 +14,8 @@ pub struct KvLimits {
     pub token_bytes: usize,
     /// Free bytes of the device that has the least, after weights and work space.
     pub free_bytes: u64,
+    /// Free bytes that stay free whatever the fraction.
+    pub reserve_bytes: u64,
     /// Fraction of the free bytes that the cache may take.
     pub fraction: f64,
     /// Most sequences that run at a time.
@@ -94,7 +96,8 @@ pub fn kv_size(dataset: &Dataset, limits: &KvLimits) -> Result<KvSize, KvTooSmal
         .map(|(pages, _)| pages)
         .sum();
     let page_bytes = (limits.token_bytes * page_size) as u64;
-    let allowed = (limits.free_bytes as f64 * limits.fraction) as u64;
+    let fraction = (limits.free_bytes as f64 * limits.fraction) as u64;
+    let allowed = fraction.min(limits.free_bytes.saturating_sub(limits.reserve_bytes));
     // A model without a cache (no attention layer) needs pages only by name.
     let affordable = allowed
         .checked_div(page_bytes)
@@ -140,6 +143,7 @@ mod tests {
         page_size: 16,
         token_bytes: 1024,
         free_bytes: 1 << 30,
+        reserve_bytes: 0,
         fraction: 0.5,
         max_batch_size: 2,
         concurrency: -1,
@@ -175,6 +179,12 @@ mod tests {
         let size = kv_size(&data, &tight).unwrap();
         assert_eq!((size.pages, size.wanted, size.cached_sequences), (5, 6, 1));
         assert!(size.is_limited());
+        // What is left beside a reserve of 100 KiB are 3 pages.
+        let reserved = KvLimits {
+            reserve_bytes: 100 << 10,
+            ..tight
+        };
+        assert_eq!(kv_size(&data, &reserved).unwrap().pages, 3);
         let none = KvLimits {
             free_bytes: 64 << 10,
             token_bytes: 1 << 20,

@@ -2,12 +2,14 @@
 
 pub mod dataset;
 pub mod files;
+pub mod gpu_state;
 pub mod kv_size;
 pub mod metrics;
 pub mod prepare;
 pub mod report;
 mod report_json;
 mod report_text;
+pub mod schedule;
 pub mod serve;
 pub mod sizing;
 pub mod tuning;

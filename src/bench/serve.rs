@@ -665,6 +665,87 @@ mod tests {
         );
     }
 
+    /// Two thirds of the cache that the batch needs at full length.
+    #[test]
+    fn pre_emptions_are_counted_in_report_and_log() {
+        let small = Capacity {
+            pages: 12,
+            ..CAPACITY
+        };
+        let request = |i: u32| super::super::dataset::Request {
+            task_id: 0,
+            input_ids: vec![i; 5],
+            output_tokens: 15,
+        };
+        let data = Dataset {
+            path: "d".into(),
+            requests: (0..30).map(request).collect(),
+        };
+        let load = Load::default();
+        let stop = AtomicBool::new(false);
+        let run = |policy| {
+            let config = EngineConfig {
+                policy,
+                log_steps: true,
+                ..EngineConfig::of(&small)
+            };
+            let mut device = SimDevice::new(small);
+            serve(&mut device, config, &data, &load, &stop, &mut |_| {}).unwrap()
+        };
+        let kept = run(Policy::GuaranteedNoEvict);
+        let evicted = run(Policy::MaxUtilization);
+        for (served, some) in [(&kept, false), (&evicted, true)] {
+            let mut section = LatheSection::default();
+            served.describe(&small, &mut section);
+            let logged = served.iterations.iter();
+            let logged: usize = logged
+                .map(|i| i.inflight_batching_stats.num_paused_requests)
+                .sum();
+            assert_eq!(section.preemptions, Some(logged as u64));
+            assert_eq!(logged > 0, some);
+            assert_eq!((served.records.len(), served.unfinished.len()), (30, 0));
+        }
+        // The tokens do not tell which of the two it was.
+        let tokens = |served: &Served| -> Vec<Vec<u32>> {
+            let records = served.records.iter();
+            records.map(|record| record.output_tokens.clone()).collect()
+        };
+        assert_eq!(tokens(&kept), tokens(&evicted));
+    }
+
+    /// What the log says of steps that mix prompts and decodes.
+    #[test]
+    fn the_log_tells_prompts_from_decodes() {
+        let request = |isl: usize| super::super::dataset::Request {
+            task_id: 0,
+            input_ids: vec![1; isl],
+            output_tokens: 3,
+        };
+        let data = Dataset {
+            path: "d".into(),
+            requests: vec![request(10), request(60)],
+        };
+        let load = Load {
+            warmup: 0,
+            ..Load::default()
+        };
+        let served = run(&mut SimDevice::new(CAPACITY), &data, &load);
+        let log: Vec<_> = served
+            .iterations
+            .iter()
+            .map(|i| &i.inflight_batching_stats)
+            .map(|s| (s.num_context_requests, s.num_gen_requests, s.num_ctx_tokens))
+            .collect();
+        // 64 tokens a step: 10 + 54 of 60, then one decode beside the last 6.
+        assert_eq!(log, [(2, 0, 64), (1, 1, 6), (0, 2, 0), (0, 1, 0)]);
+        let queued: Vec<usize> = served
+            .iterations
+            .iter()
+            .map(|i| i.num_queued_requests)
+            .collect();
+        assert_eq!(queued, [0; 4]);
+    }
+
     #[test]
     fn the_section_tells_of_the_cache() {
         let data = dataset(40);

@@ -17,8 +17,8 @@ pub(super) struct BenchArgs {
     /// JSON lines with task_id, input_ids (or prompt) and output_tokens; stdin by default
     #[arg(long, value_name = "FILE")]
     dataset: Option<PathBuf>,
-    /// Accepted for compatibility: _autodeploy, or any word that means this program
-    #[arg(long, default_value = "_autodeploy", value_parser = ["_autodeploy", "lathe"])]
+    /// Accepted for compatibility: _autodeploy, which this program takes the place of, or lathe
+    #[arg(long, default_value = "_autodeploy", value_name = "NAME")]
     backend: String,
     /// YAML file whose keys override the command line
     #[arg(long = "extra_llm_api_options", alias = "config", value_name = "FILE")]
@@ -29,7 +29,7 @@ pub(super) struct BenchArgs {
     /// Longest sequence; the dataset's longest by default
     #[arg(long = "max_seq_len", value_name = "N")]
     max_seq_len: Option<u32>,
-    /// Part of the memory left after the weights that the KV cache may take [default: 0.9]
+    /// Part of the memory left after the weights that the KV cache may take [default: 0.95]
     #[arg(long = "kv_cache_free_gpu_mem_fraction", value_name = "X", value_parser = fraction)]
     kv_cache_free_gpu_mem_fraction: Option<f64>,
     /// Only the first N requests; 0 means all
@@ -77,7 +77,9 @@ struct ForeignArgs {
 
 impl ForeignArgs {
     /// All reasons at once.
-    fn check(&self) -> anyhow::Result<()> {
+    fn refusals(&self) -> impl Iterator<Item = &'static str> {
+        /// trtllm-bench's default.
+        const MAX_INPUT_LEN: u32 = 4096;
         let above_one = |n: Option<u32>| n.is_some_and(|n| n > 1);
         let refusals = [
             (
@@ -106,11 +108,12 @@ impl ForeignArgs {
             ),
             (self.modality.is_some(), "--modality: models of text only"),
             (
-                self.image_data_format.is_some() || self.data_device.is_some(),
+                self.image_data_format.as_deref().is_some_and(|f| f != "pt")
+                    || self.data_device.as_deref().is_some_and(|d| d != "cuda"),
                 "--image_data_format, --data_device: models of text only",
             ),
             (
-                self.max_input_len.is_some(),
+                self.max_input_len.is_some_and(|n| n != MAX_INPUT_LEN),
                 "--max_input_len: concerns images and video; use --max_seq_len",
             ),
             (
@@ -118,14 +121,9 @@ impl ForeignArgs {
                 "--custom_module_dirs: no Python code is ever run",
             ),
         ];
-        let reasons: Vec<&str> = refusals
+        refusals
             .into_iter()
             .filter_map(|(refused, reason)| refused.then_some(reason))
-            .collect();
-        if reasons.is_empty() {
-            return Ok(());
-        }
-        Err(usage_error(reasons.join("\n")))
     }
 }
 
@@ -142,7 +140,20 @@ impl BenchArgs {
     /// # Errors
     /// A usage error with all reasons.
     pub(super) fn check(&self) -> anyhow::Result<()> {
-        self.foreign.check()
+        let mut reasons = Vec::new();
+        match &*self.backend {
+            "_autodeploy" | "lathe" => {}
+            "pytorch" | "tensorrt" => reasons.push(format!(
+                "--backend {}: there is only the compiled engine of this program; use _autodeploy",
+                self.backend
+            )),
+            other => reasons.push(format!("--backend {other}: expected _autodeploy or lathe")),
+        }
+        reasons.extend(self.foreign.refusals().map(str::to_owned));
+        if reasons.is_empty() {
+            return Ok(());
+        }
+        Err(usage_error(reasons.join("\n")))
     }
 
     /// The dataset's path, `-` for stdin.

@@ -6,6 +6,7 @@ use std::path::Path;
 use lathe_runtime::cuda::driver;
 use lathe_runtime::text::TextTokenizer;
 
+use crate::bench::gpu_state::GpuState;
 use crate::bench::metrics::RequestRecord;
 use crate::bench::report::{
     Engine, IterationStats, Machine, Phase, Report, write_iteration_log, write_output_json,
@@ -39,9 +40,7 @@ impl Outputs<'_> {
         iterations: &[IterationStats],
         tokenizer: Option<&TextTokenizer>,
     ) -> anyhow::Result<()> {
-        let mut out = std::io::stdout().lock();
-        write!(out, "{report}")?;
-        out.flush()?;
+        let printed = print(report);
         let results = [
             self.report_json.map(|path| write_report_json(path, report)),
             self.request_json
@@ -57,6 +56,15 @@ impl Outputs<'_> {
             .filter_map(|result| Some(format!("{:#}", result.err()?)))
             .collect();
         problems.extend(report.failure_lines());
+        if let Err(error) = printed {
+            // A reader that went away is no failure (see `main`), so that error goes on as it is.
+            if problems.is_empty() && report.lathe.incomplete.is_none() {
+                return Err(error.into());
+            }
+            if error.kind() != std::io::ErrorKind::BrokenPipe {
+                problems.push(format!("the report cannot be printed: {error}"));
+            }
+        }
         if let Some(incomplete) = &report.lathe.incomplete {
             problems.push(format!(
                 "{}: {} of {} requests finished",
@@ -66,6 +74,12 @@ impl Outputs<'_> {
         anyhow::ensure!(problems.is_empty(), "{}", problems.join("\n"));
         Ok(())
     }
+}
+
+fn print(report: &Report) -> std::io::Result<()> {
+    let mut out = std::io::stdout().lock();
+    write!(out, "{report}")?;
+    out.flush()
 }
 
 /// The report's description of a model.
@@ -94,6 +108,16 @@ pub(super) fn machine(target: &Target) -> Option<Machine> {
         memory_clock_ghz: Some(f64::from(properties.memory_clock_khz) * 1e-6),
         name: properties.name,
     })
+}
+
+/// Power and clocks of a GPU, as far as they are known.
+pub(super) fn gpu_state(target: &Target) -> GpuState {
+    match target {
+        Target::Cpu => GpuState::default(),
+        Target::Cuda(index, _) => driver::pci_address(*index as usize)
+            .map(|address| GpuState::read(&address))
+            .unwrap_or_default(),
+    }
 }
 
 /// The phases up to here, with the measurement as the last.

@@ -12,13 +12,14 @@ use lathe_runtime::load::LoadOptions;
 use lathe_runtime::scheduler::{EngineConfig, Policy};
 use lathe_runtime::text::TextTokenizer;
 
-use super::outputs::{Outputs, engine, machine, phases};
+use super::outputs::{Outputs, engine, gpu_state, machine, phases};
 use crate::bench::dataset::{Dataset, DatasetStats};
 use crate::bench::kv_size::{KvLimits, cpu_free_bytes, kv_size};
 use crate::bench::metrics::RequestRecord;
 use crate::bench::report::{ExecutionInfo, LatheSection, Report, WorldInfo};
+use crate::bench::schedule::{Free, StepCost, choose};
 use crate::bench::serve::{Load, Served, latency_config, serve};
-use crate::bench::sizing::{SizingInput, sizes};
+use crate::bench::sizing::{Sizes, SizingInput, sizes};
 use crate::bench::tuning::TuningInput;
 use crate::bench::warnings::{RunLimits, warnings};
 use crate::config::Resolved;
@@ -98,12 +99,13 @@ impl ServingJob<'_> {
         let on_cpu = model.target == Target::Cpu;
         let weights = plan.weight_bytes() as u64;
         let free = free_bytes(&model.target)?.saturating_sub(weights);
+        let (cacheable, reserve) = cache_memory(&model.target, free);
         let cache = plan.caches.first();
         let (isl, osl) = self.targets;
         let fraction = resolved.free_mem_ratio.value;
         let chunked = resolved.enable_chunked_prefill.value && !self.latency;
         let given = |n: Option<u32>| n.map(|n| n as usize);
-        let sizes = sizes(&SizingInput {
+        let mut sizes = sizes(&SizingInput {
             dataset: stats,
             max_batch_size: if self.latency {
                 Some(1)
@@ -118,7 +120,7 @@ impl ServingJob<'_> {
                 head_dim: cache.map_or(0, |cache| cache.head_dim as usize),
                 kv_element_bytes: cache.map_or(0.0, |cache| cache.dtype.size() as f64),
                 weight_bytes: weights,
-                device_bytes: weights + cache_budget(&model.target, free),
+                device_bytes: weights + cacheable.saturating_sub(reserve),
                 tp: 1,
                 kv_fraction: fraction,
                 isl: isl.map_or(stats.avg_isl, f64::from),
@@ -128,33 +130,75 @@ impl ServingJob<'_> {
             },
             on_cpu,
         })?;
+        let (mut options, mut cached_sequences) = self.load_options(model, &sizes, free)?;
+        if !on_cpu && !self.latency {
+            let config = self.engine_config(model, &sizes, &options, chunked);
+            if let Some((batch, tokens)) = self.better_sizes(model, config, &options) {
+                sizes.max_batch_size = batch;
+                sizes.max_num_tokens = tokens;
+                (options, cached_sequences) = self.load_options(model, &sizes, free)?;
+            }
+        }
+        let config = self.engine_config(model, &sizes, &options, chunked);
+        Ok(Limits {
+            options,
+            config,
+            cached_sequences,
+            warnings: sizes.warnings,
+        })
+    }
+
+    /// What is loaded for these sizes, with the cache that `free` bytes allow, and how many requests of
+    /// average length that holds.
+    fn load_options(
+        &self,
+        model: &CompiledModel,
+        sizes: &Sizes,
+        free: u64,
+    ) -> anyhow::Result<(LoadOptions, usize)> {
+        let plan = &model.plan;
         let mut options = LoadOptions {
             max_tokens: sizes.max_num_tokens,
             max_rows: sizes.max_batch_size,
             max_sequences: sizes.max_batch_size,
             max_seq_len: self.max_seq_len,
-            page_size: resolved.attn_page_size.value as usize,
+            page_size: self.resolved.attn_page_size.value as usize,
             pages: 0,
         };
         let left = free.saturating_sub(work_bytes(plan, &options));
+        let (free_bytes, reserve_bytes) = cache_memory(&model.target, left);
         let size = kv_size(
             self.dataset,
             &KvLimits {
                 page_size: options.page_size,
-                token_bytes: plan.token_bytes(),
-                free_bytes: cache_budget(&model.target, left),
-                fraction,
+                token_bytes: match model.target {
+                    Target::Cpu => lathe_runtime::cpu::token_bytes(plan),
+                    Target::Cuda(..) => plan.token_bytes(),
+                },
+                free_bytes,
+                reserve_bytes,
+                fraction: self.resolved.free_mem_ratio.value,
                 max_batch_size: sizes.max_batch_size,
                 concurrency: self.load.concurrency,
             },
         )?;
         options.pages = size.pages;
+        Ok((options, size.cached_sequences))
+    }
+
+    fn engine_config(
+        &self,
+        model: &CompiledModel,
+        sizes: &Sizes,
+        options: &LoadOptions,
+        chunked: bool,
+    ) -> EngineConfig {
         let capacity = options.capacity(model.info.vocab as usize);
-        let config = EngineConfig {
+        EngineConfig {
             policy: self.policy,
             chunked_prefill: chunked,
             // The CPU computes inside `submit`.
-            overlap: !on_cpu,
+            overlap: model.target != Target::Cpu,
             log_steps: self.outputs.iteration_log.is_some(),
             max_batch_size: sizes.max_batch_size,
             ..if self.latency {
@@ -162,13 +206,43 @@ impl ServingJob<'_> {
             } else {
                 EngineConfig::of(&capacity)
             }
+        }
+    }
+
+    /// Batch and tokens of a step that a trial prefers to the heuristic's, where the user gave none.
+    fn better_sizes(
+        &self,
+        model: &CompiledModel,
+        config: EngineConfig,
+        options: &LoadOptions,
+    ) -> Option<(usize, usize)> {
+        let plan = &model.plan;
+        let free = Free {
+            batch: self.resolved.max_batch_size.value.is_none(),
+            tokens: self.resolved.max_num_tokens.value.is_none(),
         };
-        Ok(Limits {
-            options,
-            config,
-            cached_sequences: size.cached_sequences,
-            warnings: sizes.warnings,
-        })
+        let elements = |w: &lathe_codegen::plan::WeightBuffer| w.recipe.rows * w.recipe.cols;
+        let launches = plan.programs.iter().map(|p| p.steps.len()).max();
+        let cost = StepCost::new(
+            &model.target.cost_model(),
+            plan.weight_bytes(),
+            plan.weights.iter().map(elements).sum(),
+            plan.token_bytes(),
+            launches.unwrap_or(0),
+        );
+        let capacity = options.capacity(model.info.vocab as usize);
+        let concurrency = self.load.concurrency;
+        let choice = choose(self.dataset, config, capacity, concurrency, cost, free)?;
+        tracing::info!(
+            "max_batch_size {} and max_num_tokens {} in place of {} and {}: {:.1} s are predicted, not {:.1} s",
+            choice.max_batch_size,
+            choice.max_num_tokens,
+            config.max_batch_size,
+            config.max_num_tokens,
+            choice.seconds,
+            choice.before
+        );
+        Some((choice.max_batch_size, choice.max_num_tokens))
     }
 
     fn report(
@@ -180,14 +254,19 @@ impl ServingJob<'_> {
         execution: Option<ExecutionInfo>,
         seconds: f64,
     ) -> anyhow::Result<()> {
+        let machine = machine(&model.target);
+        let gpu = gpu_state(&model.target);
         let mut section = LatheSection {
-            device: model.target.name(),
+            device: format!("{}{}", model.target.name(), gpu.describe()),
             roofline_percent: roofline_percent(model, served),
             phases: phases(model, seconds),
             warnings: limits.warnings.clone(),
             execution,
             ..LatheSection::default()
         };
+        if let Some(machine) = &machine {
+            section.warnings.extend(gpu.warnings(&machine.name));
+        }
         // One request at a time is the point of `latency`.
         if !self.latency {
             section.warnings.extend(warnings(
@@ -196,6 +275,7 @@ impl ServingJob<'_> {
                     concurrency: self.load.concurrency,
                     max_batch_size: limits.config.max_batch_size,
                     cached_sequences: limits.cached_sequences,
+                    peak_sequences: Some(served.totals.peak_sequences),
                 },
             ));
         }
@@ -214,7 +294,7 @@ impl ServingJob<'_> {
         };
         let report = Report::new(
             engine(model),
-            machine(&model.target),
+            machine,
             world,
             &served.records,
             self.load.streaming,
@@ -235,13 +315,16 @@ fn work_bytes(plan: &Plan, options: &LoadOptions) -> u64 {
     general.max(plan.activation_bytes(&options.decode_env())) as u64
 }
 
-/// Part of the free bytes that a cache may be taken from.
-fn cache_budget(target: &Target, free: u64) -> u64 {
+/// Bytes that a cache may be taken from, of those that are free, and how many of them stay free.
+fn cache_memory(target: &Target, free: u64) -> (u64, u64) {
     /// Kept for CUDA graphs, modules and libraries.
     const GPU_RESERVE: u64 = 1 << 30;
     match target {
-        Target::Cpu => cpu_free_bytes(free, meminfo("MemTotal").unwrap_or(u64::MAX)),
-        Target::Cuda(..) => free.saturating_sub(GPU_RESERVE),
+        Target::Cpu => {
+            let total = meminfo("MemTotal").unwrap_or(u64::MAX);
+            (cpu_free_bytes(free, total), 0)
+        }
+        Target::Cuda(..) => (free, GPU_RESERVE.min(free)),
     }
 }
 
@@ -317,7 +400,8 @@ mod tests {
             meminfo("MemAvailable").unwrap(),
         );
         assert!(available <= total && total > 1 << 27);
-        assert!(cache_budget(&Target::Cpu, available) <= total / 4);
+        let (cacheable, reserve) = cache_memory(&Target::Cpu, available);
+        assert!(cacheable <= total / 4 && reserve == 0);
         assert_eq!(meminfo("NoSuchKey"), None);
     }
 }

@@ -1,18 +1,20 @@
 //! `throughput` with `runtime: demollm`: one static batch after the other over a contiguous cache.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use anyhow::Context;
+use lathe_runtime::interrupt::interrupt_flag;
 use lathe_runtime::load::LoadOptions;
 use lathe_runtime::sampling::SamplingParams;
 use lathe_runtime::session::{StaticRequest, run_static};
-use lathe_runtime::step::Executor;
+use lathe_runtime::step::{Capacity, Executor, StepBatch, StepError, StepOutput};
 use lathe_runtime::text::TextTokenizer;
 
 use super::outputs::{Outputs, engine, machine, phases};
 use crate::bench::dataset::Dataset;
 use crate::bench::metrics::RequestRecord;
-use crate::bench::report::{LatheSection, Report, WorldInfo};
+use crate::bench::report::{Incomplete, LatheSection, Report, WorldInfo};
 use crate::bench::warnings::{RunLimits, warnings};
 use crate::config::Resolved;
 use crate::model::{CompiledModel, WeightChoice};
@@ -65,17 +67,35 @@ impl StaticJob<'_> {
         }
         let start = Instant::now();
         let mut records = Vec::with_capacity(requests.len());
+        let mut unfinished = Vec::new();
+        let mut incomplete = None;
         for chunk in requests.chunks(batch) {
-            records.extend(run_chunk(&mut *executor, chunk, start, self.streaming)?);
+            let stoppable = &mut UntilInterrupted {
+                executor: &mut *executor,
+                interrupted: interrupt_flag(),
+            };
+            let done = run_chunk(stoppable, chunk, start, self.streaming);
+            records.extend(done.records);
+            unfinished.extend(done.unfinished);
+            if let Err(error) = done.outcome {
+                incomplete = Some(Incomplete {
+                    reason: error.to_string(),
+                    finished: records.len(),
+                    planned: n,
+                });
+                break;
+            }
         }
         let stats = self.dataset.stats();
         let limits = RunLimits {
             concurrency: -1,
             max_batch_size: batch,
             cached_sequences: batch,
+            peak_sequences: None,
         };
         let section = LatheSection {
             device: model.target.name(),
+            incomplete,
             phases: phases(model, start.elapsed().as_secs_f64()),
             warnings: warnings(&stats, limits),
             execution: executor.execution().map(Into::into),
@@ -101,6 +121,8 @@ impl StaticJob<'_> {
             stats,
             section,
         );
+        records.extend(unfinished);
+        records.sort_by_key(|record| record.id);
         self.outputs.write(&report, &records, &[], self.tokenizer)
     }
 
@@ -118,13 +140,48 @@ impl StaticJob<'_> {
     }
 }
 
+/// Fails the next step once Ctrl-C was pressed.
+struct UntilInterrupted<'a> {
+    executor: &'a mut dyn Executor,
+    interrupted: &'a AtomicBool,
+}
+
+impl Executor for UntilInterrupted<'_> {
+    fn capacity(&self) -> Capacity {
+        self.executor.capacity()
+    }
+
+    fn step(&mut self, batch: &StepBatch, logits: bool) -> Result<StepOutput, StepError> {
+        if self.interrupted.load(Ordering::Relaxed) {
+            return Err(StepError::Device("interrupted".into()));
+        }
+        self.executor.step(batch, logits)
+    }
+
+    fn submit(&mut self, batch: &StepBatch) -> Result<(), StepError> {
+        self.executor.submit(batch)
+    }
+
+    fn collect(&mut self) -> Result<StepOutput, StepError> {
+        self.executor.collect()
+    }
+}
+
+/// What became of a static batch.
+struct Chunk {
+    records: Vec<RequestRecord>,
+    /// Requests that had not all their tokens when a step failed.
+    unfinished: Vec<RequestRecord>,
+    outcome: Result<(), StepError>,
+}
+
 /// One static batch; all its requests start together.
 fn run_chunk(
     executor: &mut dyn Executor,
     requests: &[StaticRequest],
     clock: Instant,
     streaming: bool,
-) -> anyhow::Result<Vec<RequestRecord>> {
+) -> Chunk {
     let now = || clock.elapsed().as_nanos() as u64;
     let begin = now();
     let mut records: Vec<RequestRecord> = requests
@@ -134,10 +191,11 @@ fn run_chunk(
             isl: request.prompt.len(),
             start_ns: begin,
             end_ns: begin,
+            error: Some("unfinished".into()),
             ..RequestRecord::default()
         })
         .collect();
-    run_static(executor, requests, |event| {
+    let outcome = run_static(executor, requests, |event| {
         let record = &mut records[event.request];
         if record.output_tokens.is_empty() {
             record.first_token_ns = streaming.then(now);
@@ -145,9 +203,70 @@ fn run_chunk(
             record.decode_iteration += 1;
         }
         record.output_tokens.push(event.token);
+        record.end_ns = now();
         if event.last {
-            record.end_ns = now();
+            record.error = None;
         }
-    })?;
-    Ok(records)
+    });
+    let (records, unfinished) = records.into_iter().partition(|r| r.error.is_none());
+    Chunk {
+        records,
+        unfinished,
+        outcome: outcome.map(drop),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lathe_runtime::scheduler::sim::SimDevice;
+
+    /// Out of device memory, or Ctrl-C, in the middle of a batch: what is complete counts, the rest is
+    /// kept and marked.
+    #[test]
+    fn a_failing_step_leaves_partial_results() {
+        let capacity = LoadOptions::contiguous(3, 16, 16).capacity(100);
+        let requests: Vec<StaticRequest> = [2, 6, 6]
+            .into_iter()
+            .enumerate()
+            .map(|(id, max_new)| StaticRequest {
+                id: id as u64,
+                prompt: vec![1, 2],
+                max_new,
+                stop: Vec::new(),
+                params: SamplingParams::default(),
+            })
+            .collect();
+        let lengths = |records: &[RequestRecord]| -> Vec<usize> {
+            records.iter().map(RequestRecord::n_output).collect()
+        };
+        let mut device = SimDevice::new(capacity);
+        let whole = run_chunk(&mut device, &requests, Instant::now(), true);
+        assert_eq!(whole.outcome, Ok(()));
+        assert_eq!(lengths(&whole.records), [2, 6, 6]);
+
+        let mut device = SimDevice::new(capacity);
+        device.fail_at = Some(3);
+        let part = run_chunk(&mut device, &requests, Instant::now(), true);
+        let error = part.outcome.unwrap_err();
+        assert_eq!(error.to_string(), "out of device memory");
+        assert_eq!(lengths(&part.records), [2]);
+        assert_eq!(lengths(&part.unfinished), [3, 3]);
+        assert!(
+            part.unfinished
+                .iter()
+                .all(|r| r.error.as_deref() == Some("unfinished"))
+        );
+        let tokens = |record: &RequestRecord| record.output_tokens.clone();
+        assert!(tokens(&whole.records[1]).starts_with(&tokens(&part.unfinished[0])));
+
+        let stop = AtomicBool::new(true);
+        let mut device = UntilInterrupted {
+            executor: &mut device,
+            interrupted: &stop,
+        };
+        let none = run_chunk(&mut device, &requests, Instant::now(), true);
+        assert_eq!(none.outcome.unwrap_err().to_string(), "interrupted");
+        assert_eq!((none.records.len(), none.unfinished.len()), (0, 3));
+    }
 }

@@ -8,7 +8,7 @@
 //! | key | here | AutoDeploy |
 //! |---|---|---|
 //! | `compile_backend` | `torch-opt` | `torch-compile` |
-//! | `free_mem_ratio` | 0.9 | 0.0, a cache that holds next to nothing |
+//! | `free_mem_ratio` | 0.95 | 0.0, a cache that holds next to nothing |
 //! | `enable_chunked_prefill` | true | false |
 //! | `max_batch_size`, `max_num_tokens` | from the memory and the dataset | 8, none |
 //! | `max_seq_len` | from the dataset | 512 |

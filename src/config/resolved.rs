@@ -76,7 +76,7 @@ impl Resolved {
                 CompileBackend::Opt,
             ),
             runtime: first(yaml.runtime, flags.runtime, RuntimeKind::Trtllm),
-            free_mem_ratio: first(yaml.free_mem_ratio, flags.free_mem_ratio, 0.9),
+            free_mem_ratio: first(yaml.free_mem_ratio, flags.free_mem_ratio, 0.95),
             skip_loading_weights: first(
                 yaml.skip_loading_weights,
                 flags.skip_loading_weights,

@@ -78,6 +78,24 @@ pub fn properties(ordinal: usize) -> Result<DeviceProperties, CudaError> {
     read_properties(ordinal).map(|(_, properties)| properties)
 }
 
+/// The PCI address of a device, as in `00000000:1b:00.0`.
+///
+/// # Errors
+/// No driver, no such device.
+pub fn pci_address(ordinal: usize) -> Result<String, CudaError> {
+    use sys::CUdevice_attribute as A;
+    let (raw, _) = read_properties(ordinal)?;
+    let what = || format!("reading the address of device {ordinal}");
+    // SAFETY: `raw` is a device that the driver just gave.
+    let get = |attribute| unsafe { result::device::get_attribute(raw, attribute) }.during(what);
+    let [domain, bus, device] = [
+        get(A::CU_DEVICE_ATTRIBUTE_PCI_DOMAIN_ID)?,
+        get(A::CU_DEVICE_ATTRIBUTE_PCI_BUS_ID)?,
+        get(A::CU_DEVICE_ATTRIBUTE_PCI_DEVICE_ID)?,
+    ];
+    Ok(format!("{domain:08x}:{bus:02x}:{device:02x}.0"))
+}
+
 fn read_properties(ordinal: usize) -> Result<(sys::CUdevice, DeviceProperties), CudaError> {
     use sys::CUdevice_attribute as A;
     let count = device_count()?;

@@ -4,7 +4,9 @@
 use std::collections::VecDeque;
 
 use super::engine::EngineConfig;
+use super::forecast::{Forecast, Life};
 use super::pages::{PagePool, pages_for};
+use super::policy::{Policy, has_room};
 use super::request::{FinishReason, Finished, Request};
 use super::sequence::{Handle, Sequence, Sequences};
 use super::stats::StepStats;
@@ -29,6 +31,8 @@ pub(crate) struct Batcher {
     pub(crate) samples: Vec<Handle>,
     /// Running sequences that are not decoding; only used inside `plan`.
     prefills: Vec<u32>,
+    /// What the running sequences will hold; only used inside `admit`.
+    forecast: Forecast,
 }
 
 impl Batcher {
@@ -47,6 +51,7 @@ impl Batcher {
             },
             samples: Vec::new(),
             prefills: Vec::new(),
+            forecast: Forecast::new(capacity.page_size),
         }
     }
 
@@ -178,6 +183,7 @@ impl Batcher {
     /// Admits waiting requests in order until one does not fit.
     fn admit(&mut self) {
         let mut growth = None;
+        let mut foreseen = false;
         while let Some(&slot) = self.waiting.front() {
             let budget = self.config.max_num_tokens - self.batch.tokens_len();
             if self.running.len() >= self.config.max_batch_size {
@@ -185,24 +191,56 @@ impl Batcher {
             }
             let sequence = self.sequences.get(slot);
             let rows = self.rows(sequence, budget);
-            let tokens = self
-                .config
-                .policy
-                .tokens_at_admission(sequence.len(), sequence.lifetime());
-            let pages = pages_for(tokens, self.page_size);
+            let pages = pages_for(sequence.len(), self.page_size);
+            if rows == 0 || self.pool.free() < pages {
+                break;
+            }
             let later = pages_for(sequence.lifetime(), self.page_size) - pages;
             let growth = growth.get_or_insert_with(|| self.growth());
-            if rows == 0 || !self.config.policy.admits(&self.pool, pages, *growth) {
+            let fits = match self.config.policy {
+                Policy::GuaranteedNoEvict => {
+                    // At full length, all at once; else step by step.
+                    self.pool.free() >= pages + *growth + later
+                        || self.fits_over_time(slot, rows, &mut foreseen)
+                }
+                Policy::MaxUtilization => has_room(&self.pool, pages, *growth),
+            };
+            if !fits {
                 break;
             }
             *growth += later;
             let held = &mut self.sequences.get_mut(slot).pages;
             let allocated = self.pool.allocate(pages, held);
-            debug_assert!(allocated, "invariant: the policy asked for free pages");
+            debug_assert!(allocated, "invariant: the pages are free");
             self.waiting.pop_front();
             self.running.push(slot);
             self.push_chunk(slot, rows);
+            // What was admitted decodes from the next step on, or is the last to be admitted in this one.
+            if foreseen {
+                self.forecast.insert(Life::of(self.sequences.get(slot)));
+            }
         }
+    }
+
+    /// Whether the pages suffice in every step to come with one more request, of whose tokens this step
+    /// computes `rows`. All other sequences decode: a prompt that is not through leaves no rows for
+    /// another one.
+    fn fits_over_time(&mut self, slot: u32, rows: usize, foreseen: &mut bool) -> bool {
+        let sequences = &self.sequences;
+        if !*foreseen {
+            let lives = self
+                .running
+                .iter()
+                .map(|&slot| Life::of(sequences.get(slot)));
+            self.forecast.reset(lives);
+            *foreseen = true;
+        }
+        let least = self
+            .config
+            .max_num_tokens
+            .saturating_sub(self.running.len());
+        let life = Life::of_admitted(sequences.get(slot), rows, least);
+        self.forecast.fits(life, self.pool.len())
     }
 
     /// Pages that the running sequences may still ask for.

@@ -7,6 +7,7 @@
 
 mod batcher;
 mod engine;
+mod forecast;
 mod pages;
 mod policy;
 mod request;

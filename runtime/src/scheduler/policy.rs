@@ -9,7 +9,8 @@ use super::pages::PagePool;
 /// their arrival, so that none is passed over for ever.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Policy {
-    /// A request is admitted when its longest possible life fits; it is never pre-empted.
+    /// A request is admitted when its longest possible life fits beside the others' in every step to
+    /// come; it is never pre-empted.
     #[default]
     GuaranteedNoEvict,
     /// A request is admitted when its known tokens fit. When the pages run out, the newest sequence
@@ -25,28 +26,15 @@ impl Policy {
             Self::MaxUtilization => "max_utilization",
         }
     }
+}
 
-    /// Tokens for which a request gets pages on admission: all that it may ever cache
-    /// (`lifetime`), or those that exist (`known`).
-    pub(crate) fn tokens_at_admission(self, known: usize, lifetime: usize) -> usize {
-        match self {
-            Self::GuaranteedNoEvict => lifetime,
-            Self::MaxUtilization => known,
-        }
-    }
-
-    /// Whether a request that needs `pages` pages now is admitted beside sequences that may still ask
-    /// for `growth` pages.
-    pub(crate) fn admits(self, pool: &PagePool, pages: usize, growth: usize) -> bool {
-        /// Part of the cache that an admission leaves free for the growth of the others: without it
-        /// the next step would pre-empt what this one admitted.
-        const RESERVE: usize = 100;
-        let reserve = match self {
-            Self::MaxUtilization => pool.len().div_ceil(RESERVE).min(growth),
-            Self::GuaranteedNoEvict => 0,
-        };
-        pool.free() >= pages + reserve
-    }
+/// Whether a request that needs `pages` pages now is admitted beside sequences that may still ask for
+/// `growth` pages, where pre-emption is allowed.
+pub(crate) fn has_room(pool: &PagePool, pages: usize, growth: usize) -> bool {
+    /// Part of the cache that an admission leaves free for the growth of the others: without it the
+    /// next step would pre-empt what this one admitted.
+    const RESERVE: usize = 100;
+    pool.free() >= pages + pool.len().div_ceil(RESERVE).min(growth)
 }
 
 impl fmt::Display for Policy {
@@ -86,14 +74,10 @@ mod tests {
     }
 
     #[test]
-    fn admission() {
+    fn admission_leaves_room_for_growth() {
         let pool = PagePool::new(200);
-        let (keep, evict) = (Policy::GuaranteedNoEvict, Policy::MaxUtilization);
-        assert!(keep.admits(&pool, 200, 5) && !keep.admits(&pool, 201, 0));
-        assert!(evict.admits(&pool, 198, 9) && !evict.admits(&pool, 199, 9));
-        assert!(evict.admits(&pool, 199, 1) && !evict.admits(&pool, 200, 1));
-        assert!(evict.admits(&pool, 200, 0));
-        assert_eq!(keep.tokens_at_admission(10, 30), 30);
-        assert_eq!(evict.tokens_at_admission(10, 30), 10);
+        assert!(has_room(&pool, 198, 9) && !has_room(&pool, 199, 9));
+        assert!(has_room(&pool, 199, 1) && !has_room(&pool, 200, 1));
+        assert!(has_room(&pool, 200, 0));
     }
 }

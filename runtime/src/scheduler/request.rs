@@ -5,7 +5,6 @@ use crate::step::Capacity;
 
 use super::engine::EngineConfig;
 use super::pages::pages_for;
-use super::policy::Policy;
 
 /// What is asked of the engine.
 #[derive(Clone, Debug, PartialEq)]
@@ -134,14 +133,6 @@ impl Request {
             });
         }
         Ok(self.params.validate()?)
-    }
-
-    /// Pages that it takes on admission as a new request.
-    pub fn pages_at_admission(&self, policy: Policy, page_size: usize) -> usize {
-        pages_for(
-            policy.tokens_at_admission(self.prompt.len(), self.lifetime()),
-            page_size,
-        )
     }
 }
 

@@ -111,13 +111,23 @@ fn check_invariants(batcher: &Batcher) {
     assert!(owned.iter().all(|&page| batcher.pool.is_used(page)));
 }
 
-/// Pages that the running requests may ever need.
-fn promised_pages(batcher: &Batcher) -> usize {
-    let lifetime = |&slot: &u32| {
-        pages_for(
-            batcher.sequences.get(slot).lifetime(),
-            batcher.batch_page_size(),
-        )
-    };
-    batcher.running.iter().map(lifetime).sum()
+/// The most pages that the running requests need in any step to come, if none ends early and a prompt
+/// that is not through is computed as fast as possible.
+fn pages_to_come(batcher: &Batcher) -> usize {
+    let mut lives: Vec<(usize, usize)> = batcher
+        .running
+        .iter()
+        .map(|&slot| batcher.sequences.get(slot))
+        .map(|s| (s.len().max(s.computed + 1), s.max_new - s.n_sampled))
+        .collect();
+    let mut most = 0;
+    while !lives.is_empty() {
+        let pages = |(tokens, _): &(usize, usize)| pages_for(*tokens, batcher.batch_page_size());
+        most = most.max(lives.iter().map(pages).sum());
+        lives.retain_mut(|(tokens, left)| {
+            (*tokens, *left) = (*tokens + 1, left.saturating_sub(1));
+            *left > 0
+        });
+    }
+    most
 }

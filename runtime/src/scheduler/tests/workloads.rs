@@ -133,7 +133,7 @@ fn simulate(workload: &Workload, overlap: bool) -> (BTreeMap<u64, RequestError>,
         let batcher = engine.batcher();
         check_invariants(batcher);
         if config.policy == Policy::GuaranteedNoEvict {
-            assert!(promised_pages(batcher) <= workload.capacity.pages);
+            assert!(pages_to_come(batcher) <= workload.capacity.pages);
         }
         let n_steps = outcome.totals.steps;
         outcome.take(&mut engine);
