@@ -38,21 +38,30 @@ impl Executor for NoDevice {
 }
 
 fn main() {
-    println!("sequences  policy               plan us  whole iteration us");
+    println!("sequences  cache    policy               plan us  whole iteration us");
     for (sequences, isl, osl) in [(2400, 128, 128), (512, 1000, 1000), (64, 128, 128)] {
         for policy in [Policy::GuaranteedNoEvict, Policy::MaxUtilization] {
-            measure(sequences, isl, osl, policy);
+            for limited in [false, true] {
+                measure(sequences, isl, osl, policy, limited);
+            }
         }
     }
 }
 
-fn measure(sequences: usize, isl: usize, osl: usize, policy: Policy) {
+/// With `limited`, the cache holds about as many sequences and as many again wait for it, so that each
+/// step asks whether one of them can be admitted.
+fn measure(sequences: usize, isl: usize, osl: usize, policy: Policy, limited: bool) {
+    let full = (isl + osl).div_ceil(64);
+    let (max_sequences, n) = match limited {
+        false => (sequences, sequences),
+        true => (2 * sequences, 3 * sequences),
+    };
     let capacity = Capacity {
         max_tokens: 8192,
-        max_sequences: sequences,
+        max_sequences,
         max_seq_len: isl + osl,
         page_size: 64,
-        pages: sequences * (isl + osl).div_ceil(64),
+        pages: sequences * full,
         vocab: 128_256,
     };
     let mut device = NoDevice {
@@ -67,7 +76,7 @@ fn measure(sequences: usize, isl: usize, osl: usize, policy: Policy) {
     };
     let clock = Clock::start();
     let mut engine = Engine::new(&mut device, config, clock).expect("limits of the device");
-    for id in 0..sequences as u64 {
+    for id in 0..n as u64 {
         let request = Request {
             id,
             prompt: vec![1; isl],
@@ -83,7 +92,10 @@ fn measure(sequences: usize, isl: usize, osl: usize, policy: Policy) {
     }
     let steps: Vec<_> = engine
         .take_steps()
-        .filter(|step| step.decodes == sequences)
+        .filter(|step| match limited {
+            false => step.decodes == sequences,
+            true => step.waiting > 0 && step.decodes == step.sequences,
+        })
         .collect();
     let median = |mut values: Vec<u64>| {
         values.sort_unstable();
@@ -92,7 +104,8 @@ fn measure(sequences: usize, isl: usize, osl: usize, policy: Policy) {
             .map_or(0.0, |&ns| ns as f64 / 1e3)
     };
     println!(
-        "{sequences:>9}  {policy:<19} {:>8.1}  {:>18.1}",
+        "{sequences:>9}  {}  {policy:<19} {:>8.1}  {:>18.1}",
+        if limited { "limited" } else { "roomy  " },
         median(steps.iter().map(|step| step.plan_ns).collect()),
         median(steps.iter().map(|step| step.period_ns).collect()),
     );
