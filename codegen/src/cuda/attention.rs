@@ -8,6 +8,9 @@ use super::source::{Body, Defines, literal};
 use crate::plan::ProgramKind;
 use lathe_ir::{AttnSpec, DType, Op, QkvSpec, Real, RopeSpec};
 
+/// Fewest sequences of a general step whose decode rows get the decode kernel.
+const RAGGED_SEQUENCES: usize = 16;
+
 /// One attention over keys and values that are in the cache.
 struct Heads {
     spec: AttnSpec,
@@ -99,6 +102,7 @@ fn split(cx: &mut Context<'_>, spec: AttnSpec) -> Result<(), CudaError> {
             bias: Arg::Ptr(k),
             norms: [Arg::Ptr(v), Arg::Ptr(Ref::Null)],
             tables: [Arg::Ptr(Ref::Null), Arg::Ptr(Ref::Null)],
+            ragged: false,
             name: "_split",
         };
         decode(cx, &h, q, cache, out, extra);
@@ -130,8 +134,7 @@ fn split(cx: &mut Context<'_>, spec: AttnSpec) -> Result<(), CudaError> {
         Geometry::new([rows, 1, 1], 256, 0),
         args,
     );
-    prefill(cx, &h, q, cache, out);
-    Ok(())
+    attend(cx, &h, q, cache, out)
 }
 
 fn check_causal(cx: &Context<'_>, h: &Heads) -> Result<(), CudaError> {
@@ -178,6 +181,7 @@ fn packed(cx: &mut Context<'_>, spec: &QkvSpec) -> Result<(), CudaError> {
             bias: Arg::Ptr(Ref::Null),
             norms: [qnorm, knorm],
             tables: [cos, sin],
+            ragged: false,
             name: if spec.head_norm.is_some() {
                 "_qknorm"
             } else {
@@ -221,18 +225,27 @@ fn packed(cx: &mut Context<'_>, spec: &QkvSpec) -> Result<(), CudaError> {
 /// Attention of roped queries.
 fn attend(cx: &mut Context<'_>, h: &Heads, q: Ref, cache: Ref, out: Ref) -> Result<(), CudaError> {
     check_causal(cx, h)?;
+    let roped = |cx: &Context<'_>, ragged: bool| Decode {
+        fused: false,
+        defines: cx.defines(h.dtype),
+        bias: Arg::Ptr(Ref::Null),
+        norms: [Arg::Ptr(Ref::Null), Arg::Ptr(Ref::Null)],
+        tables: [Arg::Ptr(Ref::Null), Arg::Ptr(Ref::Null)],
+        name: if ragged { "_ragged" } else { "" },
+        ragged,
+    };
     if cx.program.kind == ProgramKind::Decode && decode_takes(cx, h) {
-        let extra = Decode {
-            fused: false,
-            defines: cx.defines(h.dtype),
-            bias: Arg::Ptr(Ref::Null),
-            norms: [Arg::Ptr(Ref::Null), Arg::Ptr(Ref::Null)],
-            tables: [Arg::Ptr(Ref::Null), Arg::Ptr(Ref::Null)],
-            name: "",
-        };
+        let extra = roped(cx, false);
         decode(cx, h, q, cache, out, extra);
     } else if prefill_takes(cx, h) {
-        prefill(cx, h, q, cache, out);
+        // Tiles of many rows waste their arithmetic on single ones; a second launch is worth it where
+        // there may be many.
+        let singles = cx.sizes.b >= RAGGED_SEQUENCES && decode_takes(cx, h);
+        if singles {
+            let extra = roped(cx, true);
+            decode(cx, h, q.clone(), cache.clone(), out.clone(), extra);
+        }
+        prefill(cx, h, q, cache, out, if singles { 2 } else { 1 });
     } else {
         plain(cx, h, q, cache, out, None)?;
     }
@@ -305,6 +318,8 @@ struct Decode {
     tables: [Arg; 2],
     /// Part of the kernel's name.
     name: &'static str,
+    /// Only sequences with one new token, of any rows.
+    ragged: bool,
 }
 
 fn decode_takes(cx: &Context<'_>, h: &Heads) -> bool {
@@ -324,7 +339,9 @@ fn decode(cx: &mut Context<'_>, h: &Heads, q: Ref, cache: Ref, out: Ref, extra: 
         .unwrap_or(1);
     let (nt, stages) = if h.d <= 64 { (2, 2) } else { (1, 3) };
     let mut defines = head_defines(cx, h, extra.defines);
-    defines = defines.def("LATHE_FUSED", u8::from(extra.fused));
+    defines = defines
+        .def("LATHE_FUSED", u8::from(extra.fused))
+        .def("LATHE_RAGGED", u8::from(extra.ragged));
     let up = |b: usize| b.next_multiple_of(16);
     let (grid, shared) = if h.dtype == DType::BF16 {
         defines = defines
@@ -364,6 +381,7 @@ fn decode(cx: &mut Context<'_>, h: &Heads, q: Ref, cache: Ref, out: Ref, extra: 
         Arg::Ptr(Ref::Null),
         Arg::I32(batch as i32),
         Arg::I32(cx.options.max_pages as i32),
+        meta(Meta::CuSeqlens),
     ];
     // Cluster dimensions are in the source.
     cx.launch(
@@ -392,7 +410,8 @@ fn prefill_takes(cx: &Context<'_>, h: &Heads) -> bool {
     h.dtype == DType::BF16 && pages && heads && !cx.options.plain
 }
 
-fn prefill(cx: &mut Context<'_>, h: &Heads, q: Ref, cache: Ref, out: Ref) {
+/// Attention of the sequences with at least `min_rows` new tokens.
+fn prefill(cx: &mut Context<'_>, h: &Heads, q: Ref, cache: Ref, out: Ref, min_rows: i32) {
     let (t, b) = (cx.sizes.t, cx.sizes.b);
     let group = h.hq / h.hkv;
     let nwg = prefill_groups(h);
@@ -404,7 +423,7 @@ fn prefill(cx: &mut Context<'_>, h: &Heads, q: Ref, cache: Ref, out: Ref) {
     let page_box = page.min(64);
     let window = h.spec.mask.window;
     let max_items = (t + b * (tq - 1)) / tq;
-    let (work, count) = work_list(cx, tq, window, max_items);
+    let (work, count) = work_list(cx, tq, min_rows, window, max_items);
     let counter = cx.work("attn.counter", 16, Some(0));
     let defines = cx
         .defines(h.dtype)
@@ -461,7 +480,13 @@ fn prefill(cx: &mut Context<'_>, h: &Heads, q: Ref, cache: Ref, out: Ref) {
 }
 
 /// The step's list of query tiles, made by the first attention that needs it.
-fn work_list(cx: &mut Context<'_>, tq: usize, window: Option<u32>, max_items: usize) -> (Ref, Ref) {
+fn work_list(
+    cx: &mut Context<'_>,
+    tq: usize,
+    min_rows: i32,
+    window: Option<u32>,
+    max_items: usize,
+) -> (Ref, Ref) {
     let name = format!("attn.tiles.{tq}.{}", window.unwrap_or(0));
     let is_new = cx.workspaces.iter().all(|w| w.name != name);
     let work = cx.work(&name, 32 * max_items, None);
@@ -475,7 +500,7 @@ fn work_list(cx: &mut Context<'_>, tq: usize, window: Option<u32>, max_items: us
             Arg::Ptr(count.clone()),
             Arg::I32(b as i32),
             Arg::I32(tq as i32),
-            Arg::I32(1),
+            Arg::I32(min_rows),
             Arg::I32(1),
             Arg::I32(window.unwrap_or(0) as i32),
         ];

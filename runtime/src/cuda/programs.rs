@@ -202,4 +202,29 @@ mod tests {
         assert_eq!(programs.0.len(), count - 1);
         assert_eq!(programs.take(&plan, key, kernels).unwrap(), first);
     }
+
+    /// Rows of one new token go to the decode kernel where a step may have many of them.
+    #[test]
+    fn mixed_steps_attend_in_two_kernels() {
+        let plan = plan("configs/llama-3.1-8b", DType::BF16);
+        let program = plan.program(ProgramKind::General).unwrap();
+        for (b, two) in [(1, false), (8, false), (16, true), (64, true)] {
+            let sizes = buckets::general(512, b, b);
+            let options = kernel_options();
+            let lowered =
+                lower_program(&plan, program, sizes, Sampling::GreedyOnly, options).unwrap();
+            let launches = |part: &str| {
+                let of = |l: &&lathe_codegen::cuda::Launch| {
+                    lowered.kernels[l.kernel].name.contains(part)
+                };
+                lowered.launches.iter().filter(of).count()
+            };
+            assert_eq!(launches("attn_prefill"), 32, "{b} sequences");
+            assert_eq!(
+                launches("_ragged"),
+                if two { 32 } else { 0 },
+                "{b} sequences"
+            );
+        }
+    }
 }

@@ -22,14 +22,16 @@
 //                  everywhere; take the largest power of two <= 8 with batch * HKV * CLUSTER <= 132 (at least 1), and
 //                  2 instead of 1 for contexts above 1k at 256 < batch * HKV <= 512. 0 is for few items of very unequal
 //                  or very long contexts (one sequence above about 16k tokens).
+//   LATHE_RAGGED   1 (with FUSED 0): row cu_seqlens[b] is the new token of sequence b; sequences with another number of
+//                  new tokens than one are left out, and their rows of out are not touched.
 //   LATHE_NT       16-token groups a warp takes at a time (default 1; 2 for D <= 64 and batches, with STAGES 2).
 //   LATHE_STAGES   ring depth a warp, at least 2 (default 3). LATHE_MAXB largest batch of the bucket (CLUSTER 0 only).
 // Parameters (unused ones may be null)
 //   const E* q (FUSED: qkv), const E* bias [(HQ+2HKV)D], const E* qnorm [D], const E* knorm [D] (permuted like the
 //   heads), const float* cos, const float* sin [max_pos, D/2], E* cache, const i32* block_table [B, max_pages],
 //   const i32* kv_lens [B] (new token included; 0 = padding row, its output is zeros), E* out [B, HQ*D], float* ws,
-//   u32* counters [B*HKV] (zeroed once at allocation, left zero), i32 batch, i32 max_pages. ws and counters are used
-//   by CLUSTER 0 alone.
+//   u32* counters [B*HKV] (zeroed once at allocation, left zero), i32 batch, i32 max_pages, const i32* cu_seqlens [B+1]
+//   (RAGGED). ws and counters are used by CLUSTER 0 alone.
 // Geometry, bf16: block 128; CLUSTER 0: grid = any number of CTAs, fixed per bucket (2 * multiprocessors); CLUSTER > 0:
 //   grid = batch * HKV * CLUSTER (cluster dims are in the source). smem = 256*STAGES*NT*D + 32*D + up16(16*GQ*(D+2)) +
 //   4*D + up16(4*(MAXB+1)) + 64 + (CLUSTER > 1 ? CLUSTER*P*4 : 0), P = GQ*(D+2) rounded up to 4;
@@ -76,6 +78,9 @@
 #ifndef LATHE_MAXB
 #define LATHE_MAXB 1
 #endif
+#ifndef LATHE_RAGGED
+#define LATHE_RAGGED 0
+#endif
 
 constexpr int HQ = LATHE_HQ, HKV = LATHE_HKV, D = LATHE_D, PAGE = LATHE_PAGE, GQ = HQ / HKV;
 constexpr int W = 4, T = 128, NT = LATHE_NT, TOK = 16 * NT, TILE = TOK * W, S = LATHE_STAGES, CL = LATHE_CLUSTER;
@@ -83,6 +88,7 @@ constexpr int HB = D / 16;           // 16-element blocks of a head
 constexpr int CH = D * (int)sizeof(E) / 16;  // 16-byte chunks of a cache row
 constexpr float LOG2E = 1.4426950408889634f;
 static_assert(HQ % HKV == 0 && GQ <= 16 && D % 16 == 0, "heads");
+static_assert(!LATHE_RAGGED || !LATHE_FUSED, "rows of a ragged step are appended before");
 static_assert(!LATHE_QKNORM || (HB & (HB - 1)) == 0, "head norm needs a power-of-two head size");
 
 DEV i64 cache_row(int page, int kv, int h, int slot) {
@@ -95,6 +101,12 @@ DEV float score(float dot) {
   if (LATHE_SOFTCAP > 0.0f) s = LATHE_SOFTCAP * tanhf(s / (LATHE_SOFTCAP > 0.0f ? LATHE_SOFTCAP : 1.0f));
   return s * LOG2E;
 }
+
+// Keys of sequence b, 0 if it is not for this kernel, and the row of its new token.
+DEV int keys_of(const i32* kv_lens, const i32* cu_seqlens, int b) {
+  return !LATHE_RAGGED || cu_seqlens[b + 1] - cu_seqlens[b] == 1 ? kv_lens[b] : 0;
+}
+DEV i64 row_of(const i32* cu_seqlens, int b) { return LATHE_RAGGED ? cu_seqlens[b] : b; }
 
 // First position that the token at position len - 1 sees.
 DEV int first_visible(int len) { return LATHE_WINDOW > 0 ? max(0, len - LATHE_WINDOW) : 0; }
@@ -165,7 +177,8 @@ struct Cursor { int b, h, t, tiles, len, t0; };
 
 extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(T, 2)
 LATHE_NAME(const E* q, const E* bias, const E* qnorm, const E* knorm, const float* cosv, const float* sinv, E* cache,
-           const i32* block_table, const i32* kv_lens, E* out, float* ws, u32* counters, i32 batch, i32 max_pages) {
+           const i32* block_table, const i32* kv_lens, E* out, float* ws, u32* counters, i32 batch, i32 max_pages,
+           const i32* cu_seqlens) {
   extern __shared__ __align__(1024) char smem[];
   const int tid = threadIdx.x, warp = __shfl_sync(~0u, tid >> 5, 0), lane = tid & 31;
   const u32 grid = gridDim.x, cta = blockIdx.x;
@@ -188,7 +201,7 @@ LATHE_NAME(const E* q, const E* bias, const E* qnorm, const E* knorm, const floa
   Cursor lc;
   lc.b = cta / CL / HKV;
   lc.h = cta / CL % HKV;
-  lc.len = kv_lens[lc.b];
+  lc.len = keys_of(kv_lens, cu_seqlens, lc.b);
   lc.tiles = tiles_of(lc.len);
   lc.t0 = first_visible(lc.len) / TILE;
   const u32 u0 = rank * lc.tiles / CL, u1 = (rank + 1) * lc.tiles / CL;
@@ -206,7 +219,7 @@ LATHE_NAME(const E* q, const E* bias, const E* qnorm, const E* knorm, const floa
   {  // pre[b] = tiles of the sequences before b, over all kv heads.
     const int per = (batch + T - 1) / T, lo = tid * per;
     u32 own = 0;
-    for (int i = lo; i < lo + per && i < batch; ++i) own += tiles_of(kv_lens[i]) * HKV;
+    for (int i = lo; i < lo + per && i < batch; ++i) own += tiles_of(keys_of(kv_lens, cu_seqlens, i)) * HKV;
     u32 inc = own;
 #pragma unroll
     for (int o = 1; o < 32; o <<= 1) {
@@ -219,7 +232,7 @@ LATHE_NAME(const E* q, const E* bias, const E* qnorm, const E* knorm, const floa
     for (int i = 0; i < warp; ++i) at += misc[i];
     for (int i = lo; i < lo + per && i < batch; ++i) {
       pre[i] = at;
-      at += tiles_of(kv_lens[i]) * HKV;
+      at += tiles_of(keys_of(kv_lens, cu_seqlens, i)) * HKV;
     }
     if (tid == T - 1) pre[batch] = at;
     __syncthreads();
@@ -235,7 +248,7 @@ LATHE_NAME(const E* q, const E* bias, const E* qnorm, const E* knorm, const floa
     }
     Cursor c;
     c.b = lo;
-    c.len = kv_lens[lo];
+    c.len = keys_of(kv_lens, cu_seqlens, lo);
     c.tiles = tiles_of(c.len);
     c.t0 = first_visible(c.len) / TILE;
     const u32 r = u - pre[lo];
@@ -254,7 +267,7 @@ LATHE_NAME(const E* q, const E* bias, const E* qnorm, const E* knorm, const floa
       c.h = 0;
       do {
         ++c.b;
-        c.len = c.b < batch ? kv_lens[c.b] : 1;
+        c.len = c.b < batch ? keys_of(kv_lens, cu_seqlens, c.b) : 1;
       } while (c.len <= 0);
       c.tiles = tiles_of(c.len);
       c.t0 = first_visible(c.len) / TILE;
@@ -325,12 +338,12 @@ LATHE_NAME(const E* q, const E* bias, const E* qnorm, const E* knorm, const floa
   // Padding rows.
 #if LATHE_CLUSTER
   if (lc.len <= 0) {
-    for (int e = tid; rank == 0 && e < GQ * CH; e += T) st16(out + (i64)(cta / CL) * GQ * D + e * 8, make_uint4(0, 0, 0, 0));
+    for (int e = tid; !LATHE_RAGGED && rank == 0 && e < GQ * CH; e += T) st16(out + (i64)(cta / CL) * GQ * D + e * 8, make_uint4(0, 0, 0, 0));
     if (CL > 1) cluster_wait();
     return;
   }
 #else
-  for (u32 i = cta; i < (u32)batch * HKV; i += grid)
+  for (u32 i = cta; !LATHE_RAGGED && i < (u32)batch * HKV; i += grid)
     if (kv_lens[i / HKV] <= 0)
       for (int e = tid; e < GQ * CH; e += T) st16(out + (i64)i * GQ * D + e * 8, make_uint4(0, 0, 0, 0));
   if (u0 >= u1) return;
@@ -366,7 +379,7 @@ LATHE_NAME(const E* q, const E* bias, const E* qnorm, const E* knorm, const floa
     });
 #else
     for (int i = tid; i < GQ * CH; i += T)
-      st16(smem + OFF_Q + tile_off(i / CH, i % CH), ld16(q + ((i64)cc.b * HQ + cc.h * GQ) * D + i * 8));
+      st16(smem + OFF_Q + tile_off(i / CH, i % CH), ld16(q + (row_of(cu_seqlens, cc.b) * HQ + cc.h * GQ) * D + i * 8));
 #endif
     __syncthreads();
     u32 qf[D / 16][4];
@@ -487,7 +500,7 @@ LATHE_NAME(const E* q, const E* bias, const E* qnorm, const E* knorm, const floa
 #else
     float* part = ws + (i64)(cta * 2 + (item_begin >= u0 ? 1 : 0)) * WS_ITEM;
 #endif
-    E* dst = out + ((i64)cc.b * HQ + cc.h * GQ) * D;
+    E* dst = out + (row_of(cu_seqlens, cc.b) * HQ + cc.h * GQ) * D;
     for (int i = tid; i < GQ * D / 4; i += T) {
       const int r = i / (D / 4);
       float m = ml[r];
@@ -602,7 +615,7 @@ LATHE_NAME(const E* q, const E* bias, const E* qnorm, const E* knorm, const floa
           l = fmaf(recv[k * WS_ITEM + GQ * D + GQ + r], f, l);
         }
       const float inv = 1.0f / l;
-      *reinterpret_cast<uint2*>(out + (i64)(cta / CL) * GQ * D + i * 4) = make_uint2(pack_bf16(a.x * inv, a.y * inv), pack_bf16(a.z * inv, a.w * inv));
+      *reinterpret_cast<uint2*>(out + (row_of(cu_seqlens, lc.b) * HQ + lc.h * GQ) * D + i * 4) = make_uint2(pack_bf16(a.x * inv, a.y * inv), pack_bf16(a.z * inv, a.w * inv));
     }
   }
 #endif
@@ -613,7 +626,8 @@ LATHE_NAME(const E* q, const E* bias, const E* qnorm, const E* knorm, const floa
 
 extern "C" __global__ void __launch_bounds__(T)
 LATHE_NAME(const E* q, const E* bias, const E* qnorm, const E* knorm, const float* cosv, const float* sinv, E* cache,
-           const i32* block_table, const i32* kv_lens, E* out, float* ws, u32* counters, i32 batch, i32 max_pages) {
+           const i32* block_table, const i32* kv_lens, E* out, float* ws, u32* counters, i32 batch, i32 max_pages,
+           const i32* cu_seqlens) {
   extern __shared__ __align__(1024) char smem[];
   constexpr int EL = (D + 31) / 32;
   float* sq = reinterpret_cast<float*>(smem);   // [GQ][D]
