@@ -13,3 +13,4 @@ pub mod frontend;
 pub mod model;
 pub mod model_folder;
 pub mod phases;
+pub mod selftest;

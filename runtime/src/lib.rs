@@ -6,6 +6,7 @@ pub mod interrupt;
 pub mod load;
 pub mod sampling;
 pub mod scheduler;
+pub mod selftest;
 pub mod session;
 pub mod step;
 pub mod text;

@@ -15,6 +15,7 @@ mod opt;
 mod outputs;
 mod passes;
 mod prepare_dataset;
+mod selftest;
 mod serving;
 mod static_batch;
 mod throughput;
@@ -32,6 +33,8 @@ pub enum Command {
     Latency(latency::Latency),
     /// Compare with reference logits and greedy tokens
     Verify(verify::Verify),
+    /// Test every kernel family of this machine's device on random inputs
+    Selftest(selftest::Selftest),
     /// Say what this machine has and what is missing
     Doctor(doctor::Doctor),
     /// Make a benchmark dataset (JSONL)
@@ -55,6 +58,7 @@ pub fn run(cli: &Cli) -> anyhow::Result<()> {
         Command::Throughput(command) => command.run(&cli.global),
         Command::Latency(command) => command.run(&cli.global),
         Command::Verify(command) => command.run(&cli.global),
+        Command::Selftest(command) => command.run(&cli.global),
         Command::Doctor(command) => command.run(&cli.global),
         Command::PrepareDataset(command) => command.run(&cli.global),
         Command::Compare(command) => command.run(),

@@ -10,6 +10,8 @@ use lathe_ir::{AttnSpec, DType, Op, QkvSpec, Real, RopeSpec};
 
 /// Fewest sequences of a general step whose decode rows get the decode kernel.
 const RAGGED_SEQUENCES: usize = 16;
+/// Shared memory that a block may have.
+const SHARED: usize = 232_448;
 
 /// One attention over keys and values that are in the cache.
 struct Heads {
@@ -330,6 +332,19 @@ fn decode_takes(cx: &Context<'_>, h: &Heads) -> bool {
     types && fits && group <= 16 && d % 16 == 0 && d <= 256 && !cx.options.plain
 }
 
+/// Shared memory of the bf16 decode kernel, by the formula at the top of `attn_decode.cu`.
+fn decode_shared(group: usize, d: usize, nt: usize, stages: usize, cluster: usize) -> usize {
+    let up = |b: usize| b.next_multiple_of(16);
+    let partial = (group * (d + 2)).next_multiple_of(4) * 4;
+    256 * stages * nt * d
+        + 32 * d
+        + up(16 * group * (d + 2))
+        + 4 * d
+        + up(8)
+        + 64
+        + if cluster > 1 { cluster * partial } else { 0 }
+}
+
 fn decode(cx: &mut Context<'_>, h: &Heads, q: Ref, cache: Ref, out: Ref, extra: Decode) {
     let batch = cx.sizes.b;
     let (group, items) = (h.hq / h.hkv, batch * h.hkv);
@@ -338,11 +353,16 @@ fn decode(cx: &mut Context<'_>, h: &Heads, q: Ref, cache: Ref, out: Ref, extra: 
         .find(|c| items * c <= cx.options.sms as usize)
         .unwrap_or(1);
     let (nt, stages) = if h.d <= 64 { (2, 2) } else { (1, 3) };
+    // Large heads leave no room for a third stage, or for the partial results of a whole cluster.
+    let (cluster, stages) = (0..)
+        .map(|halvings| (cluster >> halvings).max(1))
+        .flat_map(|c| [(c, stages), (c, 2)])
+        .find(|&(c, s)| c == 1 && s == 2 || decode_shared(group, h.d, nt, s, c) <= SHARED)
+        .unwrap_or((1, 2));
     let mut defines = head_defines(cx, h, extra.defines);
     defines = defines
         .def("LATHE_FUSED", u8::from(extra.fused))
         .def("LATHE_RAGGED", u8::from(extra.ragged));
-    let up = |b: usize| b.next_multiple_of(16);
     let (grid, shared) = if h.dtype == DType::BF16 {
         defines = defines
             .def("LATHE_CLUSTER", cluster)
@@ -350,14 +370,7 @@ fn decode(cx: &mut Context<'_>, h: &Heads, q: Ref, cache: Ref, out: Ref, extra: 
             .def("LATHE_STAGES", stages)
             // The step state is written before the step, by copies that no kernel overtakes.
             .def("LATHE_PREFETCH", u8::from(extra.fused && cx.pdl()));
-        let partial = (group * (h.d + 2)).next_multiple_of(4) * 4;
-        let shared = 256 * stages * nt * h.d
-            + 32 * h.d
-            + up(16 * group * (h.d + 2))
-            + 4 * h.d
-            + up(8)
-            + 64
-            + if cluster > 1 { cluster * partial } else { 0 };
+        let shared = decode_shared(group, h.d, nt, stages, cluster);
         (items * cluster, shared)
     } else {
         (items, 4 * group * h.d + 16 * group * (h.d + 2))

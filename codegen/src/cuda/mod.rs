@@ -24,7 +24,7 @@ pub use launch::{
     Arg, CudaOptions, CudaProgram, Launch, LibraryGemm, MapArg, MapSwizzle, Meta, Ref, Sampling,
     Sizes, Workspace,
 };
-pub use source::KernelSource;
+pub use source::{FAMILIES, KernelSource};
 
 use crate::plan::{Operand, Plan, Program};
 use context::Context;

@@ -12,6 +12,8 @@ const HOPPER: &str = include_str!("kernels/hopper.cuh");
 pub struct KernelSource {
     /// Name of the module and of its entry.
     pub name: String,
+    /// The family, one of [`FAMILIES`].
+    pub family: &'static str,
     /// The whole text, header-free.
     pub text: String,
 }
@@ -25,7 +27,27 @@ impl KernelSource {
     }
 }
 
-/// A file of `kernels/`.
+/// The kernel families, each a file of `kernels/`.
+pub const FAMILIES: [&str; 16] = [
+    "attn_decode",
+    "attn_plain",
+    "attn_plan",
+    "attn_prefill",
+    "embed",
+    "gemm",
+    "gemv",
+    "kv_append",
+    "linear_plain",
+    "norm",
+    "plain",
+    "rope",
+    "rope_append",
+    "sample",
+    "skinny",
+    "tokens",
+];
+
+/// A file of `kernels/`, in the order of [`FAMILIES`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Body {
     AttnDecode,
@@ -73,24 +95,7 @@ impl Body {
     }
 
     fn name(self) -> &'static str {
-        match self {
-            Body::AttnDecode => "attn_decode",
-            Body::AttnPlain => "attn_plain",
-            Body::AttnPlan => "attn_plan",
-            Body::AttnPrefill => "attn_prefill",
-            Body::Embed => "embed",
-            Body::Gemm => "gemm",
-            Body::Gemv => "gemv",
-            Body::KvAppend => "kv_append",
-            Body::LinearPlain => "linear_plain",
-            Body::Norm => "norm",
-            Body::Plain => "plain",
-            Body::Rope => "rope",
-            Body::RopeAppend => "rope_append",
-            Body::Sample => "sample",
-            Body::Skinny => "skinny",
-            Body::Tokens => "tokens",
-        }
+        FAMILIES[self as usize]
     }
 }
 
@@ -165,7 +170,11 @@ impl Kernels {
                     text.push_str(HOPPER);
                 }
                 text.push_str(body.text());
-                KernelSource { name, text }
+                KernelSource {
+                    name,
+                    family: body.name(),
+                    text,
+                }
             })
             .collect()
     }

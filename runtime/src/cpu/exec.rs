@@ -55,10 +55,14 @@ impl<'a, E: Elem> Run<'a, E> {
         Ok(out)
     }
 
-    fn step(&mut self, step: &Step) -> Result<(), String> {
+    pub(super) fn step(&mut self, step: &Step) -> Result<(), String> {
         let fail = |e: KernelError| e.to_string();
         match &step.op {
-            Op::Embedding if matches!(step.operands[1], Operand::Input(_)) => {
+            // The kernels take one element type; Gemma's norms are in f32 whatever the model is.
+            Op::RmsNorm { .. } | Op::AddRms { .. } | Op::Linear if !self.in_elem(step) => {
+                plain::step(self, step)
+            }
+            Op::Embedding if self.takes_tokens(step, 1) => {
                 let (table, k) = (self.floats(step, 0)?, self.last(step, 0));
                 embed(&self.inputs.batch.tokens, table, k, None, self.out(step, 0)).map_err(fail)
             }
@@ -340,6 +344,20 @@ impl<'a, E: Elem> Run<'a, E> {
         Ok(())
     }
 
+    /// Whether an operand is the run-time input of token ids, rather than of positions.
+    fn takes_tokens(&self, step: &Step, operand: usize) -> bool {
+        let Operand::Input(n) = step.operands[operand] else {
+            return false;
+        };
+        matches!(self.program.inputs[n].0.as_str(), "tokens" | "step.tokens")
+    }
+
+    /// Whether all operands have the plan's element type.
+    fn in_elem(&self, step: &Step) -> bool {
+        let types = (0..step.operands.len()).filter_map(|i| step.tensor(i));
+        types.into_iter().all(|t| is_elem::<E>(t.dtype))
+    }
+
     /// Elements of a tensor type at this run's sizes.
     pub(super) fn len(&self, ty: &TensorType) -> usize {
         ty.elements(&self.env)
@@ -386,6 +404,20 @@ impl<'a, E: Elem> Run<'a, E> {
         // SAFETY: as in `read`; the result's slot is disjoint from the slots of the step's
         // operands and other results (liveness gives results their slots before operands end).
         unsafe { std::slice::from_raw_parts_mut(self.place(v).cast::<T>(), n) }
+    }
+
+    /// The bytes of a value.
+    pub(super) fn bytes(&self, v: ValueId) -> &[u8] {
+        let n = self.program.values[v.0 as usize].0.bytes(&self.env);
+        // SAFETY: as in `read`.
+        unsafe { std::slice::from_raw_parts(self.place(v), n) }
+    }
+
+    /// The bytes of a result, for writing.
+    pub(super) fn bytes_mut(&mut self, v: ValueId) -> &mut [u8] {
+        let n = self.program.values[v.0 as usize].0.bytes(&self.env);
+        // SAFETY: as in `write`.
+        unsafe { std::slice::from_raw_parts_mut(self.place(v), n) }
     }
 
     fn place(&self, v: ValueId) -> *mut u8 {

@@ -83,7 +83,7 @@ pub(super) struct CpuExecutor<E> {
     /// Cosines and sines `[max_pos, D/2]` by table and scaling.
     pub(super) rope: RopeTables,
     pub(super) caches: Vec<PageBuffer<E>>,
-    vocab: usize,
+    pub(super) vocab: usize,
     arena: Arena,
     layouts: Vec<Layout>,
     scratch: Vec<E>,
@@ -92,7 +92,10 @@ pub(super) struct CpuExecutor<E> {
 }
 
 impl<E: Elem> CpuExecutor<E> {
-    fn new(model: Loadable<'_>, options: LoadOptions) -> Result<CpuExecutor<E>, CpuLoadError> {
+    pub(super) fn new(
+        model: Loadable<'_>,
+        options: LoadOptions,
+    ) -> Result<CpuExecutor<E>, CpuLoadError> {
         let plan = model.plan.clone();
         let cache_bytes = options.pages * options.page_size * token_bytes(&plan);
         let full_env = SymEnv::new(&[
@@ -171,10 +174,39 @@ impl<E: Elem> CpuExecutor<E> {
         &mut self,
         kind: ProgramKind,
         env: SymEnv,
-        inputs: &Inputs<'_>,
+        batch: &StepBatch,
         logits: bool,
     ) -> Result<StepOutput, StepError> {
         let start = Instant::now();
+        let mut out = self.with_env(kind, env, batch, |run| run.all(logits))?;
+        out.time = StepTime {
+            device: start.elapsed().as_secs_f64(),
+        };
+        Ok(out)
+    }
+
+    /// A step program on a batch, ready to be run by `f`.
+    pub(super) fn with_run<R, X: From<StepError>>(
+        &mut self,
+        kind: ProgramKind,
+        batch: &StepBatch,
+        f: impl FnOnce(&mut Run<'_, E>) -> Result<R, X>,
+    ) -> Result<R, X> {
+        let env = SymEnv::new(&[
+            (Sym::T, batch.tokens_len() as i64),
+            (Sym::B, batch.sequences() as i64),
+            (Sym::R, batch.rows.len() as i64),
+        ]);
+        self.with_env(kind, env, batch, f)
+    }
+
+    fn with_env<R, X: From<StepError>>(
+        &mut self,
+        kind: ProgramKind,
+        env: SymEnv,
+        batch: &StepBatch,
+        f: impl FnOnce(&mut Run<'_, E>) -> Result<R, X>,
+    ) -> Result<R, X> {
         let at = self
             .plan
             .programs
@@ -190,18 +222,14 @@ impl<E: Elem> CpuExecutor<E> {
             layout: &self.layouts[at],
             base,
             env,
-            inputs,
+            inputs: &Inputs { batch },
             caches: &mut caches,
             scratch: &mut scratch,
         };
-        let result = run.all(logits);
+        let result = f(&mut run);
         self.caches = caches;
         self.scratch = scratch;
-        let mut out = result?;
-        out.time = StepTime {
-            device: start.elapsed().as_secs_f64(),
-        };
-        Ok(out)
+        result
     }
 
     fn full(&mut self, tokens: &[i32], batch: usize, len: usize) -> Result<Vec<f32>, StepError> {
@@ -211,8 +239,7 @@ impl<E: Elem> CpuExecutor<E> {
             tokens: tokens.to_vec(),
             ..StepBatch::default()
         };
-        let inputs = Inputs { batch: &step };
-        let out = self.run(ProgramKind::Full, env, &inputs, true)?;
+        let out = self.run(ProgramKind::Full, env, &step, true)?;
         out.logits
             .ok_or_else(|| StepError::Device("the full program has no logits".into()))
     }
@@ -260,7 +287,7 @@ impl<E: Elem> Executor for CpuExecutor<E> {
             (Sym::B, batch.sequences() as i64),
             (Sym::R, batch.rows.len() as i64),
         ]);
-        let out = self.run(kind, env, &Inputs { batch }, logits)?;
+        let out = self.run(kind, env, batch, logits)?;
         self.last.clone_from(&out.next);
         Ok(out)
     }

@@ -6,6 +6,10 @@ pub mod kernels;
 mod memory;
 pub mod pages;
 mod plain;
+mod twin;
 
+#[cfg(test)]
+pub(crate) use executor::check_batch;
 pub use executor::{CpuLoadError, load, run_full};
 pub use memory::token_bytes;
+pub(crate) use twin::{Snapshot, Twin, load_twin};

@@ -452,6 +452,18 @@ impl CudaExecutor {
         Ok(times)
     }
 
+    /// The bytes of a packed weight on the device.
+    pub(super) fn read_weight(&self, i: usize) -> Result<Vec<u8>, CudaError> {
+        let mut bytes = vec![0; self.plan.weights[i].recipe.bytes()];
+        // SAFETY: the weight was given as many bytes; the wait ends the copy.
+        unsafe {
+            self.stream
+                .copy_to_host(&mut bytes, self.resident.addresses.weights[i])?
+        };
+        self.stream.synchronize()?;
+        Ok(bytes)
+    }
+
     /// Launches of a decode step of `sequences` rows, and whether they are one graph.
     ///
     /// # Errors

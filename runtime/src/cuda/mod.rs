@@ -33,6 +33,9 @@ mod prepare;
 mod profile;
 mod programs;
 mod resident;
+mod selftest;
+mod selftest_memory;
+mod selftest_steps;
 mod state;
 pub mod tensor_map;
 #[cfg(test)]
@@ -44,3 +47,5 @@ pub use cudarc::driver::sys::CUdeviceptr as DevicePtr;
 pub use error::{CompileFailure, CudaError};
 pub use executor::{CudaExecutor, CudaLoad, load};
 pub use profile::KernelTime;
+pub use selftest::CudaSelftest;
+pub use selftest_steps::check_steps;

@@ -1,0 +1,80 @@
+//! The self-test: every step of a plan against another implementation, on random inputs.
+//!
+//! A *subject* is a compiled model with random weights and a list of batches of odd sizes. The CPU
+//! device runs each batch step by step ([`crate::cpu`]); what a step read and wrote is then the case of
+//! a comparison:
+//!
+//! - on a GPU ([`crate::cuda::CudaSelftest`]) the operands are uploaded, everything else is filled with
+//!   [`POISON`], the launches of the step run, and the whole memory is compared: results within
+//!   [`compare::tolerance`], every element written, nothing else touched, and a second run bit for bit
+//!   the same;
+//! - on the CPU ([`cpu::check`]) the interpreter evaluates the operation in f64.
+//!
+//! As every step starts from the CPU's operands, errors do not add up along the model and each kernel
+//! is judged on its own.
+
+pub mod cases;
+pub mod compare;
+pub mod cpu;
+mod region;
+mod report;
+
+pub use cases::{Case, Shape};
+pub(crate) use region::{extents, gather, spread};
+pub use report::{Failure, Outcome, Report, Row};
+
+use crate::cpu::CpuLoadError;
+use crate::cuda::CudaError;
+use crate::load::LoadOptions;
+use crate::step::StepError;
+use crate::weights::RandomWeights;
+use lathe_codegen::Plan;
+
+/// What memory holds before a kernel writes it, in 32-bit words: NaN as f32, bf16 and f16, negative as
+/// an integer, neither 0 nor 1 as a bool.
+pub const POISON: u32 = 0xFFF5_FFF5;
+
+/// A compiled model and what is to be run on it.
+pub struct Subject {
+    /// What reports call it.
+    pub name: String,
+    /// The programs.
+    pub plan: Plan,
+    /// Their weights.
+    pub weights: RandomWeights,
+    /// Vocabulary size.
+    pub vocab: usize,
+    /// On a GPU every operation is one launch.
+    pub per_op: bool,
+    /// Limits and the shape of the cache.
+    pub options: LoadOptions,
+    /// The batches.
+    pub cases: Vec<Case>,
+}
+
+/// The self-test cannot go on. A wrong result is none of these: it is counted in the [`Report`].
+#[derive(Debug, thiserror::Error)]
+pub enum SelftestError {
+    /// The CPU twin cannot be loaded.
+    #[error(transparent)]
+    Load(#[from] CpuLoadError),
+    /// A batch is invalid or a device failed.
+    #[error(transparent)]
+    Step(#[from] StepError),
+    /// The CPU twin or the interpreter refuses a step.
+    #[error("CPU: {0}")]
+    Cpu(String),
+    /// The GPU failed.
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
+    /// The GPU failed in a step: its kernels did not come to their end.
+    #[error("{place}: {kernels}: {error}")]
+    Kernel {
+        /// Model, batch and step.
+        place: String,
+        /// The kernels of the step.
+        kernels: String,
+        /// What the driver says.
+        error: Box<CudaError>,
+    },
+}

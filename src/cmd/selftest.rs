@@ -1,0 +1,215 @@
+//! `selftest`: every kernel family of this machine's device against another implementation.
+
+use anyhow::Context;
+use clap::Args;
+use lathe_codegen::cuda::FAMILIES;
+use lathe_runtime::cuda::cubin_cache::CubinCache;
+use lathe_runtime::cuda::{CudaLoad, CudaSelftest, check_steps};
+use lathe_runtime::selftest::{Report, Subject, cpu};
+use serde_json::json;
+use std::io::Write;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use crate::cli::GlobalOptions;
+use crate::errors::usage_error;
+use crate::model::Target;
+use crate::selftest::{Effort, subjects};
+
+/// Test every kernel family of this machine's device on random inputs: a GPU against the CPU, the CPU
+/// against the interpreter.
+#[derive(Debug, Args)]
+pub struct Selftest {
+    /// Test only families whose names contain this
+    #[arg(long, value_name = "FAMILY")]
+    filter: Option<String>,
+    /// Seed of weights and inputs
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    seed: u64,
+    /// A few models and sizes: seconds instead of minutes
+    #[arg(long)]
+    quick: bool,
+    /// Write the results to a JSON file, too
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+impl Selftest {
+    /// Runs the comparisons; the command fails if one of them fails.
+    pub fn run(&self, global: &GlobalOptions) -> anyhow::Result<()> {
+        let target = Target::resolve(global.device)?;
+        let effort = match self.quick {
+            true => Effort::Quick,
+            false => Effort::Full,
+        };
+        let start = Instant::now();
+        let is_cpu = target == Target::Cpu;
+        let all = subjects(&target.cost_model(), is_cpu, effort, self.seed)?;
+        let mut report = Report::default();
+        match target {
+            Target::Cpu => self.on_cpu(&all, &mut report)?,
+            Target::Cuda(ordinal, _) => {
+                let cubins = CubinCache::default_dir(Some(&global.workspace));
+                self.on_cuda(ordinal as usize, cubins, &all, effort, &mut report)?;
+            }
+        }
+        // A family without a case was not tested: only a full run promises them all.
+        let uncovered: Vec<&str> = match is_cpu || self.filter.is_some() {
+            true => Vec::new(),
+            false => FAMILIES.into_iter().filter(|f| !report.covers(f)).collect(),
+        };
+        let name = target.name();
+        let seconds = start.elapsed().as_secs_f64();
+        if let Some(path) = &self.json {
+            let text = serde_json::to_string_pretty(&self.to_json(&name, &report, &uncovered))?;
+            std::fs::write(path, text + "\n").with_context(|| path.display().to_string())?;
+        }
+        if report.rows.is_empty() {
+            let filter = self.filter.as_deref().unwrap_or("");
+            let error = format!(
+                "--filter {filter}: no family has this in its name; without a filter all are listed"
+            );
+            return Err(usage_error(error));
+        }
+        print(&report, &uncovered)?;
+        let (cases, failed) = report.totals();
+        println!(
+            "{cases} cases, {failed} failed ({name}, seed {}, {seconds:.0} s)",
+            self.seed
+        );
+        anyhow::ensure!(failed == 0, "{failed} of {cases} cases failed");
+        anyhow::ensure!(
+            uncovered.is_empty() || effort == Effort::Quick,
+            "no case tested {}",
+            uncovered.join(", ")
+        );
+        Ok(())
+    }
+
+    fn on_cpu(&self, all: &[Subject], report: &mut Report) -> anyhow::Result<()> {
+        for subject in all {
+            tracing::info!("{}", subject.name);
+            cpu::check(subject, self.seed, self.filter.as_deref(), report)?;
+        }
+        Ok(())
+    }
+
+    fn on_cuda(
+        &self,
+        ordinal: usize,
+        cubins: PathBuf,
+        all: &[Subject],
+        effort: Effort,
+        report: &mut Report,
+    ) -> anyhow::Result<()> {
+        let start = Instant::now();
+        let mut device = CudaSelftest::open(ordinal, self.filter.clone(), Some(cubins.clone()))?;
+        let kernels = device.compile(all)?;
+        tracing::info!(
+            "{kernels} kernels in {:.1} s",
+            start.elapsed().as_secs_f64()
+        );
+        for subject in all {
+            let start = Instant::now();
+            device.check(subject, self.seed, report)?;
+            let o = &subject.options;
+            tracing::info!(
+                "{}, {} tokens a page: {:.1} s",
+                subject.name,
+                o.page_size,
+                start.elapsed().as_secs_f64()
+            );
+        }
+        if self.filter.is_none() {
+            let how = CudaLoad {
+                ordinal,
+                cache: Some(cubins),
+                ..CudaLoad::default()
+            };
+            let steps = if effort == Effort::Quick { 50 } else { 300 };
+            // The first subject, and the first of another element type.
+            let first = all.first();
+            let other = all
+                .iter()
+                .find(|s| first.is_some_and(|f| f.plan.dtype != s.plan.dtype));
+            for subject in first.into_iter().chain(other) {
+                let start = Instant::now();
+                check_steps(subject, &how, steps, self.seed, report)?;
+                tracing::info!(
+                    "{}, whole steps: {:.1} s",
+                    subject.name,
+                    start.elapsed().as_secs_f64()
+                );
+            }
+        }
+        Ok(())
+    }
+
+    fn to_json(&self, device: &str, report: &Report, uncovered: &[&str]) -> serde_json::Value {
+        let (cases, failed) = report.totals();
+        let rows: Vec<_> = report
+            .rows
+            .iter()
+            .map(|((family, dtype), r)| {
+                json!({
+                    "family": family,
+                    "dtype": dtype.name(),
+                    "cases": r.cases,
+                    "failed": r.failed,
+                    "error": r.worst.error,
+                    "tolerance": r.worst.tolerance,
+                })
+            })
+            .collect();
+        let failures: Vec<_> = report
+            .failures
+            .iter()
+            .map(|f| json!({"family": f.family, "place": f.place, "what": f.what}))
+            .collect();
+        json!({
+            "device": device,
+            "seed": self.seed,
+            "quick": self.quick,
+            "cases": cases,
+            "failed": failed,
+            "families": rows,
+            "failures": failures,
+            "uncovered": uncovered,
+        })
+    }
+}
+
+fn print(report: &Report, uncovered: &[&str]) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    let names = report.rows.keys().map(|(name, _)| name.len());
+    let width = names.max().unwrap_or(0).max("family".len());
+    writeln!(
+        out,
+        "{:<width$}  type  {:>6}  {:>6}  {:>11}  {:>9}  verdict",
+        "family", "cases", "failed", "worst error", "tolerance"
+    )?;
+    for ((family, dtype), row) in &report.rows {
+        let (error, tolerance) = match row.worst.tolerance == 0.0 {
+            true => ("equal".to_owned(), String::new()),
+            false => (
+                format!("{:.1e}", row.worst.error),
+                format!("{:.1e}", row.worst.tolerance),
+            ),
+        };
+        let verdict = if row.failed == 0 { "ok" } else { "FAILED" };
+        writeln!(
+            out,
+            "{family:<width$}  {:<4}  {:>6}  {:>6}  {error:>11}  {tolerance:>9}  {verdict}",
+            dtype.name(),
+            row.cases,
+            row.failed
+        )?;
+    }
+    for f in &report.failures {
+        writeln!(out, "FAILED {}: {}: {}", f.family, f.place, f.what)?;
+    }
+    if !uncovered.is_empty() {
+        writeln!(out, "no case: {}", uncovered.join(", "))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,358 @@
+//! The models of `lathe selftest`: small, and between them with every kernel family of the devices.
+
+use anyhow::Context;
+use lathe_codegen::{Plan, Programs, lower};
+use lathe_ir::DType;
+use lathe_ir::import::{HfConfig, ImportOptions, import};
+use lathe_passes::egraph::cost::DeviceModel;
+use lathe_passes::pipeline::{PassConfig, compile};
+use lathe_runtime::load::{LoadOptions, expected_tensors};
+use lathe_runtime::selftest::cases::{Rng, case};
+use lathe_runtime::selftest::{Shape, Subject};
+use lathe_runtime::weights::RandomWeights;
+use serde_json::{Value, json};
+
+/// How much is tested.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Effort {
+    /// Seconds: a few models and sizes.
+    Quick,
+    /// Everything.
+    Full,
+}
+
+/// Longest sequence of all subjects.
+const MAX_SEQ_LEN: usize = 768;
+
+/// The sizes of a subject.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Sizes {
+    /// All odd sizes and page layouts.
+    All,
+    /// A few.
+    Some,
+    /// So few that the interpreter is through with them in a second.
+    Few,
+}
+
+/// A model in one element type, with or without the stage `fuse`.
+struct Variant {
+    model: &'static str,
+    dtype: DType,
+    fused: bool,
+    sizes: Sizes,
+}
+
+const MODELS: [&str; 13] = [
+    "llama-d64",
+    "llama-d128",
+    "llama-mha-bias",
+    "qwen3",
+    "qwen2",
+    "mistral-window",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "phi",
+    "phi3",
+    "gpt2",
+    "falcon",
+];
+
+/// The configuration of a model: extents are odd where the model allows it, but for those that decide
+/// between kernels.
+fn config(model: &str) -> Value {
+    let mut config = json!({
+        "hidden_size": 256,
+        "intermediate_size": 384,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 2,
+        "vocab_size": 1000,
+        "max_position_embeddings": 1024,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": false,
+    });
+    let changes = match model {
+        // 1003 logits are no multiple of 8: the plain GEMM's.
+        "llama-d64" => json!({
+            "model_type": "llama", "hidden_size": 512, "head_dim": 64, "intermediate_size": 768,
+            "vocab_size": 1003, "tie_word_embeddings": true,
+            "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 128},
+        }),
+        "llama-d128" => json!({
+            "model_type": "llama", "hidden_size": 512, "num_attention_heads": 4,
+            "num_key_value_heads": 1, "head_dim": 128, "intermediate_size": 776, "vocab_size": 1024,
+        }),
+        "llama-mha-bias" => json!({
+            "model_type": "llama", "hidden_size": 128, "num_key_value_heads": 8,
+            "attention_bias": true, "mlp_bias": true,
+        }),
+        "qwen3" => json!({"model_type": "qwen3", "head_dim": 64, "attention_bias": false}),
+        "qwen2" => json!({"model_type": "qwen2", "use_sliding_window": false}),
+        "mistral-window" => json!({"model_type": "mistral", "sliding_window": 40}),
+        "gemma" => json!({
+            "model_type": "gemma", "num_attention_heads": 4, "num_key_value_heads": 1,
+            "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh",
+            "hidden_act": "gelu_pytorch_tanh",
+        }),
+        "gemma2" => json!({
+            "model_type": "gemma2", "head_dim": 64, "hidden_activation": "gelu_pytorch_tanh",
+            "hidden_act": "gelu_pytorch_tanh",
+            "attn_logit_softcapping": 20.0, "final_logit_softcapping": 30.0,
+            "query_pre_attn_scalar": 48, "sliding_window": 40,
+            "layer_types": ["sliding_attention", "full_attention"],
+        }),
+        "gemma3" => json!({
+            "model_type": "gemma3_text", "head_dim": 32, "hidden_activation": "gelu_pytorch_tanh",
+            "hidden_act": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": 48, "sliding_window": 40, "rope_local_base_freq": 10000.0,
+            "layer_types": ["sliding_attention", "full_attention"],
+        }),
+        "phi" => json!({
+            "model_type": "phi", "num_attention_heads": 4, "num_key_value_heads": 4,
+            "partial_rotary_factor": 0.5, "hidden_act": "gelu_new", "layer_norm_eps": 1e-5,
+        }),
+        "phi3" => json!({
+            "model_type": "phi3", "hidden_size": 384, "num_attention_heads": 4,
+            "original_max_position_embeddings": 1024,
+        }),
+        "gpt2" => json!({
+            "model_type": "gpt2", "n_embd": 256, "n_head": 4, "n_layer": 2, "n_positions": 1024,
+            "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+            "tie_word_embeddings": true,
+        }),
+        _ => json!({
+            "model_type": "falcon", "num_kv_heads": 2, "alibi": false, "bias": false,
+            "multi_query": true, "new_decoder_architecture": true, "parallel_attn": true,
+            "num_ln_in_parallel_attn": 2, "ffn_hidden_size": 384, "activation": "gelu",
+            "layer_norm_epsilon": 1e-5, "tie_word_embeddings": true,
+        }),
+    };
+    if let (Value::Object(all), Value::Object(changes)) = (&mut config, changes) {
+        all.extend(changes);
+        if model == "gpt2" {
+            let own = ["n_embd", "n_head", "n_layer", "n_positions"];
+            all.retain(|key, _| {
+                !key.starts_with("num_")
+                    && ![
+                        "hidden_size",
+                        "intermediate_size",
+                        "max_position_embeddings",
+                    ]
+                    .contains(&key.as_str())
+                    || own.contains(&key.as_str())
+            });
+        }
+    }
+    config
+}
+
+fn variants(cpu: bool, effort: Effort) -> Vec<Variant> {
+    let variant = |model, dtype, fused, sizes| Variant {
+        model,
+        dtype,
+        fused,
+        sizes,
+    };
+    let (f32, bf16) = (DType::F32, DType::BF16);
+    let few = if cpu { Sizes::Few } else { Sizes::Some };
+    if effort == Effort::Quick {
+        return vec![
+            variant("llama-d64", bf16, true, few),
+            variant("qwen3", f32, true, few),
+            variant("gemma2", bf16, true, few),
+            variant("gpt2", bf16, false, few),
+            variant("qwen2", f32, false, few),
+        ];
+    }
+    let mut all = Vec::new();
+    for model in MODELS {
+        let core = matches!(model, "llama-d64" | "llama-d128");
+        let most = if core && !cpu { Sizes::All } else { few };
+        all.push(variant(model, bf16, true, most));
+        all.push(variant(model, f32, true, few));
+        all.push(variant(model, bf16, false, few));
+        all.push(variant(model, f32, false, Sizes::Few));
+    }
+    all
+}
+
+/// A page layout with its shapes: `(tokens a page, pages, shapes)`.
+fn layouts(sizes: Sizes) -> Vec<(usize, usize, Vec<Shape>)> {
+    let decode = |sizes: &[usize]| sizes.iter().map(|&n| Shape::Decode(n)).collect::<Vec<_>>();
+    let general = |chunks: &[(usize, usize)]| Shape::General(chunks.to_vec());
+    let ragged = general(&[(0, 1), (0, 7), (0, 33), (0, 64), (0, 129), (0, 2)]);
+    let mixed = general(&[(37, 1), (0, 200), (64, 65), (5, 1), (130, 70), (700, 3)]);
+    let tiny = general(&[(0, 3), (17, 2)]);
+    // Many sequences with a single row each have a kernel of their own.
+    let many: Vec<(usize, usize)> = (0..21)
+        .map(|i| match i % 5 {
+            3 => (11 * i, 1 + 6 * i),
+            _ => (13 * i, 1),
+        })
+        .collect();
+    let many = Shape::General(many);
+    let with = |mut shapes: Vec<Shape>, more: &[&Shape]| {
+        shapes.extend(more.iter().map(|s| (*s).clone()));
+        shapes
+    };
+    match sizes {
+        Sizes::All => vec![
+            (
+                64,
+                300,
+                with(
+                    decode(&[1, 2, 3, 4, 5, 7, 13, 33, 64, 65, 100, 129, 200]),
+                    &[
+                        &general(&[(0, 8)]),
+                        &general(&[(0, 700)]),
+                        &ragged,
+                        &mixed,
+                        &tiny,
+                        &many,
+                    ],
+                ),
+            ),
+            (16, 600, with(decode(&[3, 65]), &[&mixed, &tiny])),
+            (MAX_SEQ_LEN, 8, with(decode(&[1, 7]), &[&mixed])),
+        ],
+        Sizes::Some => vec![(
+            16,
+            600,
+            with(
+                decode(&[1, 2, 3, 5, 33, 65, 129]),
+                &[&ragged, &mixed, &tiny, &many],
+            ),
+        )],
+        Sizes::Few => vec![(
+            16,
+            60,
+            with(
+                decode(&[1, 3, 7]),
+                &[
+                    &general(&[(0, 1), (0, 19), (0, 33)]),
+                    &general(&[(5, 1), (0, 17), (40, 9)]),
+                ],
+            ),
+        )],
+    }
+}
+
+fn plan(
+    variant: &Variant,
+    device: DeviceModel,
+    seed: u64,
+) -> anyhow::Result<(Plan, RandomWeights, usize)> {
+    let text = config(variant.model).to_string();
+    let config = HfConfig::parse(variant.model, &text)?;
+    let options = ImportOptions {
+        dtype: variant.dtype,
+        max_seq_len: None,
+    };
+    let model = import(&config, &options)?;
+    let mut passes = PassConfig::new(device);
+    if !variant.fused {
+        passes = passes.disable(&["fuse"])?;
+    }
+    let compiled = compile(&model.graph, &passes)?;
+    let programs = Programs {
+        decode: compiled.decode.as_ref(),
+        general: compiled.general.as_ref(),
+        full: None,
+    };
+    let plan = lower(variant.model, variant.dtype, &programs)?;
+    let weights = RandomWeights::new(&expected_tensors(&model.arch.weights), seed);
+    Ok((plan, weights, model.arch.vocab as usize))
+}
+
+/// The subjects for a device.
+///
+/// # Errors
+/// A built-in model does not compile.
+pub fn subjects(
+    device: &DeviceModel,
+    cpu: bool,
+    effort: Effort,
+    seed: u64,
+) -> anyhow::Result<Vec<Subject>> {
+    let mut subjects = Vec::new();
+    for variant in variants(cpu, effort) {
+        let fused = if variant.fused { "" } else { " unfused" };
+        let name = format!("{} {}{fused}", variant.model, variant.dtype);
+        let (plan, weights, vocab) =
+            plan(&variant, device.clone(), seed).with_context(|| name.clone())?;
+        for (page_size, pages, shapes) in layouts(variant.sizes) {
+            let options = LoadOptions {
+                max_tokens: 1024,
+                max_rows: 256,
+                max_sequences: 256,
+                max_seq_len: MAX_SEQ_LEN,
+                page_size,
+                pages,
+            };
+            let mut rng = Rng::new(seed ^ subjects.len() as u64);
+            let cases = shapes
+                .iter()
+                .enumerate()
+                .map(|(i, shape)| {
+                    // Small greedy steps once with their logits; some draw their tokens.
+                    let (draws, logits) = (i % 3 == 1 && !cpu, i % 2 == 1);
+                    case(shape, draws, logits, vocab, &options, &mut rng)
+                })
+                .collect();
+            subjects.push(Subject {
+                name: name.clone(),
+                plan: plan.clone(),
+                weights: weights.clone(),
+                vocab,
+                per_op: !variant.fused,
+                options,
+                cases,
+            });
+        }
+    }
+    Ok(subjects)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lathe_codegen::cuda::{CudaOptions, FAMILIES, Sampling, Sizes as Bucket, lower_program};
+
+    /// Between them the models use every kernel family, so that a full run may insist on it. The kernel
+    /// that hands tokens on is no step of a program.
+    #[test]
+    fn every_family_of_kernels_has_a_subject() {
+        let subjects = subjects(&DeviceModel::H100, false, Effort::Full, 0);
+        let subjects = subjects.unwrap_or_else(|e| panic!("{e:#}"));
+        let mut missing: Vec<&str> = FAMILIES.into_iter().filter(|f| *f != "tokens").collect();
+        for subject in &subjects {
+            let options = CudaOptions {
+                pdl: true,
+                sms: 132,
+                page_size: subject.options.page_size,
+                max_pages: MAX_SEQ_LEN.div_ceil(subject.options.page_size),
+                plain: false,
+                per_op: subject.per_op,
+            };
+            for case in &subject.cases {
+                let (t, b) = (case.batch.tokens_len(), case.batch.sequences());
+                let sizes = Bucket {
+                    t,
+                    b,
+                    r: case.batch.rows.len(),
+                };
+                let program = subject.plan.program(case.kind).unwrap();
+                let lowered =
+                    lower_program(&subject.plan, program, sizes, Sampling::GreedyOnly, options)
+                        .unwrap_or_else(|e| panic!("{}: {e}", subject.name));
+                missing.retain(|f| lowered.kernels.iter().all(|k| k.family != *f));
+            }
+        }
+        assert!(missing.is_empty(), "{missing:?}");
+    }
+}
