@@ -9,6 +9,7 @@ use std::str::FromStr;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, ValueEnum};
 
 use crate::cmd::Command;
+use crate::console::{self, LogWriter};
 
 /// Compiles Hugging Face language models with an e-graph of tensor rewrites into CUDA C, and benchmarks the
 /// result.
@@ -174,14 +175,19 @@ fn with_both_spellings(command: clap::Command) -> clap::Command {
         .mut_subcommands(with_both_spellings)
 }
 
-/// Sends log lines of at least this severity to stderr. `LATHE_LOG` (a tracing filter such as
+/// Sends log lines of at least this severity to stderr, and shows progress there if it is a terminal. `LATHE_LOG` (a tracing filter such as
 /// `lathe_passes=debug`) overrides the level.
 pub fn init_logging(level: LogLevel, format: LogFormat) {
+    use LogLevel::{Debug, Info, Trace, Verbose};
+    let talkative = matches!(level, Info | Verbose | Debug | Trace);
+    console::init(talkative && format == LogFormat::Text);
     // egg reports every round of every saturation: only of interest when looking for a bug.
     let directive = match level {
         LogLevel::InternalError => "off",
         LogLevel::Error => "error",
         LogLevel::Warning => "warn",
+        // A terminal shows the phases; in a file only who asks for JSON looks for them.
+        LogLevel::Info if format == LogFormat::Text => "info,egg=warn,lathe::phase=warn",
         LogLevel::Info => "info,egg=warn",
         LogLevel::Verbose | LogLevel::Debug => "debug,egg=warn",
         LogLevel::Trace => "trace",
@@ -190,7 +196,7 @@ pub fn init_logging(level: LogLevel, format: LogFormat) {
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(directive));
     let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr);
+        .with_writer(|| LogWriter);
     // A second initialisation happens only in tests and changes nothing.
     let _ = match format {
         LogFormat::Text => lines

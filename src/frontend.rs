@@ -2,6 +2,7 @@
 
 use crate::cli::{DtypeChoice, GlobalOptions};
 use crate::config::{self, Options, Resolved};
+use crate::errors::usage_error;
 use crate::model_folder::{model_folder, model_name};
 use crate::phases::Phases;
 use lathe_codegen::{LowerError, Plan, Programs, lower};
@@ -60,7 +61,6 @@ pub fn import_model(
     config: &Resolved,
     phases: &mut Phases,
 ) -> anyhow::Result<Imported> {
-    phases.begin("import");
     let folder = model_folder(global)?;
     let file = HfConfig::from_file(&folder)?;
     for (key, _) in config.overrides() {
@@ -76,6 +76,7 @@ pub fn import_model(
         DtypeChoice::Float16 => DType::F16,
         DtypeChoice::Float32 => DType::F32,
     };
+    config.check_kv_cache_dtype(dtype).map_err(usage_error)?;
     phases.end("config");
     let options = ImportOptions {
         dtype,

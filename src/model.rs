@@ -1,14 +1,15 @@
 //! From a checkpoint folder to a model on a device: what every command that runs a model shares.
 
-use crate::cli::{DeviceChoice, GlobalOptions};
-use crate::config::{CompileBackend, Resolved};
+use crate::cli::GlobalOptions;
+use crate::config::{CompileBackend, Resolved, Run};
+use crate::console::Task;
 use crate::frontend::import_model;
-use crate::phases::Phases;
+use crate::phases::{Phases, bytes};
+pub use crate::target::Target;
 use anyhow::Context;
 use lathe_codegen::Plan;
 use lathe_ir::DType;
 use lathe_ir::import::ModelInfo;
-use lathe_passes::egraph::cost::DeviceModel;
 use lathe_passes::pipeline::{Compiled, compile};
 use lathe_runtime::cpu;
 use lathe_runtime::cuda::{self, CudaLoad};
@@ -17,55 +18,6 @@ use lathe_runtime::step::Executor;
 use lathe_runtime::weights::{Checkpoint, RandomWeights, WeightSource, check};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
-
-/// The device that a command runs on.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Target {
-    /// The CPU.
-    Cpu,
-    /// A GPU by index, with its cost model.
-    Cuda(u32, DeviceModel),
-}
-
-impl Target {
-    /// Resolves `--device`: `auto` takes a usable GPU, else the CPU.
-    ///
-    /// # Errors
-    /// A GPU was asked for and cannot be used.
-    pub fn resolve(choice: DeviceChoice) -> anyhow::Result<Target> {
-        match choice {
-            DeviceChoice::Cpu => Ok(Target::Cpu),
-            DeviceChoice::Cuda(i) => cuda_target(i),
-            DeviceChoice::Auto => Ok(cuda_target(0).unwrap_or(Target::Cpu)),
-        }
-    }
-
-    /// Rates for cost and prediction.
-    pub fn cost_model(&self) -> DeviceModel {
-        match self {
-            Target::Cpu => DeviceModel::CPU,
-            Target::Cuda(_, m) => m.clone(),
-        }
-    }
-
-    /// The name in logs and reports.
-    pub fn name(&self) -> String {
-        match self {
-            Target::Cpu => "cpu".into(),
-            Target::Cuda(i, _) => format!("cuda:{i}"),
-        }
-    }
-}
-
-fn cuda_target(index: u32) -> anyhow::Result<Target> {
-    let p = lathe_runtime::cuda::driver::properties(index as usize)?;
-    let model = if p.name.contains("H200") {
-        DeviceModel::H200
-    } else {
-        DeviceModel::H100
-    };
-    Ok(Target::Cuda(index, model))
-}
 
 /// Where weights come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,6 +47,8 @@ pub struct CompiledModel {
     pub plan: Plan,
     /// How kernels are made and launched.
     pub backend: CompileBackend,
+    /// Rows of the decode steps that are captured; none: all.
+    pub graph_sizes: Option<Vec<usize>>,
     /// Phases with their times, in order.
     pub phases: Vec<(&'static str, Duration)>,
 }
@@ -111,6 +65,7 @@ impl CompiledModel {
                 global.tp
             );
         }
+        let task = Task::begin("compile");
         let start = Instant::now();
         let imported = import_model(global, run, &mut Phases::new())?;
         let target = Target::resolve(global.device)?;
@@ -119,6 +74,7 @@ impl CompiledModel {
         let optimised = start.elapsed();
         let plan = imported.lower(&compiled)?;
         let lowered = start.elapsed();
+        task.end(&format!("{} for {}", imported.name, target.name()));
         Ok(CompiledModel {
             folder: imported.folder,
             name: imported.name,
@@ -128,12 +84,27 @@ impl CompiledModel {
             compiled,
             plan,
             backend: run.compile_backend.value,
+            graph_sizes: run
+                .cuda_graph_batch_sizes
+                .value
+                .as_ref()
+                .map(|sizes| sizes.iter().map(|&n| n as usize).collect()),
             phases: vec![
                 ("import", read),
                 ("passes", optimised - read),
                 ("lower", lowered - optimised),
             ],
         })
+    }
+
+    /// Settings that were given and change nothing in this run, for readers.
+    pub fn remarks(&self, settings: &Resolved, run: Run) -> Vec<String> {
+        let on_cpu = self.target == Target::Cpu;
+        let mut remarks = settings.without_effect(run, on_cpu);
+        if on_cpu {
+            remarks.extend(settings.backend_on_cpu());
+        }
+        remarks
     }
 
     /// Why there is no step program, as an error for commands that need one.
@@ -178,7 +149,7 @@ impl CompiledModel {
         options: LoadOptions,
     ) -> anyhow::Result<Box<dyn Executor>> {
         self.require_cache()?;
-        let start = Instant::now();
+        let task = Task::begin("load weights");
         let weights = self.weights(choice)?;
         let model = Loadable {
             plan: &self.plan,
@@ -192,13 +163,33 @@ impl CompiledModel {
                     ordinal: *ordinal as usize,
                     graphs: self.backend.cuda_graphs(),
                     per_op: !self.backend.fuses(),
+                    graph_sizes: self.graph_sizes.clone(),
                     ..CudaLoad::default()
                 };
                 cuda::load(model, options, &how).context("loading the model on the GPU")?
             }
         };
-        self.phases.push(("load weights", start.elapsed()));
+        let size = bytes(self.plan.weight_bytes() as f64);
+        let what = match choice {
+            WeightChoice::Checkpoint => size,
+            WeightChoice::Random(_) => format!("{size}, random"),
+        };
+        self.phases.push(("load weights", task.end(&what)));
         Ok(executor)
+    }
+
+    /// Does what the first steps would otherwise wait for, before a clock starts.
+    ///
+    /// # Errors
+    /// A kernel cannot be compiled.
+    pub fn warm_up(&mut self, executor: &mut dyn Executor) -> anyhow::Result<()> {
+        // A CPU has nothing to prepare.
+        if self.target != Target::Cpu {
+            let task = Task::begin("compile kernels");
+            executor.warm_up()?;
+            self.phases.push(("compile kernels", task.end("")));
+        }
+        Ok(())
     }
 
     /// Checks that a sequence of `len` tokens lies within what the model was trained for.

@@ -1,8 +1,8 @@
-//! Time by phase, without gaps, and progress on stderr.
+//! Time by phase, without gaps.
 
+use crate::console::PHASE;
 use indexmap::IndexMap;
 use std::fmt::Write;
-use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 /// Attributes the wall time of a command to phases. What no phase claims is shown as
@@ -12,7 +12,6 @@ pub struct Phases {
     start: Instant,
     last: Instant,
     laps: IndexMap<String, Duration>,
-    bar: Option<indicatif::ProgressBar>,
 }
 
 impl Default for Phases {
@@ -29,21 +28,7 @@ impl Phases {
             start: now,
             last: now,
             laps: IndexMap::new(),
-            bar: None,
         }
-    }
-
-    /// Announces a phase on stderr, if that is a terminal.
-    pub fn begin(&mut self, phase: &str) {
-        if !std::io::stderr().is_terminal() {
-            return;
-        }
-        let bar = self.bar.get_or_insert_with(|| {
-            let bar = indicatif::ProgressBar::new_spinner();
-            bar.enable_steady_tick(Duration::from_millis(100));
-            bar
-        });
-        bar.set_message(phase.to_string());
     }
 
     /// Ends a phase: all time since the last one is its own.
@@ -52,7 +37,7 @@ impl Phases {
         let d = now - self.last;
         self.last = now;
         *self.laps.entry(phase.to_string()).or_default() += d;
-        tracing::debug!(phase, seconds = d.as_secs_f64(), "phase");
+        tracing::debug!(target: PHASE, phase, seconds = d.as_secs_f64(), "phase");
         d
     }
 
@@ -61,7 +46,7 @@ impl Phases {
     pub fn end_parts(&mut self, phase: &str, parts: &IndexMap<&'static str, Duration>) {
         self.last = Instant::now();
         for (part, d) in parts {
-            tracing::debug!(phase, part, seconds = d.as_secs_f64(), "phase");
+            tracing::debug!(target: PHASE, phase, part, seconds = d.as_secs_f64(), "phase");
             *self.laps.entry(format!("{phase}: {part}")).or_default() += *d;
         }
     }
@@ -71,11 +56,8 @@ impl Phases {
         self.start.elapsed()
     }
 
-    /// The table of phases; ends the progress display.
-    pub fn table(&mut self) -> String {
-        if let Some(bar) = self.bar.take() {
-            bar.finish_and_clear();
-        }
+    /// The table of phases.
+    pub fn table(&self) -> String {
         let wall = self.wall();
         let known: Duration = self.laps.values().sum();
         let rest = wall.saturating_sub(known);

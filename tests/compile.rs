@@ -18,6 +18,10 @@ fn lathe(args: &[&str]) -> Output {
 fn compile(args: &[&str]) -> String {
     let mut all = vec!["--model", MODEL, "compile"];
     all.extend(args);
+    // What is printed must not depend on the machine.
+    if !args.contains(&"--target") {
+        all.extend(["--target", "h100"]);
+    }
     let output = lathe(&all);
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert!(output.status.success(), "{stderr}");
@@ -104,6 +108,34 @@ fn a_dry_run_predicts_with_the_numbers_of_the_model() {
         .find(|l| l.trim_start().starts_with("gemm"))
         .unwrap();
     assert!(gemm.contains("129"), "4 a layer and lm_head: {gemm}");
+}
+
+/// Without --target the device that would run is predicted, and the output says which.
+#[test]
+fn the_target_is_said() {
+    let target = |args: &[&str]| {
+        let output = lathe(&[&["-m", MODEL], args, &["compile"]].concat());
+        let out = String::from_utf8(output.stdout).unwrap();
+        let line = out.lines().find(|l| l.starts_with("target"));
+        line.unwrap_or_else(|| panic!("{out}")).to_string()
+    };
+    assert_eq!(target(&["--device", "cpu"]), "target  cpu (by --device)");
+    let here = target(&[]);
+    let gpu = lathe_runtime::cuda::driver::properties(0).is_ok();
+    let expected = match gpu {
+        true => "target  h",
+        false => "target  cpu (no usable GPU here; --target h100 or h200 needs none)",
+    };
+    assert!(here.starts_with(expected), "{here}");
+    if !gpu {
+        let output = lathe(&["-m", MODEL, "--device", "cuda", "compile"]);
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        assert!(
+            error.contains("--target h100 or h200 needs no GPU"),
+            "{error}"
+        );
+    }
 }
 
 #[test]
@@ -270,6 +302,12 @@ fn an_operation_is_explained_from_the_import_on() {
         assert!(attention.contains(line), "no {line:?} in\n{attention}");
     }
     assert!(!attention.contains(".*."), "{attention}");
+    let general = ["--program", "general", "--layer", "3"];
+    let (list, error) = explain(&general);
+    assert!((6..=8).contains(&list.lines().count()), "{error}{list}");
+    let (attention, _) = explain(&[&general[..], &["--op", "attn_qkv"]].concat());
+    let head = "attn_qkv, layer 3, general program (2048 tokens, h100)";
+    assert!(attention.starts_with(head), "{attention}");
     let (o_proj, _) = explain(&["--layer", "3", "--op", "o_proj"]);
     assert!(o_proj.contains("gemm-residual"), "{o_proj}");
     // Without the rule, the residual add stays and says why.
@@ -327,15 +365,24 @@ fn the_page_is_one_small_file_with_every_stage_and_its_alternatives() {
         "fuse",
     ];
     assert_eq!(names, stages);
-    let chosen = layer["values"]
-        .as_object()
-        .unwrap()
-        .values()
-        .flat_map(|v| v["forms"].as_array().unwrap())
-        .filter(|f| f["chosen"] == true && f["op"] == "attn_qkv")
-        .count();
-    assert_eq!(chosen, 1, "the attention and its alternatives");
-    assert_eq!(layer["ops"].as_array().unwrap().len(), 5);
+    let chosen = |program: &str, op: &str| {
+        layer[program]["values"]
+            .as_object()
+            .unwrap()
+            .values()
+            .flat_map(|v| v["forms"].as_array().unwrap())
+            .filter(|f| f["chosen"] == true && f["op"] == op)
+            .count()
+    };
+    assert_eq!(chosen("decode", "attn_qkv"), 1, "with its alternatives");
+    assert_eq!(chosen("general", "attn_qkv"), 1);
+    assert_eq!(layer["decode"]["ops"].as_array().unwrap().len(), 5);
+    // At 2,048 tokens norms and gates are kernels of their own.
+    let general = layer["general"]["ops"].as_array().unwrap();
+    assert!((6..=8).contains(&general.len()), "{general:?}");
+    let fuse = layer["columns"].as_array().unwrap().last().unwrap();
+    let nodes = |column: &serde_json::Value| column["graph"]["nodes"].as_array().unwrap().len();
+    assert!(nodes(&fuse["general"]) > 0 && fuse["general"] != fuse["graph"]);
 }
 
 #[test]

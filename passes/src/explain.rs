@@ -1,4 +1,4 @@
-//! What became of each imported value: which operation of the decode program stands for it, which
+//! What became of each imported value: which operation of a step program stands for it, which
 //! rules led there, what else was possible and at what cost, and which rule nearly matched where
 //! an operation stayed as it was.
 //!
@@ -28,17 +28,17 @@ pub struct Form {
     pub attrs: String,
     /// Its operands.
     pub operands: Vec<ValueNo>,
-    /// Its own cost at the decode point in picoseconds; `None` if nothing executes it there.
+    /// Its own cost where the program is chosen, in picoseconds; `None` if nothing executes it there.
     pub own: Option<u64>,
     /// What the whole template would cost with this form and all else as it is.
     pub total: Option<u64>,
     /// The rules that gave the value a form of this operation; none if it was imported.
     pub rules: Vec<&'static str>,
-    /// Whether the decode program has it.
+    /// Whether the program has it.
     pub chosen: bool,
 }
 
-/// A value that the decode program computes.
+/// A value that a step program computes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ValueStory {
     /// Its type, as in the text form.
@@ -72,10 +72,10 @@ pub struct Nearest {
     pub reason: String,
 }
 
-/// How one operation of the decode program came about.
+/// How one operation of a step program came about.
 #[derive(Clone, Debug, PartialEq)]
 pub struct OpStory {
-    /// The operation's node in the decode program of the template.
+    /// The operation's node in the template's program.
     pub node: NodeId,
     /// The values that it stands for: its own, and those that it makes unnecessary.
     pub values: Vec<ValueNo>,
@@ -94,11 +94,22 @@ pub struct Story {
     pub imported: Vec<ValueNo>,
     /// The value of each node of the best term after each stage; empty where there is none.
     pub stages: Vec<Vec<ValueNo>>,
-    /// The value of each node of the decode program.
-    pub decode: Vec<ValueNo>,
-    /// Every value that the decode program computes.
+    /// The same of the stages' terms at the general point, for stages of step programs.
+    pub general_stages: Vec<Vec<ValueNo>>,
+    /// The decode program.
+    pub decode: ProgramStory,
+    /// The general program, if there is one.
+    pub general: Option<ProgramStory>,
+}
+
+/// How one program of a template came about.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ProgramStory {
+    /// The value of each node of the program.
+    pub nodes: Vec<ValueNo>,
+    /// Every value that the program computes.
     pub values: BTreeMap<ValueNo, ValueStory>,
-    /// Every operation of the decode program that computes something, in order.
+    /// Every operation of the program that computes something, in order.
     pub ops: Vec<OpStory>,
 }
 
@@ -111,6 +122,18 @@ pub(crate) struct History<'a> {
     pub(crate) imported: &'a [Id],
     /// The class of each node of the best term after each stage, as it was then.
     pub(crate) stages: &'a [Vec<Id>],
+    /// The same at the general point.
+    pub(crate) general_stages: &'a [Vec<Id>],
+}
+
+/// A program with where its nodes come from.
+pub(crate) struct Told<'a> {
+    pub(crate) graph: &'a Graph,
+    /// The class of each node.
+    pub(crate) classes: &'a [Id],
+    pub(crate) choice: &'a Choice,
+    /// The cost of a form where the program was chosen.
+    pub(crate) cost: &'a dyn Fn(Id, &Lang) -> u64,
 }
 
 impl History<'_> {
@@ -126,20 +149,23 @@ impl History<'_> {
         ids.iter().map(|&id| self.number(id)).collect()
     }
 
-    /// The story of the program `decode` whose nodes have these classes.
-    pub(crate) fn tell(
-        &self,
-        decode: &Graph,
-        classes: &[Id],
-        choice: &Choice,
-        cost: &dyn Fn(Id, &Lang) -> u64,
-    ) -> Story {
+    /// The story of a template with these programs.
+    pub(crate) fn tell(&self, decode: &Told<'_>, general: Option<&Told<'_>>) -> Story {
+        let numbered = |all: &[Vec<Id>]| all.iter().map(|s| self.numbers(s)).collect();
         Story {
             imported: self.numbers(self.imported),
-            stages: self.stages.iter().map(|s| self.numbers(s)).collect(),
-            decode: self.numbers(classes),
-            values: self.values(choice, cost),
-            ops: self.ops(decode, classes),
+            stages: numbered(self.stages),
+            general_stages: numbered(self.general_stages),
+            decode: self.program(decode),
+            general: general.map(|g| self.program(g)),
+        }
+    }
+
+    fn program(&self, told: &Told<'_>) -> ProgramStory {
+        ProgramStory {
+            nodes: self.numbers(told.classes),
+            values: self.values(told.choice, told.cost),
+            ops: self.ops(told.graph, told.classes),
         }
     }
 
@@ -195,18 +221,18 @@ impl History<'_> {
 
     /// Each imported value is told with the first operation, in program order, whose value it is
     /// an ingredient of. Elements of tuples and views belong to what they look at.
-    fn ops(&self, decode: &Graph, classes: &[Id]) -> Vec<OpStory> {
+    fn ops(&self, program: &Graph, classes: &[Id]) -> Vec<OpStory> {
         let computed: BTreeSet<ValueNo> = classes.iter().map(|&c| self.number(c)).collect();
         let mut home: BTreeMap<ValueNo, Vec<NodeId>> = BTreeMap::new();
         for (i, &class) in self.imported.iter().enumerate() {
             let node = NodeId(i as u32);
             home.entry(self.number(class)).or_default().push(node);
         }
-        let mut owner: Vec<NodeId> = Vec::with_capacity(decode.nodes().len());
+        let mut owner: Vec<NodeId> = Vec::with_capacity(program.nodes().len());
         let mut told: BTreeSet<ValueNo> = BTreeSet::new();
         let mut parts: BTreeMap<NodeId, BTreeSet<ValueNo>> = BTreeMap::new();
-        for id in decode.ids() {
-            let node = decode.node(id);
+        for id in program.ids() {
+            let node = program.node(id);
             let by = match node.op {
                 Op::Get(_) | Op::Reshape(_) => owner[node.inputs[0].index()],
                 _ => id,
@@ -218,7 +244,7 @@ impl History<'_> {
         }
         let mut ops = Vec::new();
         for (node, values) in parts {
-            let op = &decode.node(node).op;
+            let op = &program.node(node).op;
             if op.is_leaf() || matches!(op, Op::Pack(_) | Op::Permute(_)) {
                 continue;
             }
@@ -248,7 +274,11 @@ impl History<'_> {
                 values: values.into_iter().collect(),
                 imported: imported.into_iter().collect(),
                 steps,
-                nearest: if lowered { None } else { self.nearest(class) },
+                nearest: if lowered {
+                    None
+                } else {
+                    self.nearest(class, false)
+                },
             });
         }
         ops
@@ -276,8 +306,10 @@ impl History<'_> {
     }
 
     /// The rule that came nearest to giving a class another form: of those that did not apply to
-    /// it, the one whose pattern has the largest matching part.
-    fn nearest(&self, class: Id) -> Option<Nearest> {
+    /// it, the one whose pattern has the largest matching part. With `windows`, rules that give the
+    /// rows of a step: every value of a step program has such a form, so that they only tell
+    /// something where there is no program.
+    pub(crate) fn nearest(&self, class: Id, windows: bool) -> Option<Nearest> {
         let class = self.egraph().find(class);
         let applied: BTreeSet<&str> = self
             .log
@@ -287,8 +319,7 @@ impl History<'_> {
             .collect();
         let mut best: Option<Nearest> = None;
         for rule in rules::all() {
-            // Windows are not what one asks about: every value has some.
-            if rule.stage == Stage::KvCache || applied.contains(rule.name) {
+            if is_window(rule) != windows || applied.contains(rule.name) {
                 continue;
             }
             for near in rule
@@ -416,6 +447,11 @@ impl History<'_> {
             _ => names.join(" or "),
         }
     }
+}
+
+/// Whether a rule is about the rows of one step of a value.
+fn is_window(rule: &Rule) -> bool {
+    rule.stage == Stage::KvCache && rule.lhs.iter().all(|lhs| lhs.starts_with("(win "))
 }
 
 /// How much of a pattern matched.

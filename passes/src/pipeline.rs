@@ -6,7 +6,7 @@ use crate::egraph::convert::{Choice, add_graph, add_op, to_graph, to_graph_with_
 use crate::egraph::cost::{CostPoint, INFINITE};
 use crate::egraph::extract::{ExtractError, Extraction, extract, node_cost};
 use crate::egraph::{EGraph, Lang, TensorAnalysis};
-use crate::explain::{History, Story};
+use crate::explain::{History, Story, Told};
 use crate::region::{Regions, cut, layer_name, select_all, whole};
 use crate::rule::{Rule, Stage};
 use crate::rules::{self, STEP};
@@ -124,6 +124,8 @@ pub struct StageReport {
     pub extract: Duration,
     /// The cheapest term after the stage, if there is one.
     pub best: Option<Graph>,
+    /// The cheapest step at the general point, for stages of step programs, likewise.
+    pub general: Option<(Graph, u64)>,
 }
 
 /// One template with what was done to it.
@@ -349,6 +351,8 @@ struct Template<'a> {
     imported: Vec<Id>,
     /// The class of each node of the best term after each stage.
     stage_classes: Vec<Vec<Id>>,
+    /// The same at the general point.
+    general_classes: Vec<Vec<Id>>,
 }
 
 impl<'a> Template<'a> {
@@ -383,6 +387,7 @@ impl<'a> Template<'a> {
             },
             imported: ids,
             stage_classes: Vec::new(),
+            general_classes: Vec::new(),
         }
     }
 
@@ -398,19 +403,17 @@ impl<'a> Template<'a> {
             report.cost_before = cost;
             let best = self.best(dumps);
             cost = best.as_ref().map(|e| e.cost);
-            let mut classes = Vec::new();
-            if let Some(e) = best {
-                let roots = if stage >= Stage::KvCache {
-                    &self.terms.step
-                } else {
-                    &self.terms.full
-                };
-                let (graph, ids) =
-                    to_graph_with_classes(&self.terms.egraph, &e.choice, &self.report.name, roots);
-                report.best = Some(graph);
-                classes = ids;
-            }
+            let (graph, classes) = self.term(best.as_ref(), stage);
+            report.best = graph;
             self.stage_classes.push(classes);
+            let mut classes = Vec::new();
+            if dumps && stage >= Stage::KvCache {
+                let best = self.best_at(&self.terms.step, &self.config.general);
+                let (graph, own) = self.term(best.as_ref(), stage);
+                report.general = graph.zip(best.map(|e| e.cost));
+                classes = own;
+            }
+            self.general_classes.push(classes);
             report.cost_after = cost;
             report.extract = clock.lap("extract");
             self.report.stages.push(report);
@@ -429,11 +432,30 @@ impl<'a> Template<'a> {
         } else {
             (&self.terms.step, &self.config.decode)
         };
+        self.best_at(roots, at)
+    }
+
+    fn best_at(&self, roots: &[(String, Id)], at: &CostPoint) -> Option<Extraction> {
         let roots: Vec<Id> = roots.iter().map(|r| r.1).collect();
         extract(&self.terms.egraph, &roots, &|id, n| {
             node_cost(&self.terms.egraph, id, n, at)
         })
         .ok()
+    }
+
+    /// An extraction as a graph, with the class of each node.
+    fn term(&self, best: Option<&Extraction>, stage: Stage) -> (Option<Graph>, Vec<Id>) {
+        let Some(e) = best else {
+            return (None, Vec::new());
+        };
+        let roots = if stage >= Stage::KvCache {
+            &self.terms.step
+        } else {
+            &self.terms.full
+        };
+        let name = &self.report.name;
+        let (graph, classes) = to_graph_with_classes(&self.terms.egraph, &e.choice, name, roots);
+        (Some(graph), classes)
     }
 
     fn saturate(&mut self, stage: Stage) -> Result<StageReport, CompileError> {
@@ -464,6 +486,7 @@ impl<'a> Template<'a> {
             saturate: Duration::ZERO,
             extract: Duration::ZERO,
             best: None,
+            general: None,
         })
     }
 
@@ -477,8 +500,17 @@ impl<'a> Template<'a> {
         };
         let Some(u) = unmatched_attention(&self.terms.egraph, &self.config.disabled) else {
             let layer = e.layer.and_then(|l| real(Some(l)));
+            let nearest = match &*e.op {
+                "win" => self.history().nearest(e.class, true),
+                _ => None,
+            };
+            let reason = match nearest {
+                None => e.reason.clone(),
+                Some(n) => format!("{}; nearest rule {}: {}", e.reason, n.rule, n.reason),
+            };
             return CompileError::Extract(ExtractError {
                 path: place(&e.path, layer),
+                reason: place(&reason, layer),
                 layer,
                 ..e
             });
@@ -489,6 +521,17 @@ impl<'a> Template<'a> {
             path: place(&u.prov.path, layer),
             detail: place(&u.detail, layer),
             rule: u.rule.to_string(),
+        }
+    }
+
+    fn history(&self) -> History<'_> {
+        History {
+            terms: &self.terms,
+            log: &self.report.log,
+            off: &self.config.disabled,
+            imported: &self.imported,
+            stages: &self.stage_classes,
+            general_stages: &self.general_classes,
         }
     }
 
@@ -521,40 +564,50 @@ impl<'a> Template<'a> {
             }
             Ok(d) => {
                 let layouts = self.terms.weight_operands(&d.choice, &roots);
-                let at = &self.config.general;
-                let general = extract(&self.terms.egraph, &roots, &|id, n| {
+                let general_at = &self.config.general;
+                let general_cost = |id: Id, n: &Lang| {
                     if self.terms.reads_other_layout(id, n, &layouts) {
                         INFINITE
                     } else {
-                        self.terms.step_cost(id, n, at)
+                        self.terms.step_cost(id, n, general_at)
                     }
+                };
+                let general = extract(&self.terms.egraph, &roots, &general_cost);
+                let built = |choice: &Choice| {
+                    to_graph_with_classes(&self.terms.egraph, choice, name, &self.terms.step)
+                };
+                let (decode, decode_classes) = built(&d.choice);
+                let general = general.map(|e| {
+                    let (graph, classes) = built(&e.choice);
+                    (graph, classes, e.choice)
                 });
-                let (graph, classes) =
-                    to_graph_with_classes(&self.terms.egraph, &d.choice, name, &self.terms.step);
+                clock.lap("extract");
                 if dumps {
-                    let at = &self.config.decode;
-                    let history = History {
-                        terms: &self.terms,
-                        log: &self.report.log,
-                        off: &self.config.disabled,
-                        imported: &self.imported,
-                        stages: &self.stage_classes,
+                    let decode_cost = |id: Id, n: &Lang| self.terms.step_cost(id, n, at);
+                    let told = Told {
+                        graph: &decode,
+                        classes: &decode_classes,
+                        choice: &d.choice,
+                        cost: &decode_cost,
                     };
-                    let cost = |id: Id, n: &Lang| self.terms.step_cost(id, n, at);
-                    story = Some(history.tell(&graph, &classes, &d.choice, &cost));
+                    let general = general.as_ref().ok().map(|(graph, classes, choice)| Told {
+                        graph,
+                        classes,
+                        choice,
+                        cost: &general_cost,
+                    });
+                    story = Some(self.history().tell(&told, general.as_ref()));
+                    clock.lap("dumps");
                 }
                 Chosen {
                     full,
-                    decode: Ok(graph),
-                    general: general
-                        .map(|e| to_graph(&self.terms.egraph, &e.choice, name, &self.terms.step))
-                        .map_err(|e| self.refuse(e)),
+                    decode: Ok(decode),
+                    general: general.map(|(graph, ..)| graph).map_err(|e| self.refuse(e)),
                 }
             }
         };
         clock.lap("extract");
         self.report.story = story;
-        clock.lap("dumps");
         chosen
     }
 }

@@ -45,8 +45,8 @@ impl KvSize {
 /// A cache that cannot hold the longest request.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[error(
-    "the longest request has {tokens} tokens and needs {:.3} GiB of KV cache; {:.3} GiB are free and {fraction} of it may be used: {:.3} GiB are missing",
-    gib(*.needed), gib(*.free), gib(.needed.saturating_sub(*.allowed))
+    "the longest request has {tokens} tokens and needs {} of KV cache; {} are free and {fraction} of it may be used: {} are missing",
+    size(*.needed), size(*.free), size(.needed.saturating_sub(*.allowed))
 )]
 pub struct KvTooSmall {
     /// Tokens of the longest request.
@@ -61,8 +61,8 @@ pub struct KvTooSmall {
     pub allowed: u64,
 }
 
-fn gib(bytes: u64) -> f64 {
-    bytes as f64 / f64::from(1u32 << 30)
+fn size(bytes: u64) -> String {
+    crate::phases::bytes(bytes as f64)
 }
 
 /// Memory of a CPU that a cache may be taken from: what is available, and never more than a quarter
@@ -194,8 +194,8 @@ mod tests {
         assert_eq!((error.needed, error.allowed), (48 << 20, 32 << 10));
         assert_eq!(
             error.to_string(),
-            "the longest request has 49 tokens and needs 0.047 GiB of KV cache; 0.000 GiB are free and 0.5 of it may \
-             be used: 0.047 GiB are missing"
+            "the longest request has 49 tokens and needs 48.00 MiB of KV cache; 64.00 KiB are free and 0.5 of it \
+             may be used: 47.97 MiB are missing"
         );
     }
 

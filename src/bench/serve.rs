@@ -86,9 +86,6 @@ pub enum ServeError {
     /// The device failed before the measurement.
     #[error("warm-up: {0}")]
     WarmUp(EngineError),
-    /// The device cannot prepare its kernels.
-    #[error("{0}")]
-    Prepare(lathe_runtime::step::StepError),
 }
 
 /// What a run gave.
@@ -146,7 +143,6 @@ pub fn serve(
     stop: &AtomicBool,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Served, ServeError> {
-    executor.warm_up().map_err(ServeError::Prepare)?;
     warm_up(executor, config, dataset, load, stop)?;
     let requests: VecDeque<Request> = (0u64..)
         .zip(&dataset.requests)

@@ -47,7 +47,7 @@ pub struct Tuning {
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum TuningError {
     /// The weights alone are too large.
-    #[error("the weights need {:.2} GiB, the memory has {:.2} GiB: {:.2} GiB are missing", gib(*weights), gib(*memory), gib(*weights) - gib(*memory))]
+    #[error("the weights need {}, the memory has {}: {} are missing", size(*weights), size(*memory), size(weights.saturating_sub(*memory)))]
     WeightsDoNotFit {
         /// Bytes of the weights.
         weights: u64,
@@ -55,7 +55,7 @@ pub enum TuningError {
         memory: u64,
     },
     /// Not one request fits into the cache.
-    #[error("one request of {tokens:.0} tokens needs {:.3} GiB of KV cache, {:.3} GiB are left for it", gib(*needed), gib(*cache))]
+    #[error("one request of {tokens:.0} tokens needs {} of KV cache, {} are left for it; raise free_mem_ratio or shorten the requests", size(*needed), size(*cache))]
     RequestDoesNotFit {
         /// Tokens of a request.
         tokens: f64,
@@ -66,8 +66,8 @@ pub enum TuningError {
     },
 }
 
-fn gib(bytes: u64) -> f64 {
-    bytes as f64 / f64::from(1u32 << 30)
+fn size(bytes: u64) -> String {
+    crate::phases::bytes(bytes as f64)
 }
 
 impl TuningInput {
@@ -112,8 +112,8 @@ impl TuningInput {
         let cache_per_device = (cache / self.tp as f64) as u64;
         if cache_per_device < SMALL_CACHE {
             warnings.push(format!(
-                "only {:.2} GiB a device are left for the KV cache",
-                gib(cache_per_device)
+                "only {} a device are left for the KV cache",
+                size(cache_per_device)
             ));
         }
         if max_requests < FEW_SEQUENCES {
@@ -278,7 +278,7 @@ mod tests {
         .unwrap_err()
         .to_string();
         assert!(
-            error.starts_with("one request of 2000 tokens needs 0.244 GiB of KV cache, 0.0"),
+            error.starts_with("one request of 2000 tokens needs 250.00 MiB of KV cache, "),
             "{error}"
         );
         let tuning = TuningInput {

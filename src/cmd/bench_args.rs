@@ -8,6 +8,7 @@ use clap::Args;
 use lathe_runtime::sampling::SamplingParams;
 use serde::Deserialize;
 
+use super::config_file::ConfigFile;
 use crate::config::{Given, Options, Resolved};
 use crate::errors::usage_error;
 
@@ -20,9 +21,8 @@ pub(super) struct BenchArgs {
     /// Accepted for compatibility: _autodeploy, which this program takes the place of, or lathe
     #[arg(long, default_value = "_autodeploy", value_name = "NAME")]
     backend: String,
-    /// YAML file whose keys override the command line
-    #[arg(long = "extra_llm_api_options", alias = "config", value_name = "FILE")]
-    extra_llm_api_options: Option<PathBuf>,
+    #[command(flatten)]
+    config: ConfigFile,
     /// YAML file with temperature, top_k, top_p and seed
     #[arg(long = "sampler_options", value_name = "FILE")]
     sampler_options: Option<PathBuf>,
@@ -187,7 +187,7 @@ impl BenchArgs {
     /// # Errors
     /// The file cannot be read or has unknown keys or values.
     pub(super) fn resolve(&self, flags: Options) -> anyhow::Result<Resolved> {
-        crate::frontend::resolve(flags, self.extra_llm_api_options.as_deref())
+        self.config.resolve(flags)
     }
 
     /// How tokens are chosen: greedily, unless a file says otherwise.

@@ -8,28 +8,26 @@ use anyhow::Context;
 use clap::Args;
 use lathe_codegen::Plan;
 use lathe_codegen::plan::ProgramKind;
-use lathe_ir::DType;
-use lathe_passes::egraph::cost::{CostPoint, DeviceModel, kv_token_bytes};
+use lathe_passes::egraph::cost::{CostPoint, DeviceModel};
 use lathe_passes::pipeline::{Compiled, PassConfig, compile_with};
 use lathe_passes::predict::{Prediction, kernels_by_layer, predict};
+use lathe_runtime::cuda::DecodeBuckets;
 
-use crate::cli::{DeviceChoice, GlobalOptions};
-use crate::config::{Given, KvCacheDtype, Options, Resolved};
+use super::config_file::ConfigFile;
+use crate::cli::GlobalOptions;
+use crate::config::{Given, Options, Resolved, Run, RuntimeKind};
+use crate::console::Task;
 use crate::dump::{self, Format, Points};
 use crate::errors::usage_error;
-use crate::frontend::{Imported, import_model, resolve};
+use crate::frontend::{Imported, import_model};
 use crate::phases::{Phases, bytes, duration, picoseconds};
+use crate::target::Predicted;
 
 /// Compile a model and show what each pass did; needs no weights
 #[derive(Debug, Args)]
 pub struct Compile {
-    /// YAML file of options; wins over the command line
-    #[arg(
-        long = "extra_llm_api_options",
-        visible_alias = "config",
-        value_name = "FILE"
-    )]
-    config: Option<PathBuf>,
+    #[command(flatten)]
+    config: ConfigFile,
     /// Write the program: after-all, or after=PASS,... (stages, import, decode, general)
     #[arg(long, value_name = "after-all|after=PASS,...")]
     dump_ir: Option<Points>,
@@ -45,7 +43,7 @@ pub struct Compile {
     /// Print the resolved configuration, the memory it needs and the predicted times
     #[arg(long)]
     dry_run: bool,
-    /// Device to compile and predict for: h100, h200, cpu; by default that of --device
+    /// Device to compile and predict for: h100, h200, cpu; by default the one that --device stands for
     #[arg(long, value_name = "NAME")]
     target: Option<String>,
     /// Optimise the whole model as one region instead of one template a kind of layer
@@ -79,13 +77,14 @@ impl Compile {
     /// Runs the command.
     pub fn run(&self, global: &GlobalOptions) -> anyhow::Result<()> {
         let mut phases = Phases::new();
-        let config = resolve(self.flags(), self.config.as_deref())?;
-        let target = target(self.target.as_deref(), global.device)?;
+        // The table of phases is on stdout: the bar leaves no line.
+        let _task = Task::begin("compile");
+        let config = self.config.resolve(self.flags())?;
+        let target = Predicted::resolve(self.target.as_deref(), global.device)?;
         let imported = import_model(global, &config, &mut phases)?;
 
-        let mut pass_config = config.pass_config(target);
+        let mut pass_config = config.pass_config(target.model);
         pass_config.no_roll = self.no_roll;
-        phases.begin("passes");
         let compiled = compile_with(&imported.model.graph, &pass_config, true)?;
         phases.end_parts("passes", &compiled.phases);
         let plan = imported.lower(&compiled)?;
@@ -93,13 +92,14 @@ impl Compile {
 
         let mut out = String::new();
         if self.dry_run {
-            dry_run(&mut out, &config, &imported, &compiled, &pass_config);
+            title(&mut out, &imported, &pass_config, &target.why);
+            dry_run(&mut out, &config, &compiled, &pass_config);
         } else {
-            title(&mut out, &imported, &pass_config);
+            title(&mut out, &imported, &pass_config, &target.why);
             passes(&mut out, &compiled, &pass_config, &config);
         }
         let _ = writeln!(out, "\nmemory");
-        memory(&mut out, &config, &imported, &plan, &pass_config);
+        memory(&mut out, &config, &plan, &pass_config);
         programs(&mut out, &compiled, &pass_config);
         phases.end("report");
         self.dump(&mut out, &imported, &compiled, &pass_config, &mut phases)?;
@@ -156,7 +156,6 @@ impl Compile {
             }
             return Ok(());
         }
-        phases.begin("dump");
         let points = self.dump_ir.clone().unwrap_or(Points::All);
         let dir = self.dump_dir();
         let snapshots = dump::snapshots(&imported.model.graph, compiled, config);
@@ -187,17 +186,7 @@ impl Compile {
     }
 }
 
-/// The model of the device to compile for.
-pub(super) fn target(name: Option<&str>, device: DeviceChoice) -> anyhow::Result<DeviceModel> {
-    match (name, device) {
-        (Some(name), _) => DeviceModel::by_name(name)
-            .ok_or_else(|| usage_error(format!("--target {name}: expected h100, h200 or cpu"))),
-        (None, DeviceChoice::Cpu) => Ok(DeviceModel::CPU),
-        (None, _) => Ok(DeviceModel::H100),
-    }
-}
-
-fn title(out: &mut String, imported: &Imported, config: &PassConfig) {
+fn title(out: &mut String, imported: &Imported, config: &PassConfig, why: &str) {
     let arch = &imported.model.arch;
     let _ = writeln!(
         out,
@@ -210,7 +199,7 @@ fn title(out: &mut String, imported: &Imported, config: &PassConfig) {
     );
     let _ = writeln!(
         out,
-        "target  {}: decode chosen for {}; general for {}\n",
+        "target  {} ({why})\nchosen  decode for {}, general for {}\n",
         config.decode.device.name,
         dump::at(&config.decode),
         dump::at(&config.general)
@@ -301,14 +290,7 @@ fn layer_range(layers: &[Option<u32>]) -> String {
     }
 }
 
-fn dry_run(
-    out: &mut String,
-    resolved: &Resolved,
-    imported: &Imported,
-    compiled: &Compiled,
-    config: &PassConfig,
-) {
-    title(out, imported, config);
+fn dry_run(out: &mut String, resolved: &Resolved, compiled: &Compiled, config: &PassConfig) {
     let rows = resolved.rows();
     let width = |f: fn(&(String, String, String)) -> usize| rows.iter().map(f).max().unwrap_or(0);
     let (k, v) = (width(|r| r.0.len()), width(|r| r.1.chars().count()));
@@ -319,6 +301,18 @@ fn dry_run(
     for (name, why) in resolved.disabled() {
         let _ = writeln!(out, "  off: {name}, by {why}");
     }
+    let on_cpu = config.decode.device == DeviceModel::CPU;
+    let run = match resolved.runtime.value {
+        RuntimeKind::Trtllm => Run::Serving,
+        RuntimeKind::Demollm => Run::StaticBatches,
+    };
+    for line in resolved.without_effect(run, on_cpu) {
+        let _ = writeln!(out, "  note: {line}");
+    }
+    if let (true, Some(line)) = (on_cpu, resolved.backend_on_cpu()) {
+        let _ = writeln!(out, "  note: {line}");
+    }
+    let _ = writeln!(out, "\ndecode steps\n  {}", graphs(resolved, on_cpu));
     for (name, graph, at) in [
         ("decode", &compiled.decode, &config.decode),
         ("prefill", &compiled.general, &config.general),
@@ -329,14 +323,47 @@ fn dry_run(
     }
 }
 
+/// How decode steps are launched, and the sizes that they are padded to.
+fn graphs(resolved: &Resolved, on_cpu: bool) -> String {
+    /// Where nobody says how many sequences run: the table ends there.
+    const MOST: usize = 256;
+    if on_cpu {
+        return "no CUDA graphs and no padding: the CPU runs each batch as it is".to_string();
+    }
+    let most = resolved.max_batch_size.value.map_or(MOST, |n| n as usize);
+    let asked: Option<Vec<usize>> = resolved
+        .cuda_graph_batch_sizes
+        .value
+        .as_ref()
+        .map(|sizes| sizes.iter().map(|&n| n as usize).collect());
+    let buckets = DecodeBuckets::new(most, asked.as_deref());
+    let list = |captured: bool| {
+        let of = |n: &usize| buckets.is_captured(*n) == captured;
+        let sizes: Vec<String> = buckets
+            .all()
+            .iter()
+            .filter(|n| of(n))
+            .map(usize::to_string)
+            .collect();
+        sizes.join(", ")
+    };
+    if !resolved.compile_backend.value.cuda_graphs() {
+        let sizes: Vec<String> = buckets.all().iter().map(usize::to_string).collect();
+        return format!(
+            "launched kernel by kernel, padded to {} rows",
+            sizes.join(", ")
+        );
+    }
+    let rest = list(false);
+    let rest = match rest.is_empty() {
+        true => String::new(),
+        false => format!("; kernel by kernel, padded to {rest} rows"),
+    };
+    format!("one CUDA graph each, padded to {} rows{rest}", list(true))
+}
+
 /// Packed weights, cache and activations, as the plan has them.
-fn memory(
-    out: &mut String,
-    resolved: &Resolved,
-    imported: &Imported,
-    plan: &Plan,
-    config: &PassConfig,
-) {
+fn memory(out: &mut String, resolved: &Resolved, plan: &Plan, config: &PassConfig) {
     let mut line = |name: &str, text: String| {
         let _ = writeln!(out, "  {name:<12} {text}");
     };
@@ -348,17 +375,8 @@ fn memory(
             plan.weights.len()
         ),
     );
-    let dtype = match resolved.kv_cache_dtype.value {
-        KvCacheDtype::Auto => imported.dtype,
-        KvCacheDtype::Bfloat16 => DType::BF16,
-        KvCacheDtype::Float16 => DType::F16,
-        KvCacheDtype::Float32 => DType::F32,
-    };
-    let token: u64 = plan
-        .caches
-        .iter()
-        .map(|c| kv_token_bytes(c.kv_heads, c.head_dim, dtype))
-        .sum();
+    let token = plan.token_bytes() as u64;
+    let dtype = plan.caches.first().map_or(plan.dtype, |c| c.dtype);
     if token > 0 {
         let page = resolved.attn_page_size.value;
         line(

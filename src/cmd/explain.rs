@@ -2,53 +2,74 @@
 
 use std::fmt::Write as _;
 use std::io::Write as _;
-use std::path::PathBuf;
 
 use anyhow::anyhow;
 use clap::Args;
 use lathe_ir::{Graph, Node, NodeId, Op, text};
-use lathe_passes::explain::{Form, OpStory, Story};
+use lathe_passes::egraph::cost::CostPoint;
+use lathe_passes::explain::{Form, OpStory, ProgramStory};
 use lathe_passes::pipeline::{Compiled, PassConfig, TemplateReport, compile_with};
 use lathe_passes::predict::kernel_name;
 use lathe_passes::region::layer_name;
 
-use super::compile::target;
+use super::config_file::ConfigFile;
 use crate::cli::GlobalOptions;
 use crate::config::{Options, nearest};
+use crate::console::Task;
 use crate::dump::at;
-use crate::frontend::{import_model, resolve};
+use crate::frontend::import_model;
 use crate::phases::{Phases, picoseconds};
+use crate::target::Predicted;
 
-/// Show how an operation of the decode program came about
+/// Show how an operation of a step program came about
 #[derive(Debug, Args)]
 pub struct Explain {
+    /// Program: decode (one token a sequence) or general (prefill and mixed steps)
+    #[arg(long, value_enum, default_value_t, value_name = "NAME")]
+    program: Which,
     /// Decoder layer; without it, what lies outside of the layers
     #[arg(long, value_name = "N")]
     layer: Option<u32>,
     /// Operation (gemm, attn_qkv), node (%8) or part of a module path (o_proj); without it, a list
     #[arg(long, value_name = "NAME")]
     op: Option<String>,
-    /// YAML file of options
-    #[arg(
-        long = "extra_llm_api_options",
-        visible_alias = "config",
-        value_name = "FILE"
-    )]
-    config: Option<PathBuf>,
-    /// Device to compile for: h100, h200, cpu; by default that of --device
+    #[command(flatten)]
+    config: ConfigFile,
+    /// Device to compile for: h100, h200, cpu; by default the one that --device stands for
     #[arg(long, value_name = "NAME")]
     target: Option<String>,
+}
+
+/// `--program`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+enum Which {
+    /// One token a sequence.
+    #[default]
+    Decode,
+    /// Prefill and mixed steps.
+    General,
+}
+
+impl Which {
+    fn name(self) -> &'static str {
+        match self {
+            Which::Decode => "decode",
+            Which::General => "general",
+        }
+    }
 }
 
 impl Explain {
     /// Runs the command.
     pub fn run(&self, global: &GlobalOptions) -> anyhow::Result<()> {
         let mut phases = Phases::new();
-        let config = resolve(Options::default(), self.config.as_deref())?;
-        let device = target(self.target.as_deref(), global.device)?;
+        let task = Task::begin("compile");
+        let config = self.config.resolve(Options::default())?;
+        let device = Predicted::resolve(self.target.as_deref(), global.device)?;
         let imported = import_model(global, &config, &mut phases)?;
-        let pass_config = config.pass_config(device);
+        let pass_config = config.pass_config(device.model);
         let compiled = compile_with(&imported.model.graph, &pass_config, true)?;
+        drop(task);
         let out = self.text(&compiled, &pass_config)?;
         std::io::stdout().lock().write_all(out.as_bytes())?;
         Ok(())
@@ -56,28 +77,22 @@ impl Explain {
 
     fn text(&self, compiled: &Compiled, config: &PassConfig) -> anyhow::Result<String> {
         if let (None, Some(reason)) = (&compiled.decode, &compiled.no_step) {
-            return Err(anyhow!("there is no decode program to explain: {reason}"));
+            return Err(anyhow!("there is no step program to explain: {reason}"));
         }
         let mut out = String::new();
         let mut names: Vec<String> = Vec::new();
         let mut found = false;
         for template in self.templates(compiled)? {
-            let (Some(decode), Some(story)) = (&template.decode, &template.story) else {
+            let Some(view) = self.view(template, config) else {
                 continue;
             };
-            let view = View {
-                template,
-                decode,
-                story,
-                layer: self.layer,
-            };
-            for op in &story.ops {
-                let node = decode.node(op.node);
+            for op in &view.story.ops {
+                let node = view.graph.node(op.node);
                 names.push(kernel_name(&node.op));
                 names.push(node.op.name().to_string());
                 match &self.op {
                     None => view.line(&mut out, op),
-                    Some(name) if view.is(op, name) => view.explain(&mut out, op, config),
+                    Some(name) if view.is(op, name) => view.explain(&mut out, op),
                     Some(_) => continue,
                 }
                 found = true;
@@ -97,6 +112,23 @@ impl Explain {
             "no operation '{name}' here{hint} there are {}",
             known.join(", ")
         ))
+    }
+
+    /// The program of a template that is asked for.
+    fn view<'a>(&self, template: &'a TemplateReport, config: &'a PassConfig) -> Option<View<'a>> {
+        let story = template.story.as_ref()?;
+        let (graph, story, point) = match self.program {
+            Which::Decode => (&template.decode, &story.decode, &config.decode),
+            Which::General => (&template.general, story.general.as_ref()?, &config.general),
+        };
+        Some(View {
+            template,
+            program: self.program,
+            graph: graph.as_ref()?,
+            story,
+            point,
+            layer: self.layer,
+        })
     }
 
     fn templates<'a>(&self, compiled: &'a Compiled) -> anyhow::Result<Vec<&'a TemplateReport>> {
@@ -120,8 +152,11 @@ impl Explain {
 /// One template as a layer of the model.
 struct View<'a> {
     template: &'a TemplateReport,
-    decode: &'a Graph,
-    story: &'a Story,
+    program: Which,
+    graph: &'a Graph,
+    story: &'a ProgramStory,
+    /// Where the program was chosen.
+    point: &'a CostPoint,
     layer: Option<u32>,
 }
 
@@ -134,7 +169,7 @@ impl View<'_> {
     }
 
     fn is(&self, op: &OpStory, name: &str) -> bool {
-        let node = self.decode.node(op.node);
+        let node = self.graph.node(op.node);
         name == node.op.name()
             || name == kernel_name(&node.op)
             || name == op.node.to_string()
@@ -146,7 +181,7 @@ impl View<'_> {
     }
 
     fn line(&self, out: &mut String, op: &OpStory) {
-        let node = self.decode.node(op.node);
+        let node = self.graph.node(op.node);
         let _ = writeln!(
             out,
             "{:5} {:24} {:44} {:3} imported operations, {:3} rule applications",
@@ -164,16 +199,17 @@ impl View<'_> {
         op.imported.iter().filter(is_op).copied().collect()
     }
 
-    fn explain(&self, out: &mut String, op: &OpStory, config: &PassConfig) {
-        let node = self.decode.node(op.node);
+    fn explain(&self, out: &mut String, op: &OpStory) {
+        let node = self.graph.node(op.node);
         let layer = self
             .layer
             .map_or_else(|| "outside layers".to_string(), |l| format!("layer {l}"));
         let _ = writeln!(
             out,
-            "{}, {layer}, decode program ({})\n  {}\n",
+            "{}, {layer}, {} program ({})\n  {}\n",
             kernel_name(&node.op),
-            at(&config.decode),
+            self.program.name(),
+            at(self.point),
             self.print(op.node, node)
         );
         let imported = self.operations(op);
@@ -216,11 +252,11 @@ impl View<'_> {
     /// The values of an operation: its own, and those of its elements.
     fn values(&self, op: &OpStory) -> Vec<(NodeId, usize)> {
         let mut values = Vec::new();
-        for id in self.decode.ids() {
-            let node = self.decode.node(id);
+        for id in self.graph.ids() {
+            let node = self.graph.node(id);
             let element = matches!(node.op, Op::Get(_)) && node.inputs == [op.node];
             if id == op.node || element {
-                values.push((id, self.story.decode[id.index()]));
+                values.push((id, self.story.nodes[id.index()]));
             }
         }
         values
@@ -251,7 +287,7 @@ impl View<'_> {
 
     /// A value as the program names it, else by its number.
     fn operand(&self, value: usize) -> String {
-        match self.story.decode.iter().position(|&v| v == value) {
+        match self.story.nodes.iter().position(|&v| v == value) {
             Some(i) => NodeId(i as u32).to_string(),
             None => format!("v{value}"),
         }

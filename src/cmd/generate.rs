@@ -8,13 +8,17 @@ use lathe_runtime::session::{StaticRequest, run_static};
 use lathe_runtime::text::{ChatMessage, ChatTemplate, TextTokenizer, eos_token_ids};
 use std::io::Write;
 
+use super::config_file::ConfigFile;
+use super::throughput::weight_choice;
 use crate::cli::GlobalOptions;
-use crate::config::Resolved;
-use crate::model::{CompiledModel, WeightChoice};
+use crate::config::{Options, Run};
+use crate::model::CompiledModel;
 
 /// Complete a prompt.
 #[derive(Debug, Args)]
 pub struct Generate {
+    #[command(flatten)]
+    config: ConfigFile,
     /// What to complete or answer; several prompts make one batch, printed one after the other
     #[arg(long, short, required = true, value_name = "TEXT")]
     prompt: Vec<String>,
@@ -51,7 +55,11 @@ impl Generate {
             seed: self.seed,
         };
         params.validate()?;
-        let mut model = CompiledModel::compile(global, &Resolved::default())?;
+        let resolved = self.config.resolve(Options::default())?;
+        let mut model = CompiledModel::compile(global, &resolved)?;
+        for line in model.remarks(&resolved, Run::Generate) {
+            tracing::warn!("{line}");
+        }
         let tokenizer = TextTokenizer::load(&model.folder)?;
         let template = if self.raw {
             None
@@ -85,9 +93,16 @@ impl Generate {
             .max()
             .unwrap_or(0);
         model.check_length(longest)?;
+        if let Some(most) = resolved.max_seq_len.value {
+            anyhow::ensure!(
+                longest <= most as usize,
+                "prompt and output have {longest} tokens, max_seq_len is {most}; lower --max_tokens"
+            );
+        }
         let prompts: usize = requests.iter().map(|r| r.prompt.len()).sum();
-        let options = LoadOptions::contiguous(requests.len(), longest, prompts.min(2048));
-        let mut executor = model.load(WeightChoice::Checkpoint, options)?;
+        let step = resolved.max_num_tokens.value.map_or(2048, |n| n as usize);
+        let options = LoadOptions::contiguous(requests.len(), longest, prompts.min(step));
+        let mut executor = model.load(weight_choice(&resolved), options)?;
         if requests.len() == 1 {
             self.stream(&mut *executor, &requests, &tokenizer)
         } else {

@@ -7,6 +7,7 @@ use crate::cli::Cli;
 mod bench_args;
 mod compare;
 mod compile;
+mod config_file;
 mod doctor;
 mod explain;
 mod generate;
@@ -63,7 +64,7 @@ pub fn run(cli: &Cli) -> anyhow::Result<()> {
         Command::PrepareDataset(command) => command.run(&cli.global),
         Command::Compare(command) => command.run(),
         Command::Compile(command) => command.run(&cli.global),
-        Command::Opt(command) => command.run(&cli.global),
+        Command::Opt(command) => command.run(),
         Command::Explain(command) => command.run(&cli.global),
         Command::Passes(command) => command.run(),
     }

@@ -10,8 +10,7 @@ use lathe_ir::{Graph, text, verify};
 use lathe_passes::egraph::cost::{CostPoint, DeviceModel};
 use lathe_passes::opt::{Goal, run};
 
-use super::compile::target;
-use crate::cli::GlobalOptions;
+use crate::target::named;
 
 /// Run passes on a program in text form and print the result
 #[derive(Debug, Args)]
@@ -25,9 +24,9 @@ pub struct Opt {
     /// What the result is chosen by: size, rewritten, decode[:BATCH], prefill[:TOKENS]
     #[arg(long, default_value = "prefill", value_name = "GOAL")]
     goal: GoalChoice,
-    /// Device of the goals that are times: h100, h200, cpu
-    #[arg(long, value_name = "NAME")]
-    target: Option<String>,
+    /// Device of the goals that are times: h100, h200, cpu; the same on every machine
+    #[arg(long, value_name = "NAME", default_value = "h100")]
+    target: String,
     /// Check the program before and after
     #[arg(long)]
     verify: bool,
@@ -87,7 +86,7 @@ impl GoalChoice {
 
 impl Opt {
     /// Runs the command.
-    pub fn run(&self, global: &GlobalOptions) -> anyhow::Result<()> {
+    pub fn run(&self) -> anyhow::Result<()> {
         let (name, source) = if self.file.as_os_str() == "-" {
             let mut source = String::new();
             std::io::stdin()
@@ -103,7 +102,7 @@ impl Opt {
         if self.verify {
             check(&name, &graph)?;
         }
-        let device = target(self.target.as_deref(), global.device)?;
+        let device = named(&self.target)?;
         let passes: Vec<&str> = self.passes.iter().map(String::as_str).collect();
         let report = run(&graph, &passes, &self.goal.on(device))?;
         if self.verify {

@@ -1,8 +1,5 @@
 //! `throughput` and `latency` on the continuous-batching engine.
 
-use std::time::Instant;
-
-use indicatif::{ProgressBar, ProgressStyle};
 use lathe_codegen::Plan;
 use lathe_passes::egraph::cost::{CostPoint, DeviceModel};
 use lathe_passes::predict::predict;
@@ -22,7 +19,8 @@ use crate::bench::serve::{Load, Served, latency_config, serve};
 use crate::bench::sizing::{Sizes, SizingInput, sizes};
 use crate::bench::tuning::TuningInput;
 use crate::bench::warnings::{RunLimits, warnings};
-use crate::config::Resolved;
+use crate::config::{Resolved, Run};
+use crate::console::Task;
 use crate::model::{CompiledModel, Target, WeightChoice};
 
 /// A run on the engine.
@@ -66,31 +64,21 @@ impl ServingJob<'_> {
         let stats = self.dataset.stats();
         let limits = self.limits(model, &stats)?;
         let mut executor = model.load(self.weights, limits.options)?;
-        let bar = ProgressBar::new(self.dataset.requests.len() as u64);
-        // The template is a constant; without it the bar only looks different.
-        if let Ok(style) = ProgressStyle::with_template("benchmark {wide_bar} {pos}/{len} {eta}") {
-            bar.set_style(style);
-        }
-        let start = Instant::now();
+        model.warm_up(&mut *executor)?;
+        let task = Task::begin("benchmark");
+        let n = self.dataset.requests.len();
         let served = serve(
             &mut *executor,
             limits.config,
             self.dataset,
             &self.load,
             interrupt_flag(),
-            &mut |finished| bar.set_position(finished as u64),
-        );
-        bar.finish_and_clear();
-        let served = served?;
+            &mut |finished| task.advance(finished, n),
+        )?;
+        let done = served.records.len();
+        let seconds = task.end(&format!("{done} of {n} requests")).as_secs_f64();
         let execution = executor.execution().map(Into::into);
-        self.report(
-            model,
-            stats,
-            &limits,
-            &served,
-            execution,
-            start.elapsed().as_secs_f64(),
-        )
+        self.report(model, stats, &limits, &served, execution, seconds)
     }
 
     fn limits(&self, model: &CompiledModel, stats: &DatasetStats) -> anyhow::Result<Limits> {
@@ -256,14 +244,20 @@ impl ServingJob<'_> {
     ) -> anyhow::Result<()> {
         let machine = machine(&model.target);
         let gpu = gpu_state(&model.target);
+        let run = if self.latency {
+            Run::Latency
+        } else {
+            Run::Serving
+        };
         let mut section = LatheSection {
             device: format!("{}{}", model.target.name(), gpu.describe()),
             roofline_percent: roofline_percent(model, served),
             phases: phases(model, seconds),
-            warnings: limits.warnings.clone(),
+            warnings: model.remarks(self.resolved, run),
             execution,
             ..LatheSection::default()
         };
+        section.warnings.extend_from_slice(&limits.warnings);
         if let Some(machine) = &machine {
             section.warnings.extend(gpu.warnings(&machine.name));
         }

@@ -16,7 +16,8 @@ use crate::bench::dataset::Dataset;
 use crate::bench::metrics::RequestRecord;
 use crate::bench::report::{Incomplete, LatheSection, Report, WorldInfo};
 use crate::bench::warnings::{RunLimits, warnings};
-use crate::config::Resolved;
+use crate::config::{Resolved, Run};
+use crate::console::Task;
 use crate::model::{CompiledModel, WeightChoice};
 
 /// A run of static batches.
@@ -59,12 +60,13 @@ impl StaticJob<'_> {
         let max_tokens = resolved.max_num_tokens.value.map_or(2048, |n| n as usize);
         let options = LoadOptions::contiguous(batch, self.max_seq_len, max_tokens);
         let mut executor = model.load(self.weights, options)?;
-        executor.warm_up()?;
+        model.warm_up(&mut *executor)?;
         let requests = self.requests();
         let warmup = &requests[..self.warmup.min(batch)];
         if !warmup.is_empty() {
             run_static(&mut *executor, warmup, |_| {}).context("warm-up")?;
         }
+        let task = Task::begin("benchmark");
         let start = Instant::now();
         let mut records = Vec::with_capacity(requests.len());
         let mut unfinished = Vec::new();
@@ -77,6 +79,7 @@ impl StaticJob<'_> {
             let done = run_chunk(stoppable, chunk, start, self.streaming);
             records.extend(done.records);
             unfinished.extend(done.unfinished);
+            task.advance(records.len(), n);
             if let Err(error) = done.outcome {
                 incomplete = Some(Incomplete {
                     reason: error.to_string(),
@@ -86,6 +89,9 @@ impl StaticJob<'_> {
                 break;
             }
         }
+        let seconds = task
+            .end(&format!("{} of {n} requests", records.len()))
+            .as_secs_f64();
         let stats = self.dataset.stats();
         let limits = RunLimits {
             concurrency: -1,
@@ -93,11 +99,13 @@ impl StaticJob<'_> {
             cached_sequences: batch,
             peak_sequences: None,
         };
+        let mut remarks = model.remarks(resolved, Run::StaticBatches);
+        remarks.extend(warnings(&stats, limits));
         let section = LatheSection {
             device: model.target.name(),
             incomplete,
-            phases: phases(model, start.elapsed().as_secs_f64()),
-            warnings: warnings(&stats, limits),
+            phases: phases(model, seconds),
+            warnings: remarks,
             execution: executor.execution().map(Into::into),
             ..LatheSection::default()
         };

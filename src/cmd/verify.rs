@@ -10,9 +10,9 @@ use safetensors::SafeTensors;
 use std::io::Write;
 use std::path::PathBuf;
 
+use super::config_file::ConfigFile;
 use crate::cli::GlobalOptions;
-use crate::config::{Given, Options, Switch};
-use crate::frontend::resolve;
+use crate::config::{Given, Options, Resolved, Run, Source, Switch};
 use crate::model::{CompiledModel, Target, WeightChoice};
 
 /// Compare with reference logits and greedy tokens.
@@ -26,22 +26,17 @@ pub struct Verify {
     /// 1.5 times the reference's own bf16 error in bfloat16
     #[arg(long)]
     rtol: Option<f64>,
+    #[command(flatten)]
+    config: ConfigFile,
     /// Rules or stages to switch off, e.g. kv_cache to recompute whole sequences
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     disable: Vec<String>,
-    /// YAML file with settings, such as compile_backend
-    #[arg(
-        long = "extra_llm_api_options",
-        visible_alias = "config",
-        value_name = "FILE"
-    )]
-    config: Option<PathBuf>,
     /// Tokens of one step; prompts are cut into chunks of at most as many
-    #[arg(long, value_name = "N")]
-    max_num_tokens: Option<usize>,
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    max_num_tokens: Option<u32>,
     /// Tokens a page of the KV cache; one page a sequence by default
-    #[arg(long, value_name = "N")]
-    attn_page_size: Option<usize>,
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    attn_page_size: Option<u32>,
 }
 
 struct Golden {
@@ -57,7 +52,11 @@ struct Golden {
 impl Verify {
     /// Runs the comparison; an error past the tolerance fails the command.
     pub fn run(&self, global: &GlobalOptions) -> anyhow::Result<()> {
-        let mut flags = Options::default();
+        let mut flags = Options {
+            max_num_tokens: Given::flag("--max_num_tokens", self.max_num_tokens.map(Some)),
+            attn_page_size: Given::flag("--attn_page_size", self.attn_page_size),
+            ..Options::default()
+        };
         for name in &self.disable {
             let enabled = false;
             let name = name.clone();
@@ -65,8 +64,11 @@ impl Verify {
                 .switches
                 .extend(Given::flag("--disable", Some(Switch { name, enabled })));
         }
-        let resolved = resolve(flags, self.config.as_deref())?;
+        let resolved = self.config.resolve(flags)?;
         let mut model = CompiledModel::compile(global, &resolved)?;
+        for line in model.remarks(&resolved, Run::Verify) {
+            tracing::warn!("{line}");
+        }
         let path = self
             .golden
             .clone()
@@ -80,102 +82,102 @@ impl Verify {
             model.info.vocab
         );
         let (logits, generated) = if model.compiled.no_step.is_none() {
-            self.stepped(&mut model, &golden)?
+            stepped(&mut model, &golden, &resolved)?
         } else {
-            self.recomputed(&model, &golden)?
+            recomputed(&model, &golden)?
         };
         report(self.rtol, &model, &golden, &logits, generated.as_deref())
     }
+}
 
-    /// Through the step programs with their cache.
-    fn stepped(
-        &self,
-        model: &mut CompiledModel,
-        g: &Golden,
-    ) -> anyhow::Result<(Vec<f32>, Option<Vec<u32>>)> {
-        let total = g.generated.as_ref().map_or(g.len, |(_, n)| *n);
-        let mut options = LoadOptions::contiguous(g.batch, total, g.batch * g.len);
-        if let Some(page) = self.attn_page_size {
-            anyhow::ensure!(page > 0, "--attn_page_size must be at least 1");
-            options.page_size = page;
-            options.pages = g.batch * total.div_ceil(page);
-        }
-        if let Some(n) = self.max_num_tokens {
-            options.max_tokens = n.max(g.batch);
-        }
-        options.max_rows = options.max_tokens;
-        let mut executor = model.load(WeightChoice::Checkpoint, options)?;
-        let logits = all_logits(&mut *executor, g, &options)?;
-        let generated = match &g.generated {
-            None => None,
-            Some((tokens, n)) => Some(self.greedy(&mut *executor, g, tokens, *n)?),
-        };
-        Ok((logits, generated))
-    }
-
-    fn greedy(
-        &self,
-        executor: &mut dyn Executor,
-        g: &Golden,
-        tokens: &[u32],
-        n: usize,
-    ) -> anyhow::Result<Vec<u32>> {
-        let requests: Vec<StaticRequest> = (0..g.batch)
-            .map(|b| StaticRequest {
-                id: b as u64,
-                prompt: tokens[b * n..][..g.len].to_vec(),
-                max_new: n - g.len,
-                stop: Vec::new(),
-                params: SamplingParams::default(),
-            })
-            .collect();
-        let (outputs, _) = run_static(executor, &requests, |_| {})?;
-        Ok(requests
-            .iter()
-            .zip(outputs)
-            .flat_map(|(r, o)| r.prompt.iter().copied().chain(o).collect::<Vec<_>>())
-            .collect())
-    }
-
-    /// Without a cache: whole sequences again for every token.
-    fn recomputed(
-        &self,
-        model: &CompiledModel,
-        g: &Golden,
-    ) -> anyhow::Result<(Vec<f32>, Option<Vec<u32>>)> {
+/// Through the step programs with their cache.
+fn stepped(
+    model: &mut CompiledModel,
+    g: &Golden,
+    resolved: &Resolved,
+) -> anyhow::Result<(Vec<f32>, Option<Vec<u32>>)> {
+    let total = g.generated.as_ref().map_or(g.len, |(_, n)| *n);
+    let mut options = LoadOptions::contiguous(g.batch, total, g.batch * g.len);
+    if let Some(most) = resolved.max_seq_len.value {
         anyhow::ensure!(
-            model.target == Target::Cpu,
-            "full recompute runs on the CPU only; use --device cpu"
+            total <= most as usize,
+            "the reference has sequences of {total} tokens, max_seq_len is {most}"
         );
-        if let Some(reason) = &model.compiled.no_step {
-            eprintln!("no KV cache, whole sequences are recomputed: {reason}");
-        }
-        let weights = model.weights(WeightChoice::Checkpoint)?;
-        let loadable = Loadable {
-            plan: &model.plan,
-            weights: &*weights,
-            vocab: g.vocab,
-        };
-        let run = |tokens: &[u32]| -> anyhow::Result<Vec<f32>> {
-            let tokens: Vec<i32> = tokens.iter().map(|&t| t as i32).collect();
-            lathe_runtime::cpu::run_full(loadable, &tokens, g.batch)
-                .map_err(|e| anyhow::anyhow!("{e}"))
-        };
-        let logits = run(&g.input_ids)?;
-        let Some((_, n)) = g.generated else {
-            return Ok((logits, None));
-        };
-        let mut rows: Vec<Vec<u32>> = g.input_ids.chunks(g.len).map(<[u32]>::to_vec).collect();
-        for len in g.len..n {
-            let out = run(&rows.concat())?;
-            for (b, row) in rows.iter_mut().enumerate() {
-                let last = &out[(b * len + len - 1) * g.vocab..][..g.vocab];
-                let best = lathe_runtime::sampling::argmax(last).context("no logit is a number")?;
-                row.push(best);
-            }
-        }
-        Ok((logits, Some(rows.concat())))
     }
+    if resolved.attn_page_size.source != Source::Default {
+        let page = resolved.attn_page_size.value as usize;
+        options.page_size = page;
+        options.pages = g.batch * total.div_ceil(page);
+    }
+    if let Some(n) = resolved.max_num_tokens.value {
+        options.max_tokens = (n as usize).max(g.batch);
+    }
+    options.max_rows = options.max_tokens;
+    let mut executor = model.load(WeightChoice::Checkpoint, options)?;
+    let logits = all_logits(&mut *executor, g, &options)?;
+    let generated = match &g.generated {
+        None => None,
+        Some((tokens, n)) => Some(greedy(&mut *executor, g, tokens, *n)?),
+    };
+    Ok((logits, generated))
+}
+
+fn greedy(
+    executor: &mut dyn Executor,
+    g: &Golden,
+    tokens: &[u32],
+    n: usize,
+) -> anyhow::Result<Vec<u32>> {
+    let requests: Vec<StaticRequest> = (0..g.batch)
+        .map(|b| StaticRequest {
+            id: b as u64,
+            prompt: tokens[b * n..][..g.len].to_vec(),
+            max_new: n - g.len,
+            stop: Vec::new(),
+            params: SamplingParams::default(),
+        })
+        .collect();
+    let (outputs, _) = run_static(executor, &requests, |_| {})?;
+    Ok(requests
+        .iter()
+        .zip(outputs)
+        .flat_map(|(r, o)| r.prompt.iter().copied().chain(o).collect::<Vec<_>>())
+        .collect())
+}
+
+/// Without a cache: whole sequences again for every token.
+fn recomputed(model: &CompiledModel, g: &Golden) -> anyhow::Result<(Vec<f32>, Option<Vec<u32>>)> {
+    anyhow::ensure!(
+        model.target == Target::Cpu,
+        "full recompute runs on the CPU only; use --device cpu"
+    );
+    if let Some(reason) = &model.compiled.no_step {
+        eprintln!("no KV cache, whole sequences are recomputed: {reason}");
+    }
+    let weights = model.weights(WeightChoice::Checkpoint)?;
+    let loadable = Loadable {
+        plan: &model.plan,
+        weights: &*weights,
+        vocab: g.vocab,
+    };
+    let run = |tokens: &[u32]| -> anyhow::Result<Vec<f32>> {
+        let tokens: Vec<i32> = tokens.iter().map(|&t| t as i32).collect();
+        lathe_runtime::cpu::run_full(loadable, &tokens, g.batch).map_err(|e| anyhow::anyhow!("{e}"))
+    };
+    let logits = run(&g.input_ids)?;
+    let Some((_, n)) = g.generated else {
+        return Ok((logits, None));
+    };
+    let mut rows: Vec<Vec<u32>> = g.input_ids.chunks(g.len).map(<[u32]>::to_vec).collect();
+    for len in g.len..n {
+        let out = run(&rows.concat())?;
+        for (b, row) in rows.iter_mut().enumerate() {
+            let last = &out[(b * len + len - 1) * g.vocab..][..g.vocab];
+            let best = lathe_runtime::sampling::argmax(last).context("no logit is a number")?;
+            row.push(best);
+        }
+    }
+    Ok((logits, Some(rows.concat())))
 }
 
 /// Logits of every row of the reference's inputs, in chunks of what fits a step.

@@ -13,6 +13,7 @@
 //! | `max_batch_size`, `max_num_tokens` | from the memory and the dataset | 8, none |
 //! | `max_seq_len` | from the dataset | 512 |
 
+mod effect;
 mod keys;
 mod locate;
 mod options;
@@ -20,6 +21,7 @@ mod resolved;
 mod transforms;
 mod yaml;
 
+pub use effect::Run;
 pub use keys::{KEYS, nearest};
 pub use locate::Position;
 pub use options::{

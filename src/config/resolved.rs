@@ -5,6 +5,7 @@ use super::options::{
 };
 use super::transforms;
 use indexmap::IndexMap;
+use lathe_ir::DType;
 use lathe_passes::egraph::cost::{CostPoint, DeviceModel};
 use lathe_passes::pipeline::PassConfig;
 use serde_json::Value;
@@ -136,6 +137,33 @@ impl Resolved {
             off.insert("qkv-join", because("attn_backend", &self.attn_backend));
         }
         off
+    }
+
+    /// Checks `kv_cache_dtype` against the element type of the model: kernels read and write the
+    /// cache in that type only.
+    ///
+    /// # Errors
+    /// It names another type.
+    pub fn check_kv_cache_dtype(&self, model: DType) -> Result<(), String> {
+        let Given { value, source } = &self.kv_cache_dtype;
+        let wanted = match value {
+            KvCacheDtype::Auto => return Ok(()),
+            KvCacheDtype::Bfloat16 => DType::BF16,
+            KvCacheDtype::Float16 => DType::F16,
+            KvCacheDtype::Float32 => DType::F32,
+        };
+        if wanted == model {
+            return Ok(());
+        }
+        let name = match model {
+            DType::BF16 => "bfloat16",
+            DType::F16 => "float16",
+            _ => "float32",
+        };
+        Err(format!(
+            "kv_cache_dtype: {value} ({source}), but the cache has the type of the activations, {name}; \
+             use auto, or --dtype {value}"
+        ))
     }
 
     /// What the passes are to do, for a device.

@@ -6,7 +6,7 @@ use crate::frontend::Imported;
 use crate::phases::{duration, picoseconds};
 use lathe_ir::{Graph, Op, text};
 use lathe_passes::Stage;
-use lathe_passes::explain::{Form, OpStory, Story};
+use lathe_passes::explain::{Form, OpStory, ProgramStory};
 use lathe_passes::pipeline::{Compiled, PassConfig, TemplateReport};
 use lathe_passes::predict::{kernel_name, predict};
 use serde_json::{Value, json};
@@ -75,7 +75,7 @@ fn template(t: &TemplateReport) -> Value {
         "graph": graph(&t.imported, story.map(|s| &s.imported[..])),
     })];
     for (i, report) in t.stages.iter().enumerate() {
-        columns.push(json!({
+        let mut column = json!({
             "name": report.stage.name(),
             "step": report.stage >= Stage::KvCache,
             "rules": report.matches,
@@ -83,27 +83,35 @@ fn template(t: &TemplateReport) -> Value {
             "time": duration(report.saturate),
             "nodes": report.nodes,
             "graph": report.best.as_ref().map(|g| graph(g, story.map(|s| &s.stages[i][..]))),
-        }));
+        });
+        if let Some((g, cost)) = &report.general {
+            let values = story.map(|s| &s.general_stages[i][..]);
+            column["general"] = json!({ "graph": graph(g, values), "cost": picoseconds(*cost) });
+        }
+        columns.push(column);
     }
-    let values = story.map(|s| {
-        let values: serde_json::Map<String, Value> = s
-            .values
-            .iter()
-            .filter(|(_, v)| v.forms.len() > 1)
-            .map(|(n, v)| {
-                let forms: Vec<Value> = v.forms.iter().map(form).collect();
-                (n.to_string(), json!({ "type": v.ty, "forms": forms }))
-            })
-            .collect();
-        values
-    });
+    let general = story.and_then(|s| s.general.as_ref());
     json!({
         "name": t.name,
         "layers": t.layers,
         "columns": columns,
-        "values": values,
-        "ops": story.zip(t.decode.as_ref()).map(|(s, g)| ops(s, g)),
+        "decode": story.zip(t.decode.as_ref()).map(|(s, g)| program(&s.decode, g)),
+        "general": general.zip(t.general.as_ref()).map(|(s, g)| program(s, g)),
     })
+}
+
+/// The kernels of a program, and the forms of those of its values that have several.
+fn program(story: &ProgramStory, graph: &Graph) -> Value {
+    let values: serde_json::Map<String, Value> = story
+        .values
+        .iter()
+        .filter(|(_, v)| v.forms.len() > 1)
+        .map(|(n, v)| {
+            let forms: Vec<Value> = v.forms.iter().map(form).collect();
+            (n.to_string(), json!({ "type": v.ty, "forms": forms }))
+        })
+        .collect();
+    json!({ "values": values, "ops": ops(story, graph) })
 }
 
 fn graph(g: &Graph, values: Option<&[usize]>) -> Value {
@@ -148,9 +156,9 @@ fn form(f: &Form) -> Value {
     })
 }
 
-fn ops(story: &Story, decode: &Graph) -> Vec<Value> {
+fn ops(story: &ProgramStory, graph: &Graph) -> Vec<Value> {
     let op = |o: &OpStory| {
-        let node = decode.node(o.node);
+        let node = graph.node(o.node);
         let steps: Vec<Value> = o
             .steps
             .iter()
@@ -159,7 +167,7 @@ fn ops(story: &Story, decode: &Graph) -> Vec<Value> {
         json!({
             "name": kernel_name(&node.op),
             "path": &*node.prov.path,
-            "value": story.decode[o.node.index()],
+            "value": story.nodes[o.node.index()],
             "values": o.values,
             "imported": o.imported.len(),
             "steps": steps,

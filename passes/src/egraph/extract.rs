@@ -36,6 +36,8 @@ pub struct ExtractError {
     pub layer: Option<u32>,
     /// What blocks it.
     pub reason: String,
+    /// The e-class without an executable form.
+    pub class: Id,
 }
 
 /// The cost of an e-node at a point; payload leaves are free.
@@ -408,6 +410,7 @@ impl<'a> Problem<'a> {
                 Data::Payload(_) => false,
             };
             return ExtractError {
+                class: id,
                 op: op.to_string(),
                 path: prov.as_ref().map_or(String::new(), |p| p.path.to_string()),
                 layer: prov.and_then(|p| p.layer),

@@ -5,6 +5,7 @@ use super::kernels::Elem;
 use super::memory::{Arena, Layout, padded_head, token_bytes};
 use super::pages::PageBuffer;
 use crate::load::{LoadOptions, Loadable, RopeTables, rope_tables};
+use crate::progress::{self, Unit};
 use crate::step::{Capacity, Executor, StepBatch, StepError, StepKind, StepOutput, StepTime};
 use crate::weights::{WeightsError, pack::Packer};
 use half::bf16;
@@ -127,6 +128,7 @@ impl<E: Elem> CpuExecutor<E> {
             .unwrap_or(0);
         check_memory(plan.weight_bytes() + cache_bytes + arena_bytes)?;
         let mut weights = Vec::with_capacity(plan.weights.len());
+        let (mut packed, total) = (0, plan.weight_bytes() as u64);
         for w in &plan.weights {
             let mut data = buffer::<E>(w.recipe.rows * w.recipe.cols)?;
             let packer = Packer::new(&w.recipe, model.weights)?;
@@ -140,6 +142,8 @@ impl<E: Elem> CpuExecutor<E> {
             };
             packer.fill(0..w.recipe.rows, bytes)?;
             weights.push(data);
+            packed += w.recipe.bytes() as u64;
+            progress::advance("load weights", Unit::Bytes, packed, total);
         }
         let caches = plan
             .caches

@@ -4,6 +4,7 @@
 //! A step costs the host one copy of its metadata from pinned memory, one graph launch and one copy
 //! of the sampled tokens back; nothing is allocated and nothing waits but [`Executor::collect`].
 
+use super::buckets::DecodeBuckets;
 use super::cubin_cache::{CubinCache, DEFAULT_LIMIT};
 use super::driver::{Device, Event, Function, Stream};
 use super::graph::Graph;
@@ -11,7 +12,7 @@ use super::launch::{Args, LaunchConfig, launch};
 use super::memory::Pinned;
 use super::prepare::{Modules, Prepared, Resolver};
 use super::profile::KernelTime;
-use super::programs::{Key, Programs, key};
+use super::programs::{Key, Programs, decode_sizes, key};
 use super::resident::Resident;
 use super::state::{MetaLayout, check};
 use super::timing::{Samples, time_runs};
@@ -21,7 +22,7 @@ use crate::step::{
     Capacity, Execution, Executor, StepBatch, StepError, StepKind, StepOutput, StepTime,
 };
 use half::{bf16, f16};
-use lathe_codegen::cuda::{CudaOptions, Meta, Sampling, Sizes, tokens_kernel};
+use lathe_codegen::cuda::{CudaOptions, Meta, Sampling, tokens_kernel};
 use lathe_codegen::{Plan, ProgramKind};
 use lathe_ir::DType;
 use std::collections::{BTreeMap, VecDeque};
@@ -39,6 +40,9 @@ pub struct CudaLoad {
     pub ordinal: usize,
     /// Decode steps are captured and launched as one graph.
     pub graphs: bool,
+    /// Rows of decode steps that are captured, smaller steps padded to them; none: all, in sizes
+    /// that suit the kernels.
+    pub graph_sizes: Option<Vec<usize>>,
     /// Programmatic dependent launch.
     pub pdl: bool,
     /// Only the kernels that others are compared with.
@@ -54,6 +58,7 @@ impl Default for CudaLoad {
         CudaLoad {
             ordinal: 0,
             graphs: true,
+            graph_sizes: None,
             pdl: true,
             plain: false,
             per_op: false,
@@ -155,7 +160,8 @@ impl CudaExecutor {
             plain: how.plain,
             per_op: how.per_op,
         };
-        let programs = Programs::lower(&plan, &options, kernels)?;
+        let decode = DecodeBuckets::new(options.max_sequences, how.graph_sizes.as_deref());
+        let programs = Programs::lower(&plan, &options, kernels, decode)?;
         let resident = Resident::load(&stream, model, &options, &programs, cache.as_ref())?;
         let ring = (0..IN_FLIGHT)
             .map(|_| {
@@ -198,7 +204,8 @@ impl CudaExecutor {
         self.modules.get(&device, self.cache.as_ref(), &kernels)?;
         self.token_kernel()?;
         if self.plan.program(ProgramKind::Decode).is_some() {
-            for sizes in buckets::all_decode(self.options.max_sequences) {
+            for n in self.programs.decode.all() {
+                let sizes = decode_sizes(n);
                 self.ready(key(ProgramKind::Decode, sizes, Sampling::GreedyOnly))?;
             }
         }
@@ -232,7 +239,10 @@ impl CudaExecutor {
             let size = program.values[v.0 as usize].0.dtype.size();
             (self.resident.slots[at][program.slot(v)], size)
         });
-        let graph = match self.how.graphs && kind == ProgramKind::Decode {
+        let captured = self.how.graphs
+            && kind == ProgramKind::Decode
+            && self.programs.decode.is_captured(sizes.b);
+        let graph = match captured {
             false => None,
             true => Some(Graph::capture(&self.stream, |stream| {
                 // SAFETY: resolved from the lowered program; `self` keeps the memory.
@@ -265,8 +275,7 @@ impl CudaExecutor {
             // The decode kernel takes the last position of every sequence.
             && batch.positions.iter().zip(&batch.kv_lens).all(|(p, l)| p + 1 == *l);
         if decode {
-            let n = buckets::decode(batch.sequences());
-            let sizes = Sizes { t: n, b: n, r: n };
+            let sizes = decode_sizes(self.programs.decode.of(batch.sequences()));
             key(ProgramKind::Decode, sizes, sampling)
         } else {
             let (t, b) = (batch.tokens_len(), batch.sequences());
@@ -469,8 +478,7 @@ impl CudaExecutor {
     /// # Errors
     /// A kernel does not compile.
     pub fn decode_launches(&mut self, sequences: usize) -> Result<(usize, bool), CudaError> {
-        let n = buckets::decode(sequences);
-        let sizes = Sizes { t: n, b: n, r: n };
+        let sizes = decode_sizes(self.programs.decode.of(sequences));
         let key = key(ProgramKind::Decode, sizes, Sampling::GreedyOnly);
         self.ready(key)?;
         let p = &self.prepared[&key];

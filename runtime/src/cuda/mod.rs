@@ -43,6 +43,7 @@ mod test_plans;
 pub mod timing;
 pub mod upload;
 
+pub use buckets::DecodeBuckets;
 pub use cudarc::driver::sys::CUdeviceptr as DevicePtr;
 pub use error::{CompileFailure, CudaError};
 pub use executor::{CudaExecutor, CudaLoad, load};

@@ -6,6 +6,7 @@ use super::launch::{Args, LaunchConfig, launch};
 use super::state::MetaLayout;
 use super::tensor_map::{MapDType, Swizzle, TensorMapSpec};
 use super::{CudaError, DevicePtr};
+use crate::progress::{self, Unit};
 use lathe_codegen::Program;
 use lathe_codegen::cuda::{Arg, CudaProgram, Launch, MapArg, MapSwizzle, Ref};
 use std::collections::BTreeMap;
@@ -186,7 +187,9 @@ impl Modules {
         let threads = std::thread::available_parallelism().map_or(4, |n| n.get());
         let temp = std::env::temp_dir();
         let failed = super::nvrtc::failed_dir(cache.map_or(temp.as_path(), |c| c.dir()));
-        let compiled = super::nvrtc::compile_all(&wanted, cache, &failed, threads, &|_| {});
+        let total = wanted.len() as u64;
+        let tell = |n: usize| progress::advance("compile kernels", Unit::Items, n as u64, total);
+        let compiled = super::nvrtc::compile_all(&wanted, cache, &failed, threads, &tell);
         for (source, outcome) in wanted.into_iter().zip(compiled) {
             let module = device.load_module(&source.name, &outcome?.cubin)?;
             self.0.insert(source.text, module);

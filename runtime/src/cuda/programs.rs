@@ -2,7 +2,7 @@
 //! device. Their workspaces are a part of the memory plan, their kernels are what a warm-up compiles.
 
 use super::CudaError;
-use super::buckets;
+use super::buckets::{self, DecodeBuckets};
 use crate::load::LoadOptions;
 use lathe_codegen::cuda::{
     CudaOptions, CudaProgram, KernelSource, Sampling, Sizes, Workspace, lower_program,
@@ -26,9 +26,18 @@ pub(super) fn key(kind: ProgramKind, sizes: Sizes, sampling: Sampling) -> Key {
     (kind, sizes, sampling)
 }
 
+/// The sizes of a decode step of `n` rows.
+pub(super) fn decode_sizes(n: usize) -> Sizes {
+    Sizes { t: n, b: n, r: n }
+}
+
 /// Lowered programs that no step has used yet.
 #[derive(Debug)]
-pub(super) struct Programs(BTreeMap<Key, CudaProgram>);
+pub(super) struct Programs {
+    lowered: BTreeMap<Key, CudaProgram>,
+    /// Sizes of decode steps.
+    pub(super) decode: DecodeBuckets,
+}
 
 impl Programs {
     /// Lowers the plan for all buckets.
@@ -39,12 +48,13 @@ impl Programs {
         plan: &Plan,
         options: &LoadOptions,
         kernels: CudaOptions,
+        decode: DecodeBuckets,
     ) -> Result<Programs, CudaError> {
         let wanted: Vec<(&Program, Key)> = plan
             .programs
             .iter()
             .flat_map(|program| {
-                let keys = keys(program.kind, options);
+                let keys = keys(program.kind, options, &decode);
                 keys.into_iter().map(move |key| (program, key))
             })
             .collect();
@@ -52,13 +62,13 @@ impl Programs {
             .into_par_iter()
             .map(|(program, key)| Ok((key, lower_program(plan, program, key.1, key.2, kernels)?)))
             .collect::<Result<_, CudaError>>()?;
-        Ok(Programs(lowered))
+        Ok(Programs { lowered, decode })
     }
 
     /// The largest workspace of each name.
     pub(super) fn workspaces(&self) -> Vec<Workspace> {
         let mut all: BTreeMap<&str, Workspace> = BTreeMap::new();
-        for w in self.0.values().flat_map(|p| &p.workspaces) {
+        for w in self.lowered.values().flat_map(|p| &p.workspaces) {
             let entry = all.entry(&w.name).or_insert_with(|| w.clone());
             entry.bytes = entry.bytes.max(w.bytes).next_multiple_of(4);
         }
@@ -68,7 +78,7 @@ impl Programs {
     /// The distinct kernels of all programs.
     pub(super) fn kernels(&self) -> Vec<KernelSource> {
         let mut known = BTreeSet::new();
-        let all = self.0.values().flat_map(|p| &p.kernels);
+        let all = self.lowered.values().flat_map(|p| &p.kernels);
         all.filter(|k| known.insert(k.code())).cloned().collect()
     }
 
@@ -82,7 +92,7 @@ impl Programs {
         key: Key,
         kernels: CudaOptions,
     ) -> Result<CudaProgram, CudaError> {
-        if let Some(lowered) = self.0.remove(&key) {
+        if let Some(lowered) = self.lowered.remove(&key) {
             return Ok(lowered);
         }
         let program = plan.program(key.0).ok_or(CudaError::NoStepProgram)?;
@@ -92,8 +102,8 @@ impl Programs {
 
 /// What programs are lowered for: together they have every kernel and the largest workspaces of
 /// steps that do not ask for logits.
-fn keys(kind: ProgramKind, options: &LoadOptions) -> BTreeSet<Key> {
-    let sizes = all_sizes(kind, options);
+fn keys(kind: ProgramKind, options: &LoadOptions, decode: &DecodeBuckets) -> BTreeSet<Key> {
+    let sizes = all_sizes(kind, options, decode);
     let most = sizes.iter().copied().max_by_key(|s| (s.r, s.t));
     let mut keys = BTreeSet::new();
     for s in sizes {
@@ -107,10 +117,10 @@ fn keys(kind: ProgramKind, options: &LoadOptions) -> BTreeSet<Key> {
 }
 
 /// Every bucket that a program may run in, as far as kernels differ.
-fn all_sizes(kind: ProgramKind, options: &LoadOptions) -> Vec<Sizes> {
+fn all_sizes(kind: ProgramKind, options: &LoadOptions, decode: &DecodeBuckets) -> Vec<Sizes> {
     let rows = options.max_rows.max(options.max_sequences);
     match kind {
-        ProgramKind::Decode => buckets::all_decode(options.max_sequences),
+        ProgramKind::Decode => decode.all().into_iter().map(decode_sizes).collect(),
         ProgramKind::General => {
             let mut sizes = buckets::all_general(options.max_tokens, options.max_sequences, rows);
             // Kernels change with the number of sampled rows too.
@@ -143,14 +153,15 @@ mod tests {
     /// No step without logits meets a kernel or a workspace that the load did not know of.
     #[test]
     fn every_step_is_foreseen() {
-        for (name, dtype) in [
-            ("configs/llama-3.2-1b", DType::BF16),
-            ("golden/gemma2", DType::BF16),
-            ("golden/falcon", DType::F32),
+        for (name, dtype, asked) in [
+            ("configs/llama-3.2-1b", DType::BF16, None),
+            ("golden/gemma2", DType::BF16, Some(&[3, 20][..])),
+            ("golden/falcon", DType::F32, None),
         ] {
             let plan = plan(name, dtype);
             let (options, kernels) = (options(), kernel_options());
-            let programs = Programs::lower(&plan, &options, kernels).unwrap();
+            let decode = DecodeBuckets::new(options.max_sequences, asked);
+            let programs = Programs::lower(&plan, &options, kernels, decode).unwrap();
             let known: BTreeSet<String> = programs
                 .kernels()
                 .iter()
@@ -164,8 +175,7 @@ mod tests {
             let mut steps = BTreeSet::new();
             for sampling in [Sampling::GreedyOnly, Sampling::Params] {
                 for b in 1..=options.max_sequences {
-                    let n = buckets::decode(b);
-                    let sizes = Sizes { t: n, b: n, r: n };
+                    let sizes = decode_sizes(programs.decode.of(b));
                     steps.insert(key(ProgramKind::Decode, sizes, sampling));
                     for t in (b..=options.max_tokens).step_by(61) {
                         for r in 0..=b {
@@ -193,13 +203,14 @@ mod tests {
     fn a_program_is_lowered_once_and_the_same_later() {
         let plan = plan("golden/qwen3", DType::BF16);
         let (options, kernels) = (options(), kernel_options());
-        let mut programs = Programs::lower(&plan, &options, kernels).unwrap();
+        let decode = DecodeBuckets::new(options.max_sequences, None);
+        let mut programs = Programs::lower(&plan, &options, kernels, decode).unwrap();
         let sizes = Sizes { t: 8, b: 8, r: 8 };
         let key = key(ProgramKind::Decode, sizes, Sampling::GreedyOnly);
         assert_eq!(key.2, Sampling::Greedy);
-        let count = programs.0.len();
+        let count = programs.lowered.len();
         let first = programs.take(&plan, key, kernels).unwrap();
-        assert_eq!(programs.0.len(), count - 1);
+        assert_eq!(programs.lowered.len(), count - 1);
         assert_eq!(programs.take(&plan, key, kernels).unwrap(), first);
     }
 

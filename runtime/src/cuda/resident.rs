@@ -1,6 +1,7 @@
 //! What a loaded model keeps on the device: weights, KV cache, activations, tables and workspaces. Its
 //! sizes are predicted and checked before anything is allocated.
 
+use super::buckets::{self, DecodeBuckets};
 use super::cubin_cache::CubinCache;
 use super::driver::Stream;
 use super::memory::{Arena, aligned, bytes_of, check_fits};
@@ -8,9 +9,10 @@ use super::prepare::Addresses;
 use super::programs::Programs;
 use super::state::MetaLayout;
 use super::upload::{Placement, upload_weights};
-use super::{CudaError, DevicePtr, buckets};
+use super::{CudaError, DevicePtr};
 use crate::load::{LoadOptions, Loadable, rope_tables};
-use lathe_codegen::cuda::{Sizes, Workspace};
+use crate::progress::{self, Unit};
+use lathe_codegen::cuda::Sizes;
 use lathe_codegen::{Plan, Program, ProgramKind};
 use lathe_ir::{Sym, SymEnv};
 
@@ -21,8 +23,8 @@ struct Largest {
 }
 
 impl Largest {
-    fn new(o: &LoadOptions) -> Largest {
-        let n = buckets::decode(o.max_sequences);
+    fn new(o: &LoadOptions, decode: &DecodeBuckets) -> Largest {
+        let n = decode.of(o.max_sequences);
         let rows = o.max_rows.max(o.max_sequences);
         Largest {
             decode: Sizes { t: n, b: n, r: n },
@@ -63,13 +65,9 @@ struct MemoryPlan {
 }
 
 impl MemoryPlan {
-    fn new(
-        plan: &Plan,
-        options: &LoadOptions,
-        workspaces: &[Workspace],
-        waves: &[Waves],
-    ) -> MemoryPlan {
-        let largest = Largest::new(options);
+    fn new(plan: &Plan, options: &LoadOptions, programs: &Programs, waves: &[Waves]) -> MemoryPlan {
+        let workspaces = programs.workspaces();
+        let largest = Largest::new(options, &programs.decode);
         let max_pages = options.max_seq_len.div_ceil(options.page_size.max(1));
         let meta = [largest.decode, largest.general]
             .map(|s| MetaLayout::new(s, max_pages).bytes())
@@ -158,7 +156,7 @@ impl Resident {
             .into_iter()
             .flat_map(|((t, bits), (cos, sin))| [((t, bits, false), cos), ((t, bits, true), sin)])
             .collect();
-        let memory = MemoryPlan::new(plan, options, &workspaces, &waves);
+        let memory = MemoryPlan::new(plan, options, programs, &waves);
         let hint = memory.hint();
         check_fits(device, &memory.wanted(), hint)?;
 
@@ -216,10 +214,12 @@ impl Resident {
                 dst,
             })
             .collect();
+        let total = plan.weight_bytes() as u64;
+        let tell = |n: usize| progress::advance("load weights", Unit::Bytes, n as u64, total);
         // SAFETY: each weight was given its own memory of its recipe's size, and no kernel runs yet.
-        let stats = unsafe { upload_weights(stream, &placements, model.weights, cache, &|_| {})? };
+        let stats = unsafe { upload_weights(stream, &placements, model.weights, cache, &tell)? };
         tracing::info!("{stats}");
-        let largest = Largest::new(options);
+        let largest = Largest::new(options, &programs.decode);
         let slots = plan
             .programs
             .iter()
@@ -253,8 +253,9 @@ mod tests {
 
     fn memory_plan(options: &LoadOptions) -> (Plan, MemoryPlan) {
         let plan = plan("configs/llama-3.1-8b", DType::BF16);
-        let programs = Programs::lower(&plan, options, kernel_options()).unwrap();
-        let memory = MemoryPlan::new(&plan, options, &programs.workspaces(), &[]);
+        let decode = DecodeBuckets::new(options.max_sequences, None);
+        let programs = Programs::lower(&plan, options, kernel_options(), decode).unwrap();
+        let memory = MemoryPlan::new(&plan, options, &programs, &[]);
         (plan, memory)
     }
 
