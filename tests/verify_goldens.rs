@@ -3,13 +3,21 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-const GOLDENS: [&str; 6] = [
+const GOLDENS: [&str; 14] = [
     "llama-rope3-tied",
     "llama-mha-bias",
     "llama-linear",
     "mistral-window",
     "qwen2",
     "qwen3",
+    "phi3",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "gpt2",
+    "gpt-neox",
+    "falcon",
+    "phi",
 ];
 
 fn golden(name: &str) -> PathBuf {
@@ -77,6 +85,18 @@ fn switched_off_stages_give_the_same_model() {
     for off in ["fuse", "qkv-join", "kv_cache"] {
         let out = passes(&golden("llama-rope3-tied"), "float32", &["--disable", off]);
         assert!(out.contains("all 48 equal"), "{off}: {out}");
+    }
+}
+
+/// Families with operations that no rule fuses: chains, single kernels and the unfused program
+/// agree, and weights that are computed while loading are the same in all of them.
+#[test]
+fn chains_give_the_same_model() {
+    for name in ["gemma", "gemma3", "gpt2", "falcon", "phi"] {
+        for off in ["chains", "fuse"] {
+            let out = passes(&golden(name), "float32", &["--disable", off]);
+            assert!(out.contains("all 48 equal"), "{name} without {off}: {out}");
+        }
     }
 }
 

@@ -2,7 +2,9 @@
 //! lowering to CUDA C.
 #![forbid(unsafe_code)]
 
+pub mod chain;
 pub mod cuda;
+mod fold;
 pub mod liveness;
 pub mod lower;
 pub mod pack;
@@ -10,4 +12,4 @@ pub mod plan;
 
 pub use lower::{LowerError, Programs, lower};
 pub use pack::{PackDType, PackRecipe};
-pub use plan::{Operand, Plan, Program, ProgramKind, Slot, Step, ValueId};
+pub use plan::{Once, Operand, Plan, Program, ProgramKind, Slot, Step, ValueId};

@@ -1,11 +1,12 @@
 //! From graphs to a plan, one step an operation.
 
+use crate::fold::{Folded, fixed, is_layout, recipe};
 use crate::liveness::{assign_slots, check_slots};
-use crate::pack::{PackDType, PackError, PackRecipe, RowPerm, Segment};
+use crate::pack::{PackDType, PackError, PackRecipe};
 use crate::plan::{
-    CacheSpec, Operand, Plan, Program, ProgramKind, Step, Table, ValueId, WeightBuffer,
+    CacheSpec, Once, Operand, Plan, Program, ProgramKind, Step, Table, ValueId, WeightBuffer,
 };
-use lathe_ir::{DType, Graph, NodeId, Op, PackKind, TensorType, Type};
+use lathe_ir::{DType, Graph, NodeId, Op, SymEnv, TensorType, Type, TypeError};
 use thiserror::Error;
 
 /// The graphs of a model's programs.
@@ -37,6 +38,9 @@ pub enum LowerError {
     /// A weight has no layout in memory.
     #[error("{0}")]
     Pack(#[from] PackError),
+    /// What depends on weights alone is ill-typed by itself: a bug.
+    #[error("internal: {0}")]
+    Type(#[from] TypeError),
     /// A program result is no tensor value.
     #[error("{program}: result {name} is not computed by a step")]
     Output {
@@ -60,7 +64,9 @@ pub fn lower(name: &str, dtype: DType, graphs: &Programs<'_>) -> Result<Plan, Lo
         tables: Vec::new(),
         caches: Vec::new(),
         programs: Vec::new(),
+        once: None,
     };
+    let mut once = Folded::default();
     let kinds = [
         (ProgramKind::Decode, graphs.decode),
         (ProgramKind::General, graphs.general),
@@ -68,17 +74,25 @@ pub fn lower(name: &str, dtype: DType, graphs: &Programs<'_>) -> Result<Plan, Lo
     ];
     for (kind, graph) in kinds {
         if let Some(g) = graph {
-            let program = Lowering::new(&mut plan, kind, g).run()?;
+            let program = Lowering::new(&mut plan, &mut once, kind, g).run()?;
             debug_assert_eq!(check_slots(&program), Ok(()));
             plan.programs.push(program);
         }
+    }
+    if !once.weights.is_empty() {
+        let mut none = Folded::default();
+        let lowering = Lowering::new(&mut plan, &mut none, ProgramKind::Once, &once.graph);
+        plan.once = Some(lowering.run_once(&once.weights)?);
     }
     Ok(plan)
 }
 
 struct Lowering<'a> {
     plan: &'a mut Plan,
+    once: &'a mut Folded,
     graph: &'a Graph,
+    /// What depends on weights alone: see [`fixed`].
+    fixed: Vec<bool>,
     program: Program,
     /// Operands that stand for each node: one, or one for each element of a tuple.
     operands: Vec<Vec<Operand>>,
@@ -89,7 +103,12 @@ struct Lowering<'a> {
 }
 
 impl<'a> Lowering<'a> {
-    fn new(plan: &'a mut Plan, kind: ProgramKind, graph: &'a Graph) -> Lowering<'a> {
+    fn new(
+        plan: &'a mut Plan,
+        once: &'a mut Folded,
+        kind: ProgramKind,
+        graph: &'a Graph,
+    ) -> Lowering<'a> {
         let mut taken: Vec<Vec<bool>> = graph
             .nodes()
             .iter()
@@ -105,7 +124,12 @@ impl<'a> Lowering<'a> {
         }
         Lowering {
             plan,
+            once,
             graph,
+            fixed: match kind {
+                ProgramKind::Once => graph.ids().map(|id| is_layout(graph, id)).collect(),
+                _ => fixed(graph),
+            },
             program: Program {
                 kind,
                 inputs: Vec::new(),
@@ -120,11 +144,40 @@ impl<'a> Lowering<'a> {
         }
     }
 
-    fn run(mut self) -> Result<Program, LowerError> {
+    /// Lowers the program that computes weights; `weights` are its nodes that are results.
+    fn run_once(mut self, weights: &[(NodeId, usize)]) -> Result<Once, LowerError> {
+        self.nodes()?;
+        let mut results = Vec::with_capacity(weights.len());
+        for &(id, weight) in weights {
+            let Operand::Value(v) = self.operands[id.index()][0] else {
+                return Err(LowerError::Output {
+                    program: self.program.kind.name(),
+                    name: self.graph.node(id).prov.path.to_string(),
+                });
+            };
+            results.push((v, weight));
+            let ty = self.program.values[v.0 as usize].0.clone();
+            let name = format!("weight.{weight}");
+            self.program.outputs.push((name, Operand::Value(v), ty));
+        }
+        assign_slots(&mut self.program);
+        debug_assert_eq!(check_slots(&self.program), Ok(()));
+        Ok(Once {
+            program: self.program,
+            results,
+        })
+    }
+
+    fn nodes(&mut self) -> Result<(), LowerError> {
         for id in self.graph.ids() {
             let operands = self.node(id)?;
             self.operands.push(operands);
         }
+        Ok(())
+    }
+
+    fn run(mut self) -> Result<Program, LowerError> {
+        self.nodes()?;
         for (name, id) in self.graph.outputs() {
             let operand = self.operands[id.index()][0].clone();
             let ty = self
@@ -182,27 +235,17 @@ impl<'a> Lowering<'a> {
                 vec![Operand::Cache(index_of(&mut self.plan.caches, spec))]
             }
             Op::None => vec![Operand::None],
-            Op::Reshape(_) => vec![self.operands[node.inputs[0].index()][0].clone()],
+            Op::Reshape(_) if !self.fixed[id.index()] => {
+                vec![self.operands[node.inputs[0].index()][0].clone()]
+            }
             Op::Get(i) => {
                 vec![self.operands[node.inputs[0].index()][usize::from(*i)].clone()]
             }
-            Op::Weight { .. } | Op::Permute(_) | Op::Pack(_) => match self.layout(id)? {
-                // The layout of a weight that only another layout reads is not stored.
-                Some(recipe) if self.is_read(id) => {
-                    let ty = self.graph.tensor(id).expect("weights are tensors").clone();
-                    let weight = WeightBuffer { recipe, ty };
-                    vec![Operand::Weight(index_of(&mut self.plan.weights, weight))]
-                }
-                Some(_) => vec![Operand::None],
-                None => self.step(id)?,
-            },
+            // What only other fixed values read is part of their recipe or of the program `once`.
+            Op::Weight { .. } => vec![self.weight(id)?],
+            _ if self.fixed[id.index()] => vec![self.weight(id)?],
             Op::Win(_) | Op::Sdpa(_) | Op::Proj(_) => {
-                return Err(LowerError::NoKernel {
-                    program: self.program.kind.name(),
-                    node: id,
-                    op: node.op.name(),
-                    path: node.prov.path.to_string(),
-                });
+                return Err(self.no_kernel(id));
             }
             _ => self.step(id)?,
         })
@@ -250,66 +293,63 @@ impl<'a> Lowering<'a> {
         Ok(operands)
     }
 
-    /// Whether a weight layout is read by something else than another layout.
-    fn is_read(&self, id: NodeId) -> bool {
-        let outer_layout = |user: NodeId| {
-            matches!(self.graph.node(user).op, Op::Permute(_) | Op::Pack(_))
-                && matches!(self.layout(user), Ok(Some(_)))
-        };
-        self.users[id.index()].iter().any(|&u| !outer_layout(u))
-    }
-
-    /// The recipe of a weight, a transposed weight or a pack of weights.
-    fn layout(&self, id: NodeId) -> Result<Option<PackRecipe>, LowerError> {
-        let node = self.graph.node(id);
-        let Some(ty) = self.graph.tensor(id) else {
-            return Ok(None);
-        };
-        let Some((rows, cols)) = matrix(ty) else {
-            return Ok(None);
-        };
-        let segments = match &node.op {
-            Op::Weight { .. } | Op::Permute(_) => match self.source(id) {
-                Some(s) => vec![s],
-                None => return Ok(None),
-            },
-            Op::Pack(kind) => {
-                let mut sources = Vec::with_capacity(node.inputs.len());
-                for &i in &node.inputs {
-                    match self.source(i) {
-                        Some(s) => sources.push(s),
-                        None => return Ok(None),
-                    }
-                }
-                place(*kind, sources)
-            }
-            _ => return Ok(None),
-        };
+    /// The operand for a value that depends on weights alone: read through a recipe if its rows are
+    /// rows of checkpoint tensors, computed once otherwise.
+    fn weight(&mut self, id: NodeId) -> Result<Operand, LowerError> {
+        let is_output = self.graph.outputs().iter().any(|(_, o)| *o == id);
+        let is_read = self.users[id.index()]
+            .iter()
+            .any(|u| !self.fixed[u.index()]);
+        if !is_read && !is_output {
+            return Ok(Operand::None);
+        }
+        let ty = self.graph.tensor(id).expect("weights are tensors").clone();
+        if let Some(recipe) = recipe(self.graph, id)? {
+            return Ok(Operand::Weight(self.stored(recipe, ty)));
+        }
+        if matches!(self.graph.node(id).op, Op::Weight { .. }) {
+            return Err(self.no_kernel(id));
+        }
+        // One column: a computed weight is never cut into rows.
         let recipe = PackRecipe {
-            rows,
-            cols,
+            rows: ty.elements(&SymEnv::default()),
+            cols: 1,
             dtype: pack_dtype(ty.dtype),
-            segments,
+            segments: Vec::new(),
         };
-        recipe.validate()?;
-        Ok(Some(recipe))
+        let computed = self.once.import(self.graph, id)?;
+        let known = self.once.weights.iter().find(|w| w.0 == computed);
+        let index = match known {
+            Some(&(_, index)) => index,
+            None => {
+                self.plan.weights.push(WeightBuffer { recipe, ty });
+                let index = self.plan.weights.len() - 1;
+                self.once.weights.push((computed, index));
+                index
+            }
+        };
+        Ok(Operand::Weight(index))
     }
 
-    /// A whole checkpoint tensor, perhaps transposed, as a segment at row 0.
-    fn source(&self, id: NodeId) -> Option<Segment> {
+    /// The index of a weight of this recipe. Views of one weight differ in their type alone.
+    fn stored(&mut self, recipe: PackRecipe, ty: TensorType) -> usize {
+        let weights = &mut self.plan.weights;
+        let known = weights
+            .iter()
+            .position(|w| w.recipe == recipe && w.ty.dtype == ty.dtype);
+        known.unwrap_or_else(|| {
+            weights.push(WeightBuffer { recipe, ty });
+            weights.len() - 1
+        })
+    }
+
+    fn no_kernel(&self, id: NodeId) -> LowerError {
         let node = self.graph.node(id);
-        let (rows, cols) = matrix(self.graph.tensor(id)?)?;
-        match &node.op {
-            Op::Weight { weight, .. } => Some(Segment::whole(&weight.name, rows, cols, 0)),
-            Op::Permute(p) if p[..] == [1, 0] => {
-                let Op::Weight { weight, .. } = &self.graph.node(node.inputs[0]).op else {
-                    return None;
-                };
-                let mut s = Segment::whole(&weight.name, rows, cols, 0);
-                s.transpose = true;
-                Some(s)
-            }
-            _ => None,
+        LowerError::NoKernel {
+            program: self.program.kind.name(),
+            node: id,
+            op: node.op.name(),
+            path: node.prov.path.to_string(),
         }
     }
 
@@ -339,50 +379,7 @@ impl<'a> Lowering<'a> {
     }
 }
 
-/// Segments of a pack with their places and permutations.
-fn place(kind: PackKind, sources: Vec<Segment>) -> Vec<Segment> {
-    let mut row = 0;
-    sources
-        .into_iter()
-        .enumerate()
-        .map(|(i, mut s)| {
-            let rows = s.src_rows.len();
-            match kind {
-                PackKind::GateUp => {
-                    s.perm = RowPerm::Interleave8 { part: i };
-                }
-                PackKind::Qkv {
-                    head_dim,
-                    interleave,
-                } => {
-                    s.dst_row = row;
-                    if interleave && i < 2 {
-                        s.perm = RowPerm::RopeHalves {
-                            head_dim: head_dim as usize,
-                        };
-                    }
-                }
-                PackKind::Head { head_dim } => {
-                    s.perm = RowPerm::RopeHalves {
-                        head_dim: head_dim as usize,
-                    };
-                }
-            }
-            row += rows;
-            s
-        })
-        .collect()
-}
-
-fn matrix(ty: &TensorType) -> Option<(usize, usize)> {
-    match ty.shape[..] {
-        [n] => Some((n.known()? as usize, 1)),
-        [n, k] => Some((n.known()? as usize, k.known()? as usize)),
-        _ => None,
-    }
-}
-
-fn pack_dtype(dtype: DType) -> PackDType {
+pub(crate) fn pack_dtype(dtype: DType) -> PackDType {
     match dtype {
         DType::BF16 => PackDType::Bf16,
         DType::F16 => PackDType::F16,

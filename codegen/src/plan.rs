@@ -21,6 +21,8 @@ pub enum ProgramKind {
     General,
     /// Whole sequences without a cache; symbols B and S.
     Full,
+    /// What depends on weights alone, run once while loading; no symbols.
+    Once,
 }
 
 impl ProgramKind {
@@ -30,6 +32,7 @@ impl ProgramKind {
             ProgramKind::Decode => "decode",
             ProgramKind::General => "general",
             ProgramKind::Full => "full",
+            ProgramKind::Once => "once",
         }
     }
 }
@@ -49,15 +52,33 @@ pub struct Plan {
     pub caches: Vec<CacheSpec>,
     /// The programs that exist, in the order of [`ProgramKind`].
     pub programs: Vec<Program>,
+    /// What computes the weights without a recipe, once, after the others are loaded.
+    pub once: Option<Once>,
+}
+
+/// A program over weights alone, and where its results stay.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Once {
+    /// The program; it has no outputs.
+    pub program: Program,
+    /// Its values that are weights, with their indices in [`Plan::weights`].
+    pub results: Vec<(ValueId, usize)>,
 }
 
 /// One packed weight in memory.
 #[derive(Clone, Debug, PartialEq)]
 pub struct WeightBuffer {
-    /// How it is filled from the checkpoint.
+    /// How it is filled from the checkpoint. Without segments it is computed by [`Plan::once`].
     pub recipe: PackRecipe,
     /// Extents and element type.
     pub ty: TensorType,
+}
+
+impl WeightBuffer {
+    /// Whether it is computed from other weights rather than read.
+    pub fn is_computed(&self) -> bool {
+        self.recipe.segments.is_empty()
+    }
 }
 
 /// A constant vector.
@@ -214,7 +235,7 @@ impl Plan {
         self.programs.iter().find(|p| p.kind == kind)
     }
 
-    /// Bytes of all packed weights.
+    /// Bytes of all weights, read and computed.
     pub fn weight_bytes(&self) -> usize {
         self.weights.iter().map(|w| w.recipe.bytes()).sum()
     }
@@ -226,8 +247,10 @@ impl Plan {
 
     /// Bytes of activations of the largest program under an assignment of the symbols.
     pub fn activation_bytes(&self, env: &SymEnv) -> usize {
+        let once = self.once.iter().map(|o| &o.program);
         self.programs
             .iter()
+            .chain(once)
             .map(|p| p.activation_bytes(env))
             .max()
             .unwrap_or(0)

@@ -180,6 +180,7 @@ fn derive(op: &Op, inputs: &[&Type]) -> R {
             Ok(Type::tensor(y.dtype, shape))
         }
         Op::Pack(kind) => pack(*kind, inputs),
+        Op::Chain(c) => c.ty(inputs).map_err(|e| e.reason),
         Op::AddRms { .. } => {
             let [r, d, w] = tensors(inputs)?;
             same_type(r, d)?;

@@ -6,6 +6,7 @@
 //! knows nothing of e-graphs, of CUDA, or of weights beyond their names and shapes.
 #![forbid(unsafe_code)]
 
+pub mod chain;
 pub mod dtype;
 pub mod graph;
 pub mod import;
@@ -17,6 +18,7 @@ pub mod spec;
 pub mod text;
 pub mod verify;
 
+pub use chain::{Chain, ChainArg};
 pub use dtype::DType;
 pub use graph::{Graph, Node, NodeId, Prov};
 pub use infer::{TypeError, infer};

@@ -1,6 +1,7 @@
 //! The operations: primitives (each one core ATen operator), composites that the passes
 //! recognise, and lowered operations that have a kernel.
 
+use crate::chain::Chain;
 use crate::dtype::DType;
 use crate::shape::Dim;
 use crate::spec::{
@@ -286,6 +287,9 @@ pub enum Op {
     Gemm(GemmSpec),
     /// `(qkv [T,(H+2Hkv)·D], gamma_q, gamma_k, positions, inv_freq, cache) -> ([T,H,D], cache)`.
     AttnQkv(QkvSpec),
+    /// `(operands…)`: pointwise operations and row reductions as one kernel. Several results are a
+    /// tuple.
+    Chain(Chain),
     /// `(logits [R,V]) -> i32[R]`: the next token of each row, by the request's sampling parameters.
     Sample,
 }
@@ -332,6 +336,7 @@ impl Op {
             Op::AddRms { .. } => "addrms",
             Op::Gemm(_) => "gemm",
             Op::AttnQkv(_) => "attn_qkv",
+            Op::Chain(_) => "chain",
             Op::Sample => "sample",
         }
     }

@@ -2,6 +2,7 @@
 //! of step programs under a cost model.
 #![forbid(unsafe_code)]
 
+pub mod chains;
 pub mod diagnose;
 pub mod egraph;
 pub mod explain;

@@ -1,5 +1,6 @@
 //! From the imported graph to step programs: the stages, in order, on one e-graph a template.
 
+use crate::chains::{self, fuse_chains};
 use crate::diagnose::unmatched_attention;
 use crate::egraph::analysis::{Applied, Data, is_step_shape};
 use crate::egraph::convert::{Choice, add_graph, add_op, to_graph, to_graph_with_classes};
@@ -47,13 +48,20 @@ impl PassConfig {
     /// A name is neither a rule nor a stage.
     pub fn disable(mut self, names: &[&str]) -> Result<PassConfig, CompileError> {
         for n in names {
-            let known = rules::by_name(n).is_some() || Stage::ALL.iter().any(|s| s.name() == *n);
+            let known = rules::by_name(n).is_some()
+                || Stage::ALL.iter().any(|s| s.name() == *n)
+                || *n == chains::NAME;
             if !known {
                 return Err(CompileError::UnknownRule((*n).to_string()));
             }
             self.disabled.insert((*n).to_string());
         }
         Ok(self)
+    }
+
+    /// Whether pointwise operations are grouped into chains: not without the stage `fuse`.
+    pub fn makes_chains(&self) -> bool {
+        !self.disabled.contains(chains::NAME) && !self.disabled.contains(Stage::Fuse.name())
     }
 
     fn runs(&self, rule: &Rule) -> bool {
@@ -245,11 +253,12 @@ pub fn compile_with(
                     if general { "general" } else { "decode" }
                 );
                 let g = stitch(&regions, &name, |i| gs[i].clone(), true)?;
-                programs[slot] = Some(if general {
+                let g = if general {
                     g.without_dead()
                 } else {
                     select_all(&g)?
-                });
+                };
+                programs[slot] = Some(g);
             }
             Err(e) => no_step = Some(e),
         }
@@ -259,6 +268,12 @@ pub fn compile_with(
         report.general = c.general.as_ref().ok().cloned();
     }
     clock.lap("stitch");
+    if config.makes_chains() {
+        for program in programs.iter_mut().flatten() {
+            *program = fuse_chains(program)?;
+        }
+        clock.lap("chains");
+    }
     let mut stages = Vec::new();
     if dumps {
         for (i, stage) in Stage::ALL.into_iter().enumerate() {

@@ -57,6 +57,7 @@ impl OpClass {
             Op::RmsNorm { .. } | Op::AddRms { .. } | Op::Softmax | Op::Reduce { .. } => {
                 OpClass::Norm
             }
+            Op::Chain(c) if c.reduces() => OpClass::Norm,
             Op::Matmul => OpClass::Matmul,
             Op::Sample => OpClass::Sample,
             Op::Embedding
@@ -180,6 +181,14 @@ pub fn kernel_name(op: &Op) -> String {
                 Epilogue::SwiGlu => parts.push("swiglu"),
             }
             parts.join("·")
+        }
+        // A long chain is told by what is in it beside sums and products.
+        Op::Chain(c) => {
+            let mut names = c.names();
+            if names.len() > 3 {
+                names.retain(|n| !matches!(*n, "add" | "sub" | "mul" | "div"));
+            }
+            format!("chain{}({})", c.statements.len(), names.join("·"))
         }
         op => op.name().to_string(),
     }

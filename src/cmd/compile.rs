@@ -396,7 +396,7 @@ fn memory(out: &mut String, resolved: &Resolved, plan: &Plan, config: &PassConfi
     for p in &plan.programs {
         let at = match p.kind {
             ProgramKind::Decode => &config.decode,
-            ProgramKind::General | ProgramKind::Full => &config.general,
+            _ => &config.general,
         };
         line(
             "activations",

@@ -5,7 +5,7 @@ use std::io::Write as _;
 
 use anyhow::anyhow;
 use clap::Args;
-use lathe_ir::{Graph, Node, NodeId, Op, text};
+use lathe_ir::{Chain, ChainArg, Graph, Node, NodeId, Op, text};
 use lathe_passes::egraph::cost::CostPoint;
 use lathe_passes::explain::{Form, OpStory, ProgramStory};
 use lathe_passes::pipeline::{Compiled, PassConfig, TemplateReport, compile_with};
@@ -98,6 +98,27 @@ impl Explain {
                 found = true;
             }
         }
+        let program = match self.program {
+            Which::Decode => &compiled.decode,
+            Which::General => &compiled.general,
+        };
+        if let Some(program) = program {
+            for id in program.ids() {
+                let node = program.node(id);
+                let Op::Chain(chain) = &node.op else { continue };
+                if node.prov.layer != self.layer {
+                    continue;
+                }
+                names.extend([kernel_name(&node.op), "chain".to_string()]);
+                let asked = self.op.as_deref().is_none_or(|name| {
+                    name == "chain" || name == kernel_name(&node.op) || name == id.to_string()
+                });
+                if asked {
+                    chain_lines(&mut out, program, id, chain, self.op.is_some());
+                    found = true;
+                }
+            }
+        }
         if found {
             return Ok(out);
         }
@@ -147,6 +168,36 @@ impl Explain {
         }
         Ok(templates)
     }
+}
+
+/// A chain of the whole program: the operations above that became one kernel.
+fn chain_lines(out: &mut String, program: &Graph, id: NodeId, chain: &Chain, all: bool) {
+    let node = program.node(id);
+    let _ = writeln!(
+        out,
+        "{:5} {:24} {:44} one generated kernel of {} operations",
+        id.to_string(),
+        kernel_name(&node.op),
+        node.prov.path,
+        chain.statements.len()
+    );
+    if !all {
+        return;
+    }
+    for (i, o) in node.inputs.iter().enumerate() {
+        let operand = program.node(*o);
+        let _ = writeln!(out, "  a{i} = {}", text::print_node(*o, operand));
+    }
+    for (i, s) in chain.statements.iter().enumerate() {
+        let args: Vec<String> = s.args.iter().map(ChainArg::to_string).collect();
+        let mark = if chain.results.contains(&(i as u8)) {
+            "*"
+        } else {
+            " "
+        };
+        let _ = writeln!(out, " {mark}t{i} = {} {}", s.op.name(), args.join(", "));
+    }
+    out.push('\n');
 }
 
 /// One template as a layer of the model.

@@ -8,7 +8,7 @@ use clap::Args;
 use lathe_ir::text;
 use lathe_passes::opt::{Goal, run};
 use lathe_passes::sample::Gen;
-use lathe_passes::{Exactness, Rule, Stage, rules};
+use lathe_passes::{Exactness, Rule, Stage, chains, rules};
 
 use crate::config::nearest;
 
@@ -88,6 +88,14 @@ impl Passes {
                     r.equation
                 );
             }
+        }
+        if self.stage.is_none() {
+            let _ = writeln!(
+                out,
+                "{} (after extraction; off with fuse): pointwise operations and row reductions that \
+                 read one another become one generated kernel",
+                chains::NAME
+            );
         }
         Ok(out)
     }

@@ -1,6 +1,6 @@
 //! The names under `transforms:` and what they switch.
 
-use lathe_passes::{Stage, rules};
+use lathe_passes::{Stage, chains, rules};
 
 /// AutoDeploy's names of transforms, with the stages and rules that do the same here.
 const THEIRS: &[(&str, &[&str])] = &[
@@ -44,6 +44,7 @@ pub(super) const EXTRACT: &[&str] = &["decode_batch", "decode_context", "prefill
 pub(super) fn names() -> Vec<&'static str> {
     let mut names: Vec<&str> = Stage::ALL.iter().map(|s| s.name()).collect();
     names.extend(rules::all().iter().map(|r| r.name));
+    names.push(chains::NAME);
     names.push("extract");
     names.extend(THEIRS.iter().map(|t| t.0));
     for (name, ..) in PARAMETERS {
@@ -61,6 +62,9 @@ pub(super) fn switches(name: &str) -> Vec<&'static str> {
     }
     if let Some(stage) = Stage::ALL.into_iter().find(|s| s.name() == name) {
         return vec![stage.name()];
+    }
+    if name == chains::NAME {
+        return vec![chains::NAME];
     }
     rules::by_name(name).map(|r| r.name).into_iter().collect()
 }
@@ -91,7 +95,9 @@ mod tests {
                 "{name} does nothing"
             );
             for s in switched {
-                let known = rules::by_name(s).is_some() || Stage::ALL.iter().any(|x| x.name() == s);
+                let known = rules::by_name(s).is_some()
+                    || s == chains::NAME
+                    || Stage::ALL.iter().any(|x| x.name() == s);
                 assert!(known, "{name}: no rule or stage {s}");
             }
         }

@@ -42,7 +42,7 @@ pub fn emit_cuda(
         let at = match program.kind {
             ProgramKind::Decode => &config.decode,
             ProgramKind::General => &config.general,
-            ProgramKind::Full => continue,
+            ProgramKind::Full | ProgramKind::Once => continue,
         };
         let size = |s: Sym| at.env.get(s).max(1) as usize;
         let sizes = Sizes {

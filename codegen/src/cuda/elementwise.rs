@@ -110,43 +110,53 @@ fn expression(cx: &Context<'_>, x: &[String]) -> Result<String, CudaError> {
         Op::Silu => call("silu"),
         Op::SwiGlu => format!("silu({a}) * {b}"),
         Op::Angles => format!("{a} * {b}"),
-        Op::Unary(f) => match f {
-            UnaryFn::Neg => format!("-{a}"),
-            UnaryFn::Abs => format!("{a} < 0 ? -{a} : {a}"),
-            UnaryFn::Exp => call("expf"),
-            UnaryFn::Log => call("logf"),
-            UnaryFn::Sqrt => call("sqrtf"),
-            UnaryFn::Rsqrt => call("rsqrtf"),
-            UnaryFn::Sin => call("sinf"),
-            UnaryFn::Cos => call("cosf"),
-            UnaryFn::Tanh => call("tanhf"),
-            UnaryFn::Sigmoid => format!("1.0f / (1.0f + expf(-{a}))"),
-            UnaryFn::Erf => call("erff"),
-            UnaryFn::Relu => format!("{a} > 0 ? {a} : 0"),
-            UnaryFn::Not => format!("{a} == 0"),
-        },
-        Op::Binary(f) => {
-            let infix = |op: &str| format!("{a} {op} {b}");
-            match f {
-                BinaryFn::Add => infix("+"),
-                BinaryFn::Sub => infix("-"),
-                BinaryFn::Mul => infix("*"),
-                BinaryFn::Div => infix("/"),
-                BinaryFn::Pow => power(cx, a, b),
-                BinaryFn::Maximum => format!("{a} > {b} ? {a} : {b}"),
-                BinaryFn::Minimum => format!("{a} < {b} ? {a} : {b}"),
-                BinaryFn::Eq => infix("=="),
-                BinaryFn::Ne => infix("!="),
-                BinaryFn::Lt => infix("<"),
-                BinaryFn::Le => infix("<="),
-                BinaryFn::Gt => infix(">"),
-                BinaryFn::Ge => infix(">="),
-                BinaryFn::And => format!("{a} != 0 && {b} != 0"),
-                BinaryFn::Or => format!("{a} != 0 || {b} != 0"),
-            }
-        }
+        Op::Unary(f) => unary(*f, a),
+        Op::Binary(BinaryFn::Pow) => power(cx, a, b),
+        Op::Binary(f) => binary(*f, a, b),
         op => return Err(cx.refuse(format!("{} is not elementwise", op.name()))),
     })
+}
+
+/// A function of a value.
+pub(super) fn unary(f: UnaryFn, a: &str) -> String {
+    let call = |f: &str| format!("{f}({a})");
+    match f {
+        UnaryFn::Neg => format!("-{a}"),
+        UnaryFn::Abs => format!("{a} < 0 ? -{a} : {a}"),
+        UnaryFn::Exp => call("expf"),
+        UnaryFn::Log => call("logf"),
+        UnaryFn::Sqrt => call("sqrtf"),
+        UnaryFn::Rsqrt => call("rsqrtf"),
+        UnaryFn::Sin => call("sinf"),
+        UnaryFn::Cos => call("cosf"),
+        UnaryFn::Tanh => call("tanhf"),
+        UnaryFn::Sigmoid => format!("1.0f / (1.0f + expf(-{a}))"),
+        UnaryFn::Erf => call("erff"),
+        UnaryFn::Relu => format!("{a} > 0 ? {a} : 0"),
+        UnaryFn::Not => format!("{a} == 0"),
+    }
+}
+
+/// A function of two values.
+pub(super) fn binary(f: BinaryFn, a: &str, b: &str) -> String {
+    let infix = |op: &str| format!("{a} {op} {b}");
+    match f {
+        BinaryFn::Add => infix("+"),
+        BinaryFn::Sub => infix("-"),
+        BinaryFn::Mul => infix("*"),
+        BinaryFn::Div => infix("/"),
+        BinaryFn::Pow => format!("powf({a}, {b})"),
+        BinaryFn::Maximum => format!("{a} > {b} ? {a} : {b}"),
+        BinaryFn::Minimum => format!("{a} < {b} ? {a} : {b}"),
+        BinaryFn::Eq => infix("=="),
+        BinaryFn::Ne => infix("!="),
+        BinaryFn::Lt => infix("<"),
+        BinaryFn::Le => infix("<="),
+        BinaryFn::Gt => infix(">"),
+        BinaryFn::Ge => infix(">="),
+        BinaryFn::And => format!("{a} != 0 && {b} != 0"),
+        BinaryFn::Or => format!("{a} != 0 || {b} != 0"),
+    }
 }
 
 /// Small whole powers are products: `powf` of a negative base is exact for them too, but slow.
@@ -154,6 +164,6 @@ fn power(cx: &Context<'_>, a: &str, b: &str) -> String {
     match cx.step().operands[1] {
         Operand::Const { value, .. } if value.get() == 2.0 => format!("{a} * {a}"),
         Operand::Const { value, .. } if value.get() == 3.0 => format!("{a} * {a} * {a}"),
-        _ => format!("powf({a}, {b})"),
+        _ => binary(BinaryFn::Pow, a, b),
     }
 }

@@ -5,6 +5,7 @@
 //! step and how it is specialised; equal kernels are generated once.
 
 mod attention;
+mod chain;
 mod choice;
 mod context;
 mod elementwise;
@@ -145,6 +146,7 @@ fn lower_steps(
                 skip = argmax.then_some(at + 1);
             }
             Op::Rope(_) | Op::AttnStep(_) | Op::AttnQkv(_) => attention::step(&mut cx)?,
+            Op::Chain(_) => chain::step(&mut cx)?,
             Op::Sample => sample::step(&mut cx)?,
             Op::Cast(_)
             | Op::Unary(_)

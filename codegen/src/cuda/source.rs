@@ -28,11 +28,12 @@ impl KernelSource {
 }
 
 /// The kernel families, each a file of `kernels/`.
-pub const FAMILIES: [&str; 16] = [
+pub const FAMILIES: [&str; 17] = [
     "attn_decode",
     "attn_plain",
     "attn_plan",
     "attn_prefill",
+    "chain",
     "embed",
     "gemm",
     "gemv",
@@ -54,6 +55,7 @@ pub(super) enum Body {
     AttnPlain,
     AttnPlan,
     AttnPrefill,
+    Chain,
     Embed,
     Gemm,
     Gemv,
@@ -75,6 +77,7 @@ impl Body {
             Body::AttnPlain => include_str!("kernels/attn_plain.cu"),
             Body::AttnPlan => include_str!("kernels/attn_plan.cu"),
             Body::AttnPrefill => include_str!("kernels/attn_prefill.cu"),
+            Body::Chain => include_str!("kernels/chain.cu"),
             Body::Embed => include_str!("kernels/embed.cu"),
             Body::Gemm => include_str!("kernels/gemm.cu"),
             Body::Gemv => include_str!("kernels/gemv.cu"),

@@ -17,6 +17,7 @@ pub use attention::{KvRows, KvState, StepMeta};
 pub use float::Float;
 pub use value::{CacheRef, Tensor, Value};
 
+use crate::chain::{Chain, ChainArg};
 use crate::dtype::DType;
 use crate::graph::{Graph, NodeId};
 use crate::op::Op;
@@ -440,6 +441,7 @@ fn compute<F: Float>(
             let step = state.step()?.clone();
             attention::attn_qkv(spec, inputs, &step, &mut state.caches, round)
         }
+        Op::Chain(c) => chain(c, inputs, state),
         Op::Sample => {
             let x = args::<F, 1>(inputs)?[0].float()?;
             if x.rank() != 2 || x.last() == 0 {
@@ -461,6 +463,38 @@ fn compute<F: Float>(
         | Op::Iota { .. }
         | Op::Cache { .. }
         | Op::None => leaf(op, state),
+    }
+}
+
+/// Statement by statement. Inside a kernel nothing is rounded; results are, by the caller.
+fn chain<F: Float>(
+    chain: &Chain,
+    inputs: &[&Value<F>],
+    state: &mut Interp<'_, F>,
+) -> Result<Value<F>, String> {
+    let mut values: Vec<Value<F>> = Vec::with_capacity(chain.statements.len());
+    for s in &chain.statements {
+        let mut operands = Vec::with_capacity(s.args.len());
+        for a in &s.args {
+            let value = match *a {
+                ChainArg::Operand(i) => inputs.get(usize::from(i)).map(|&v| v.clone()),
+                ChainArg::Value(i) => values.get(usize::from(i)).cloned(),
+                ChainArg::Const { value, dtype } => {
+                    Some(numbers(&[value.get()], Vec::new(), dtype))
+                }
+            };
+            operands.push(value.ok_or("a statement reads what is not there")?);
+        }
+        let refs: Vec<&Value<F>> = operands.iter().collect();
+        // Without a type nothing is rounded.
+        values.push(compute(&s.op, &refs, &Type::None, state)?);
+    }
+    let result = |&r: &u8| values.get(usize::from(r)).cloned().ok_or("no such result");
+    match &chain.results[..] {
+        [r] => Ok(result(r)?),
+        many => Ok(Value::Tuple(
+            many.iter().map(result).collect::<Result<_, _>>()?,
+        )),
     }
 }
 

@@ -185,6 +185,7 @@ pub fn attrs(op: &Op) -> Vec<(&'static str, Attr)> {
                 .opt_real("eps", eps)
                 .word("epilogue", epilogue)
         }
+        Op::Chain(c) => w.text("expr", &c.to_string()),
         Op::AttnQkv(s) => w
             .int("heads", s.heads)
             .int("kv_heads", s.kv_heads)
@@ -453,6 +454,11 @@ pub(super) fn build(name: &str, mut a: Args, ty: &Type) -> Result<Op, Fault> {
                 ],
             )?,
         }),
+        "chain" => {
+            let text = a.text("expr")?;
+            let bad = |reason| fault(at, "a chain of operations".into(), reason);
+            Op::Chain(text.parse().map_err(bad)?)
+        }
         "attn_qkv" => Op::AttnQkv(QkvSpec {
             heads: a.int("heads")?,
             kv_heads: a.int("kv_heads")?,

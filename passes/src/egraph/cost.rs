@@ -166,7 +166,8 @@ pub fn work(
     match op {
         Op::Win(_) | Op::Sdpa(_) => return None,
         op if op.is_leaf() => return Some(Work::default()),
-        Op::Pack(_) | Op::Permute(_) if weight_only => return Some(Work::default()),
+        // Laid out by the loader, or computed once by the program `once`.
+        _ if weight_only => return Some(Work::default()),
         Op::Reshape(_) | Op::Get(_) => return Some(Work::default()),
         Op::Select if at.selects_all() => return Some(Work::default()),
         Op::Select => w.bytes = 2.0 * bytes(output),
@@ -207,6 +208,11 @@ pub fn work(
             cached_attention(&mut w, at, s.attn.mask.window, qkv, kv_row, q);
             // Rows of a prefill are rotated and appended by a kernel of their own.
             w.launches = if at.selects_all() { 1 } else { 2 };
+        }
+        Op::Chain(c) => {
+            let domain = lathe_ir::chain::domain(inputs.iter().copied()).ok()?;
+            let elements: f64 = domain.iter().map(|d| d.eval(env) as f64).product();
+            w.vector = elements * c.statements.len() as f64;
         }
         Op::RmsNorm { .. } | Op::AddRms { .. } | Op::Softmax => w.vector *= 4.0,
         _ => {}

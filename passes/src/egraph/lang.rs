@@ -49,6 +49,7 @@ const PAYLOAD_NAMES: &[&str] = &[
     "addrms",
     "gemm",
     "attn_qkv",
+    "chain",
 ];
 
 /// The interned spelling of an operation's name.

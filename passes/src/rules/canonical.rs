@@ -8,6 +8,7 @@ pub(super) const RULES: &[Rule] = &[
     MUL_ONE,
     MUL_CONST_RIGHT,
     LINEAR,
+    LINEAR_STORED,
     SCALE_OUT_OF_SCORES,
     RESHAPE_RESHAPE,
 ];
@@ -135,6 +136,66 @@ const LINEAR: Rule = Rule {
             q.done(&[y])
         }),
     ],
+};
+
+const LINEAR_STORED: Rule = Rule {
+    name: "linear-stored",
+    stage: Stage::Canonicalize,
+    equation: "matmul(x, w) => linear(x, transpose(w))   (w a weight or a slice of one, of rank 2)",
+    exactness: Exactness::Exact,
+    doc: "GPT-2 stores projections [in, out] and cuts q, k and v out of one of them. The loader \
+          transposes and cuts; computed weights are left alone, so that the rule cannot feed itself.",
+    lhs: &["(matmul ?x (weight ?p))", "(matmul ?x (slice ?p ?w))"],
+    rhs: |a| {
+        let w = match a.op("?p") {
+            op @ Op::Weight { .. } => a.add(op, &[])?,
+            op @ Op::Slice { .. } if a.value(a.id("?w")).weight_only => {
+                let whole = a.id("?w");
+                a.add(op, &[whole])?
+            }
+            _ => return None,
+        };
+        if a.value(w).ty.as_tensor()?.rank() != 2 {
+            return None;
+        }
+        let wt = a.add(Op::Permute(vec![1, 0]), &[w])?;
+        let x = a.id("?x");
+        let y = a.add(Op::Linear, &[x, wt])?;
+        (a.value(y).ty == a.value(a.root).ty).then_some(y)
+    },
+    sample: |g| {
+        let mut q = Build::new();
+        let (d, k, o) = (g.float(), g.dim(), g.dim());
+        let x = q.input("x", d, &[b(), s(), n(k)]);
+        let w = q.weight("w", d, &[k, o + 2]);
+        let cut = q.op(
+            Op::Slice {
+                axis: 1,
+                start: 1,
+                end: o + 1,
+            },
+            &[w],
+        );
+        let w = g.pick(&[w, cut]);
+        let y = q.op(Op::Matmul, &[x, w]);
+        q.done(&[y])
+    },
+    near_misses: &[("the second factor varies", |g| {
+        let mut q = Build::new();
+        let k = g.dim();
+        let x = q.input("x", DType::F32, &[n(3), n(k)]);
+        let z = q.input("z", DType::F32, &[n(k), n(k + 2)]);
+        let z = q.op(
+            Op::Slice {
+                axis: 1,
+                start: 0,
+                end: k,
+            },
+            &[z],
+        );
+        let y = q.op(Op::Matmul, &[x, z]);
+        q.done(&[y])
+    })],
 };
 
 const SCALE_OUT_OF_SCORES: Rule = Rule {

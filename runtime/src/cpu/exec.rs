@@ -1,5 +1,6 @@
 //! Executing the steps of a program: dispatch from operations to kernels.
 
+use super::chain;
 use super::executor::CpuExecutor;
 use super::kernels::attention::{AttentionArgs, AttentionSpec, attention};
 use super::kernels::linear::{Epilogue, LinearArgs, LinearSpec, Prologue, linear};
@@ -105,6 +106,7 @@ impl<'a, E: Elem> Run<'a, E> {
             Op::AttnQkv(spec) => self.attn_qkv(step, spec),
             Op::AttnStep(spec) => self.attn_step(step, spec),
             Op::Sample => self.sample(step),
+            Op::Chain(_) => chain::step(self, step),
             _ => plain::step(self, step),
         }
     }
@@ -381,7 +383,7 @@ impl<'a, E: Elem> Run<'a, E> {
     fn floats(&self, step: &Step, operand: usize) -> Result<&'a [E], String> {
         let ty = step.tensor(operand).ok_or("operand is no tensor")?;
         match &step.operands[operand] {
-            Operand::Weight(w) => Ok(&self.model.weights[*w]),
+            Operand::Weight(w) if is_elem::<E>(ty.dtype) => Ok(self.weight(*w, ty)),
             Operand::Value(v) if is_elem::<E>(ty.dtype) => Ok(self.read(*v, ty)),
             other => Err(format!("operand {operand} is {other:?} of {}", ty.dtype)),
         }
@@ -418,6 +420,16 @@ impl<'a, E: Elem> Run<'a, E> {
         let n = self.program.values[v.0 as usize].0.bytes(&self.env);
         // SAFETY: as in `write`.
         unsafe { std::slice::from_raw_parts_mut(self.place(v), n) }
+    }
+
+    /// A weight as elements of its type, which is `T`.
+    pub(super) fn weight<T: Elem>(&self, w: usize, ty: &TensorType) -> &'a [T] {
+        let data: &'a [E] = &self.model.weights[w];
+        let n = self.len(ty);
+        assert!(n * size_of::<T>() <= size_of_val(data) && ty.dtype.name() == T::NAME);
+        // SAFETY: the buffer is aligned to a page, has these bytes, and holds elements of the
+        // weight's type, of which any bytes are values.
+        unsafe { std::slice::from_raw_parts(data.as_ptr().cast::<T>(), n) }
     }
 
     fn place(&self, v: ValueId) -> *mut u8 {

@@ -29,6 +29,9 @@ pub enum CpuLoadError {
     /// The system refuses memory.
     #[error("the system grants no memory: {0}")]
     Allocate(std::io::Error),
+    /// What depends on weights alone cannot be computed.
+    #[error("computing weights: {0}")]
+    Once(StepError),
     /// Not enough memory.
     #[error(
         "{what} needs {needed:.2} GB, {available:.2} GB are available; lower the batch size or the sequence length"
@@ -111,6 +114,7 @@ impl<E: Elem> CpuExecutor<E> {
                     ProgramKind::Decode => options.decode_env(),
                     ProgramKind::General => options.general_env(),
                     ProgramKind::Full => full_env,
+                    ProgramKind::Once => SymEnv::default(),
                 };
                 Layout::new(p, &env)
             })
@@ -130,7 +134,11 @@ impl<E: Elem> CpuExecutor<E> {
         let mut weights = Vec::with_capacity(plan.weights.len());
         let (mut packed, total) = (0, plan.weight_bytes() as u64);
         for w in &plan.weights {
-            let mut data = buffer::<E>(w.recipe.rows * w.recipe.cols)?;
+            let mut data = buffer::<E>(w.recipe.bytes().div_ceil(size_of::<E>()))?;
+            if w.is_computed() {
+                weights.push(data);
+                continue;
+            }
             let packer = Packer::new(&w.recipe, model.weights)?;
             // SAFETY: E is f32 or bf16, plain bytes without padding or invalid patterns; the
             // slice covers exactly the vector's elements.
@@ -159,7 +167,7 @@ impl<E: Elem> CpuExecutor<E> {
             })
             .collect::<Result<Vec<_>, _>>()?;
         let rope = rope_tables(&plan, options.max_seq_len);
-        Ok(CpuExecutor {
+        let mut executor = CpuExecutor {
             scratch: Vec::new(),
             plan,
             options,
@@ -171,7 +179,48 @@ impl<E: Elem> CpuExecutor<E> {
             layouts,
             done: VecDeque::new(),
             last: Vec::new(),
-        })
+        };
+        executor.compute_weights()?;
+        Ok(executor)
+    }
+
+    /// Runs the program of the weights that are computed, and keeps its results.
+    fn compute_weights(&mut self) -> Result<(), CpuLoadError> {
+        let Some(once) = &self.plan.once else {
+            return Ok(());
+        };
+        let env = SymEnv::default();
+        let layout = Layout::new(&once.program, &env);
+        let mut arena = Arena::new(layout.bytes);
+        let batch = StepBatch::default();
+        let mut run = Run {
+            model: self,
+            program: &once.program,
+            layout: &layout,
+            base: arena.base(),
+            env,
+            inputs: &Inputs { batch: &batch },
+            caches: &mut [],
+            scratch: &mut Vec::new(),
+        };
+        run.all(false).map_err(CpuLoadError::Once)?;
+        let computed: Vec<(usize, Vec<u8>)> = once
+            .results
+            .iter()
+            .map(|&(v, weight)| (weight, run.bytes(v).to_vec()))
+            .collect();
+        for (weight, bytes) in computed {
+            // SAFETY: plain memory of f32 or bf16, of which any bytes are values; the buffer was
+            // made for the bytes of this weight, which are those of the program's result.
+            let all = unsafe {
+                std::slice::from_raw_parts_mut(
+                    self.weights[weight].as_mut_ptr().cast::<u8>(),
+                    size_of_val(&self.weights[weight][..]),
+                )
+            };
+            all[..bytes.len()].copy_from_slice(&bytes);
+        }
+        Ok(())
     }
 
     fn run(

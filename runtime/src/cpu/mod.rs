@@ -1,5 +1,6 @@
 //! The CPU device.
 
+mod chain;
 mod exec;
 mod executor;
 pub mod kernels;

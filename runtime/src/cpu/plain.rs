@@ -66,7 +66,12 @@ fn load<E: Elem>(run: &Run<'_, E>, step: &Step, i: usize) -> Result<Value<f32>, 
                 Value::Float(Tensor::new(shape, data))
             }
         },
-        Operand::Weight(w) => floats(shape, &run.model.weights[*w]),
+        Operand::Weight(w) => match ty.dtype {
+            d if is_elem::<E>(d) => floats(shape, run.weight::<E>(*w, ty)),
+            DType::F32 => Value::Float(Tensor::new(shape, run.weight::<f32>(*w, ty).to_vec())),
+            DType::BF16 => floats(shape, run.weight::<bf16>(*w, ty)),
+            d => return Err(format!("a weight of {d}")),
+        },
         Operand::Table(t) => {
             let data = run.model.plan.tables[*t].data.iter();
             Value::Float(Tensor::new(shape, data.map(|x| x.get() as f32).collect()))

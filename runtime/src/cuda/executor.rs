@@ -162,7 +162,8 @@ impl CudaExecutor {
         };
         let decode = DecodeBuckets::new(options.max_sequences, how.graph_sizes.as_deref());
         let programs = Programs::lower(&plan, &options, kernels, decode)?;
-        let resident = Resident::load(&stream, model, &options, &programs, cache.as_ref())?;
+        let resident =
+            Resident::load(&stream, model, &options, &programs, kernels, cache.as_ref())?;
         let ring = (0..IN_FLIGHT)
             .map(|_| {
                 Ok(Slot {

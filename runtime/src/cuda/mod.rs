@@ -29,6 +29,7 @@ pub mod launch;
 pub mod library;
 pub mod memory;
 pub mod nvrtc;
+mod once;
 mod prepare;
 mod profile;
 mod programs;

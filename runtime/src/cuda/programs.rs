@@ -129,7 +129,7 @@ fn all_sizes(kind: ProgramKind, options: &LoadOptions, decode: &DecodeBuckets) -
             sizes.extend(fewer.map(|r| Sizes { r, ..most }));
             sizes
         }
-        ProgramKind::Full => Vec::new(),
+        ProgramKind::Full | ProgramKind::Once => Vec::new(),
     }
 }
 

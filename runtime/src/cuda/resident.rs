@@ -5,6 +5,7 @@ use super::buckets::{self, DecodeBuckets};
 use super::cubin_cache::CubinCache;
 use super::driver::Stream;
 use super::memory::{Arena, aligned, bytes_of, check_fits};
+use super::once::compute_weights;
 use super::prepare::Addresses;
 use super::programs::Programs;
 use super::state::MetaLayout;
@@ -12,7 +13,7 @@ use super::upload::{Placement, upload_weights};
 use super::{CudaError, DevicePtr};
 use crate::load::{LoadOptions, Loadable, rope_tables};
 use crate::progress::{self, Unit};
-use lathe_codegen::cuda::Sizes;
+use lathe_codegen::cuda::{CudaOptions, Sizes};
 use lathe_codegen::{Plan, Program, ProgramKind};
 use lathe_ir::{Sym, SymEnv};
 
@@ -93,6 +94,11 @@ impl MemoryPlan {
                 .iter()
                 .filter(stepped)
                 .map(|p| p.activation_bytes(&largest.env(p.kind)))
+                .chain(
+                    plan.once
+                        .iter()
+                        .map(|o| o.program.activation_bytes(&SymEnv::default())),
+                )
                 .max()
                 .unwrap_or(0),
             meta,
@@ -147,6 +153,7 @@ impl Resident {
         model: Loadable<'_>,
         options: &LoadOptions,
         programs: &Programs,
+        kernels: CudaOptions,
         cache: Option<&CubinCache>,
     ) -> Result<Resident, CudaError> {
         let plan = model.plan;
@@ -209,6 +216,7 @@ impl Resident {
             .weights
             .iter()
             .zip(&addresses.weights)
+            .filter(|(w, _)| !w.is_computed())
             .map(|(w, &dst)| Placement {
                 recipe: &w.recipe,
                 dst,
@@ -219,20 +227,17 @@ impl Resident {
         // SAFETY: each weight was given its own memory of its recipe's size, and no kernel runs yet.
         let stats = unsafe { upload_weights(stream, &placements, model.weights, cache, &tell)? };
         tracing::info!("{stats}");
+        if let Some(once) = &plan.once {
+            let slots = slot_addresses(&once.program, &SymEnv::default(), activations.base());
+            // SAFETY: the arena has room for the program's slots and nothing else uses it yet; the
+            // weights that it reads are in the stream before it.
+            unsafe { compute_weights(stream, plan, once, kernels, &addresses, &slots, cache)? };
+        }
         let largest = Largest::new(options, &programs.decode);
         let slots = plan
             .programs
             .iter()
-            .map(|p| {
-                let env = largest.env(p.kind);
-                let mut at = activations.base();
-                let mut place = |bytes: usize| {
-                    let here = at;
-                    at += aligned(bytes) as DevicePtr;
-                    here
-                };
-                p.slots.iter().map(|s| place(s.bytes(&env))).collect()
-            })
+            .map(|p| slot_addresses(p, &largest.env(p.kind), activations.base()))
             .collect();
         Ok(Resident {
             addresses,
@@ -242,6 +247,17 @@ impl Resident {
             _arenas: [weights, caches, activations, state],
         })
     }
+}
+
+/// Where each slot of a program lies, one after the other.
+fn slot_addresses(program: &Program, env: &SymEnv, base: DevicePtr) -> Vec<DevicePtr> {
+    let mut at = base;
+    let mut place = |bytes: usize| {
+        let here = at;
+        at += aligned(bytes) as DevicePtr;
+        here
+    };
+    program.slots.iter().map(|s| place(s.bytes(env))).collect()
 }
 
 #[cfg(test)]

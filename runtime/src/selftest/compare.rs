@@ -97,6 +97,12 @@ pub fn tolerance(
         Op::AttnStep(_) => (2, 2, longest + last(0)),
         // Rotated queries and keys are rounded, and scores of up to 10 enlarge that.
         Op::AttnQkv(spec) => (8, 2, longest + spec.head_dim as usize),
+        // Each operation may enlarge the error of the one before, and sums are over a row.
+        Op::Chain(c) => {
+            let width = (0..step.operands.len()).map(last).max().unwrap_or(1);
+            let sums = if c.reduces() { width } else { 1 };
+            (2, 2, 16 * (c.statements.len() + sums))
+        }
         _ => (1, 1, 1),
     };
     let roundings = match reference {

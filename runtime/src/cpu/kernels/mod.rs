@@ -15,6 +15,7 @@
 #![allow(clippy::needless_range_loop)]
 
 pub mod attention;
+pub mod chain;
 mod dot;
 #[cfg(target_arch = "x86_64")]
 mod dot_x86;

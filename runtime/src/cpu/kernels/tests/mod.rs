@@ -1,6 +1,7 @@
 //! Kernels against naive f64 references, on every instruction set of the machine, into poisoned outputs.
 
 mod attention;
+mod chain;
 mod linear;
 mod simple;
 

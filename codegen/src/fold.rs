@@ -1,0 +1,365 @@
+//! What depends on weights alone: layouts become recipes of the loader, all else is computed once.
+
+use crate::lower::pack_dtype;
+use crate::pack::{PackError, PackRecipe, RowPerm, Segment};
+use lathe_ir::{Graph, NodeId, Op, PackKind, TensorType, TypeError};
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+/// Most segments of one recipe; values of more pieces are computed.
+const MAX_SEGMENTS: usize = 4096;
+
+/// Which values depend on weights and constants alone and can be computed once: float tensors of
+/// known extents. Leaves count as such if they are weights.
+pub(crate) fn fixed(graph: &Graph) -> Vec<bool> {
+    let mut fixed = vec![false; graph.nodes().len()];
+    for id in graph.ids() {
+        let node = graph.node(id);
+        fixed[id.index()] = match &node.op {
+            Op::Weight { .. } => true,
+            Op::Win(_) | Op::Sdpa(_) | Op::Proj(_) | Op::Get(_) => false,
+            op if op.is_leaf() => false,
+            _ => {
+                let leaf = |i: &NodeId| {
+                    matches!(
+                        graph.node(*i).op,
+                        Op::Const { .. } | Op::Table { .. } | Op::Iota { .. } | Op::None
+                    )
+                };
+                let known = |t: &TensorType| {
+                    t.dtype.is_float() && t.shape.iter().all(|d| d.known().is_some())
+                };
+                graph.tensor(id).is_some_and(known)
+                    && node.inputs.iter().all(|i| fixed[i.index()] || leaf(i))
+                    && !node.inputs.is_empty()
+            }
+        };
+    }
+    fixed
+}
+
+/// The program that computes weights, under construction.
+#[derive(Debug, Default)]
+pub(crate) struct Folded {
+    /// The operations, equal ones once.
+    pub(crate) graph: Graph,
+    nodes: BTreeMap<(Op, Vec<NodeId>), NodeId>,
+    /// Results with their indices among the plan's weights.
+    pub(crate) weights: Vec<(NodeId, usize)>,
+}
+
+impl Folded {
+    /// Adds a value with all that it is computed from, up to what is read through a recipe.
+    pub(crate) fn import(&mut self, from: &Graph, id: NodeId) -> Result<NodeId, TypeError> {
+        let node = from.node(id);
+        let mut inputs = Vec::with_capacity(node.inputs.len());
+        for &i in &node.inputs {
+            inputs.push(self.import(from, i)?);
+        }
+        let key = (node.op.clone(), inputs);
+        if let Some(&known) = self.nodes.get(&key) {
+            return Ok(known);
+        }
+        let new = self.graph.add(key.0.clone(), &key.1, &node.prov)?;
+        self.nodes.insert(key, new);
+        Ok(new)
+    }
+}
+
+/// Whether a value is read through a recipe.
+pub(crate) fn is_layout(graph: &Graph, id: NodeId) -> bool {
+    matches!(recipe(graph, id), Ok(Some(_)))
+}
+
+/// The recipe of a value whose rows are rows of checkpoint tensors; `None` for other values.
+///
+/// # Errors
+/// The recipe contradicts itself, which would be a bug.
+pub(crate) fn recipe(graph: &Graph, id: NodeId) -> Result<Option<PackRecipe>, PackError> {
+    let Some(ty) = graph.tensor(id) else {
+        return Ok(None);
+    };
+    let node = graph.node(id);
+    let segments = match &node.op {
+        Op::Pack(kind) => {
+            let parts: Option<Vec<Vec<Segment>>> =
+                node.inputs.iter().map(|&i| segments(graph, i)).collect();
+            parts.and_then(|p| place(*kind, p))
+        }
+        _ => segments(graph, id),
+    };
+    let Some(segments) = segments.filter(|s| !s.is_empty()) else {
+        return Ok(None);
+    };
+    let recipe = PackRecipe {
+        rows: segments.iter().map(|s| s.src_rows.len()).sum(),
+        cols: segments[0].src_cols.len(),
+        dtype: pack_dtype(ty.dtype),
+        segments,
+    };
+    recipe.validate()?;
+    Ok(Some(recipe))
+}
+
+/// A value as rows of one checkpoint tensor.
+struct View {
+    tensor: String,
+    transpose: bool,
+    /// Extents of the rows' indices.
+    shape: Vec<usize>,
+    /// The row of the tensor for each row, in row-major order.
+    rows: Vec<usize>,
+    /// Columns of the tensor; a vector has one, and no axis for it.
+    cols: Range<usize>,
+    vector: bool,
+}
+
+/// Reads a chain of changes of layout back to its weight.
+fn view(graph: &Graph, id: NodeId) -> Option<View> {
+    let node = graph.node(id);
+    let extents = |t: &[lathe_ir::Dim]| -> Option<Vec<usize>> {
+        t.iter().map(|d| usize::try_from(d.known()?).ok()).collect()
+    };
+    match &node.op {
+        Op::Weight { weight, .. } => {
+            let shape: Vec<usize> = weight.shape.iter().map(|&n| n as usize).collect();
+            let (shape, cols, vector) = match &shape[..] {
+                [] => return None,
+                &[n] => (vec![n], 1, true),
+                [rows @ .., k] => (rows.to_vec(), *k, false),
+            };
+            Some(View {
+                tensor: weight.name.clone(),
+                transpose: false,
+                rows: (0..shape.iter().product()).collect(),
+                shape,
+                cols: 0..cols,
+                vector,
+            })
+        }
+        Op::Reshape(to) => {
+            let mut v = view(graph, node.inputs[0])?;
+            let mut to = extents(to)?;
+            if !v.vector && to.pop()? != v.cols.len() {
+                return None;
+            }
+            v.shape = to;
+            (v.shape.iter().product::<usize>() == v.rows.len()).then_some(v)
+        }
+        Op::Slice { axis, start, end } => {
+            let mut v = view(graph, node.inputs[0])?;
+            let axis = usize::from(*axis);
+            let (start, end) = (usize::try_from(*start).ok()?, usize::try_from(*end).ok()?);
+            if axis == v.shape.len() && !v.vector {
+                v.cols = v.cols.start + start..v.cols.start + end;
+                return Some(v);
+            }
+            let extent = *v.shape.get(axis)?;
+            let inner: usize = v.shape[axis + 1..].iter().product();
+            let inside = |i: &usize| (start..end).contains(&(i / inner.max(1) % extent));
+            v.rows = (0..v.rows.len())
+                .filter(inside)
+                .map(|i| v.rows[i])
+                .collect();
+            v.shape[axis] = end - start;
+            Some(v)
+        }
+        Op::Permute(p) if p[..] == [1, 0] => {
+            let v = view(graph, node.inputs[0])?;
+            let (&first, &last) = (v.rows.first()?, v.rows.last()?);
+            let whole = v.rows.iter().enumerate().all(|(i, &r)| r == first + i);
+            (whole && v.shape.len() == 1 && !v.vector).then(|| View {
+                tensor: v.tensor,
+                transpose: !v.transpose,
+                shape: vec![v.cols.len()],
+                rows: v.cols.collect(),
+                cols: first..last + 1,
+                vector: false,
+            })
+        }
+        _ => None,
+    }
+}
+
+/// Rows as segments of one checkpoint tensor, one after the other.
+fn segments(graph: &Graph, id: NodeId) -> Option<Vec<Segment>> {
+    let v = view(graph, id)?;
+    let mut segments: Vec<Segment> = Vec::new();
+    for (dst_row, &row) in v.rows.iter().enumerate() {
+        match segments.last_mut() {
+            Some(s) if s.src_rows.end == row => s.src_rows.end += 1,
+            _ => segments.push(Segment {
+                tensor: v.tensor.clone(),
+                src_rows: row..row + 1,
+                src_cols: v.cols.clone(),
+                dst_row,
+                perm: RowPerm::Identity,
+                transpose: v.transpose,
+            }),
+        }
+    }
+    (segments.len() <= MAX_SEGMENTS).then_some(segments)
+}
+
+/// Segments of a pack with their places and permutations; `None` if a permutation would go across
+/// the bounds of a segment.
+fn place(kind: PackKind, parts: Vec<Vec<Segment>>) -> Option<Vec<Segment>> {
+    let mut placed = Vec::new();
+    let mut row = 0;
+    for (i, part) in parts.into_iter().enumerate() {
+        let rows: usize = part.iter().map(|s| s.src_rows.len()).sum();
+        let rope = |head_dim: u32| RowPerm::RopeHalves {
+            head_dim: head_dim as usize,
+        };
+        let (perm, unit) = match kind {
+            PackKind::GateUp => (RowPerm::Interleave8 { part: i }, 8),
+            PackKind::Qkv {
+                head_dim,
+                interleave: true,
+            } if i < 2 => (rope(head_dim), head_dim as usize),
+            PackKind::Head { head_dim } => (rope(head_dim), head_dim as usize),
+            PackKind::Qkv { .. } => (RowPerm::Identity, 1),
+        };
+        let several = part.len() > 1;
+        for mut s in part {
+            if several && !(s.dst_row.is_multiple_of(unit) && s.src_rows.len().is_multiple_of(unit))
+            {
+                return None;
+            }
+            s.dst_row = match kind {
+                // Gate and up take turns: their blocks lie twice as far apart.
+                PackKind::GateUp => 2 * s.dst_row,
+                _ => row + s.dst_row,
+            };
+            s.perm = perm;
+            placed.push(s);
+        }
+        row += rows;
+    }
+    Some(placed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lathe_ir::{DType, Dim, Prov, WeightRef};
+
+    fn weight(g: &mut Graph, name: &str, shape: &[i64]) -> NodeId {
+        let op = Op::Weight {
+            weight: WeightRef {
+                name: name.into(),
+                shape: shape.to_vec(),
+            },
+            dtype: DType::BF16,
+        };
+        g.add(op, &[], &Prov::global("w")).unwrap()
+    }
+
+    fn dims(shape: &[i64]) -> Vec<Dim> {
+        shape.iter().map(|&n| Dim::new(n)).collect()
+    }
+
+    /// The rows of a grouped QKV weight `[groups, q + k + v heads, D, K]` (Falcon) as packed q, k, v.
+    #[test]
+    fn slices_of_groups_become_segments() {
+        let mut g = Graph::new("falcon");
+        let at = Prov::global("w");
+        let w = weight(&mut g, "qkv", &[192, 8]);
+        let grouped = g.add(Op::Reshape(dims(&[2, 96, 8])), &[w], &at).unwrap();
+        let mut part = |start, end, rows| {
+            let s = g
+                .add(
+                    Op::Slice {
+                        axis: 1,
+                        start,
+                        end,
+                    },
+                    &[grouped],
+                    &at,
+                )
+                .unwrap();
+            g.add(Op::Reshape(dims(&[rows, 8])), &[s], &at).unwrap()
+        };
+        let parts = [part(0, 64, 128), part(64, 80, 32), part(80, 96, 32)];
+        let kind = PackKind::Qkv {
+            head_dim: 16,
+            interleave: true,
+        };
+        let packed = g.add(Op::Pack(kind), &parts, &at).unwrap();
+        let recipe = recipe(&g, packed).unwrap().unwrap();
+        assert_eq!((recipe.rows, recipe.segments.len()), (192, 6));
+        // Against the meaning of the operations: source rows of the pack over rows of the slices.
+        let source = kind.source_rows(&[128, 32, 32]).unwrap();
+        for (row, s) in recipe.row_sources().unwrap().iter().enumerate() {
+            let (part, r) = source[row];
+            let (len, start) = [(64, 0), (16, 64), (16, 80)][part];
+            assert_eq!(s.row as usize, r / len * 96 + start + r % len, "row {row}");
+        }
+        // Half heads cannot be interleaved segment by segment.
+        let kind = PackKind::Qkv {
+            head_dim: 128,
+            interleave: true,
+        };
+        assert!(
+            place(
+                kind,
+                parts.iter().map(|&p| segments(&g, p).unwrap()).collect()
+            )
+            .is_none()
+        );
+    }
+
+    /// Conv1D weights `[K, N]`: a slice of columns, transposed.
+    #[test]
+    fn transposed_slices_are_columns() {
+        let mut g = Graph::new("gpt2");
+        let at = Prov::global("w");
+        let w = weight(&mut g, "c_attn", &[8, 48]);
+        let s = g
+            .add(
+                Op::Slice {
+                    axis: 1,
+                    start: 16,
+                    end: 32,
+                },
+                &[w],
+                &at,
+            )
+            .unwrap();
+        let t = g.add(Op::Permute(vec![1, 0]), &[s], &at).unwrap();
+        let recipe = recipe(&g, t).unwrap().unwrap();
+        let [segment] = &recipe.segments[..] else {
+            panic!("{recipe:?}")
+        };
+        assert!(segment.transpose);
+        assert_eq!(
+            (segment.src_rows.clone(), segment.src_cols.clone()),
+            (16..32, 0..8)
+        );
+        assert_eq!((recipe.rows, recipe.cols), (16, 8));
+    }
+
+    #[test]
+    fn arithmetic_is_no_layout() {
+        let mut g = Graph::new("gemma");
+        let at = Prov::global("w");
+        let w = weight(&mut g, "norm", &[8]);
+        let f = g.add(Op::Cast(DType::F32), &[w], &at).unwrap();
+        assert_eq!(recipe(&g, f).unwrap(), None);
+        assert!(recipe(&g, w).unwrap().is_some());
+        assert_eq!(fixed(&g), [true, true]);
+        let x = g.add(
+            Op::Input {
+                name: "x".into(),
+                dtype: DType::F32,
+                shape: dims(&[8]),
+            },
+            &[],
+            &at,
+        );
+        let sum = g
+            .add(Op::Binary(lathe_ir::BinaryFn::Add), &[f, x.unwrap()], &at)
+            .unwrap();
+        assert!(!fixed(&g)[sum.index()]);
+    }
+}
