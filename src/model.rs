@@ -49,6 +49,8 @@ pub struct CompiledModel {
     pub backend: CompileBackend,
     /// Rows of the decode steps that are captured; none: all.
     pub graph_sizes: Option<Vec<usize>>,
+    /// Whether GEMM kernels are chosen by timing, and whether cuBLASLt's are among them.
+    pub tuning: (bool, bool),
     /// Phases with their times, in order.
     pub phases: Vec<(&'static str, Duration)>,
 }
@@ -89,6 +91,7 @@ impl CompiledModel {
                 .value
                 .as_ref()
                 .map(|sizes| sizes.iter().map(|&n| n as usize).collect()),
+            tuning: run.tuning(),
             phases: vec![
                 ("import", read),
                 ("passes", optimised - read),
@@ -162,6 +165,8 @@ impl CompiledModel {
                 let how = CudaLoad {
                     ordinal: *ordinal as usize,
                     graphs: self.backend.cuda_graphs(),
+                    autotune: self.tuning.0,
+                    cublaslt: self.tuning.1,
                     per_op: !self.backend.fuses(),
                     graph_sizes: self.graph_sizes.clone(),
                     ..CudaLoad::default()

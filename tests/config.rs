@@ -91,6 +91,24 @@ fn compile_backends() {
 }
 
 #[test]
+fn autotuning_is_a_part_of_torch_opt() {
+    let tuning = |text: &str| yaml(text).tuning();
+    assert_eq!(tuning(""), (true, false));
+    assert_eq!(tuning("compile_backend: torch-compile"), (false, false));
+    let off = "transforms: {autotune: {enabled: false, cublaslt: true}}";
+    assert_eq!(tuning(off), (false, false));
+    let library = "transforms: {autotune: {cublaslt: true}}";
+    assert_eq!(tuning(library), (true, true));
+    assert_eq!(
+        tuning(&format!("compile_backend: torch-simple\n{library}")),
+        (false, false)
+    );
+    let error = parse("c.yaml", "transforms: {autotune: {cublas: true}}").unwrap_err();
+    let text = error.to_string();
+    assert!(text.contains("did you mean 'cublaslt'?"), "{text}");
+}
+
+#[test]
 fn every_other_key_has_its_effect() {
     let c = yaml(
         "runtime: demollm\nskip_loading_weights: true\nmax_seq_len: 4096\nmax_num_tokens: 2048\n\

@@ -1,5 +1,6 @@
 //! Decode and prefill times of a configuration with random weights on a GPU:
-//! `cuda_bench CONFIG_DIR DTYPE [graphs,pdl]`.
+//! `cuda_bench CONFIG_DIR DTYPE [MODES] [BATCHES] [PREFILLS]`, MODES of graphs, pdl, autotune, cublaslt,
+//! profile (times of single kernels); `cuda_bench configs/llama-3.1-8b bf16 graphs,pdl,autotune 1,16,512 2048`.
 use lathe_ir::import::{HfConfig, ImportOptions, import};
 use lathe_passes::egraph::cost::DeviceModel;
 use lathe_passes::pipeline::{PassConfig, compile};
@@ -10,6 +11,9 @@ use lathe_runtime::step::{Executor, RowSampler, StepBatch};
 use lathe_runtime::weights::RandomWeights;
 use std::path::Path;
 use std::time::Instant;
+
+/// Pages of a decoding sequence.
+const PAGES_EACH: usize = 8;
 
 fn batch(n: usize, tokens: &[i32], start: usize, pages_each: usize) -> StepBatch {
     let mut b = StepBatch {
@@ -33,6 +37,13 @@ fn batch(n: usize, tokens: &[i32], start: usize, pages_each: usize) -> StepBatch
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args: Vec<String> = std::env::args().collect();
     let modes = args.get(3).map_or("graphs,pdl", String::as_str);
+    let list = |i: usize, default: &str| -> Result<Vec<usize>, std::num::ParseIntError> {
+        let text = args.get(i).map_or(default, String::as_str);
+        text.split(',').map(str::parse).collect()
+    };
+    let batches = list(4, "1,2,4,8,64")?;
+    let prefills = list(5, "128,512,2048")?;
+    let most = batches.iter().copied().max().unwrap_or(1).max(64);
     let start = Instant::now();
     let config = HfConfig::from_file(&Path::new(&args[1]).join("config.json"))?;
     let dtype = args[2].parse()?;
@@ -52,15 +63,17 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let weights = RandomWeights::new(&expected_tensors(&model.arch.weights), 0);
     let load = LoadOptions {
         max_tokens: 4096,
-        max_rows: 64,
-        max_sequences: 64,
+        max_rows: most,
+        max_sequences: most,
         max_seq_len: 4096,
         page_size: 64,
-        pages: 64 * 64,
+        pages: most.max(8) * PAGES_EACH,
     };
     let how = CudaLoad {
         graphs: modes.contains("graphs"),
         pdl: modes.contains("pdl"),
+        autotune: modes.contains("autotune"),
+        cublaslt: modes.contains("cublaslt"),
         ..CudaLoad::default()
     };
     let loadable = Loadable {
@@ -73,10 +86,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let prompt: Vec<i32> = (0..128).map(|i| (i * 37 + 11) % 30000).collect();
     let mut last = executor.step(&batch(1, &prompt, 0, 64), false)?.next[0];
     println!("first token {last} after {:?}", start.elapsed());
-    for n in [1, 2, 4, 8, 64] {
+    executor.warm_up()?;
+    println!("warm after {:?}", start.elapsed());
+    if let Some(tuned) = executor.tuned() {
+        println!("{tuned}");
+    }
+    for n in batches {
         let mut at = 300;
         for _ in 0..3 {
-            executor.step(&batch(n, &[last], at, 64), false)?;
+            executor.step(&batch(n, &[last], at, PAGES_EACH), false)?;
             at += 1;
         }
         let (launches, graph) = executor.decode_launches(n)?;
@@ -87,7 +105,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         for i in 0..steps {
             // Tokens of the step before are taken on the device.
             let tokens: Vec<i32> = (0..n as i32).map(|i| -1 - i).collect();
-            let mut b = batch(n, &[last], at, 64);
+            let mut b = batch(n, &[last], at, PAGES_EACH);
             if i > 0 {
                 b.tokens = tokens;
             }
@@ -111,8 +129,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             host / f64::from(steps) * 1e6
         );
     }
-    for t in [128, 512, 2048] {
-        let prompt: Vec<i32> = (0..t).map(|i| (i * 37 + 11) % 30000).collect();
+    for t in prefills {
+        let prompt: Vec<i32> = (0..t as i32).map(|i| (i * 37 + 11) % 30000).collect();
         let mut times = Vec::new();
         for _ in 0..4 {
             times.push(executor.step(&batch(1, &prompt, 0, 64), false)?.time.device);
@@ -120,9 +138,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         times.sort_by(f64::total_cmp);
         println!("prefill {t}: {:.3} ms", times[1] * 1e3);
     }
+    if !modes.contains("profile") {
+        return Ok(());
+    }
     for (what, b) in [
         ("decode 1", batch(1, &[last], 400, 64)),
-        ("decode 64", batch(64, &[last], 400, 64)),
+        ("decode 64", batch(64, &[last], 400, PAGES_EACH)),
         ("prefill 2048", batch(1, &vec![7; 2048], 0, 64)),
     ] {
         for k in executor.profile(&b, 5)? {

@@ -129,7 +129,7 @@ pub struct StepOutput {
     pub time: StepTime,
 }
 
-/// How a device executes a decode step of the size that ran last.
+/// How a device executes decode steps of the size that ran most often.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Execution {
     /// Kernels of the step.
@@ -140,6 +140,9 @@ pub struct Execution {
     pub graph_launches: usize,
     /// Host time of submitting such a step: the median in seconds.
     pub submit_seconds: f64,
+    /// GEMM shapes whose kernel was chosen by timing, a shape counted for each bucket, and how many of
+    /// them do not have the heuristic's kernel.
+    pub tuned: Option<(usize, usize)>,
 }
 
 /// How much a device can hold; fixed when the model is loaded.

@@ -2,10 +2,13 @@
 //! tensor-core pipelines. Needs NVRTC, no GPU; without NVRTC the test says so and passes, unless
 //! LATHE_REQUIRE_NVRTC is set.
 
-use lathe_codegen::cuda::{CudaOptions, CudaProgram, Sampling, Sizes, lower_program};
+use lathe_codegen::cuda::{
+    Choices, CudaOptions, CudaProgram, Sampling, Sizes, Variant, gemm_keys, lower_gemms,
+    lower_program,
+};
 use lathe_codegen::{Plan, ProgramKind, Programs, lower};
-use lathe_ir::DType;
 use lathe_ir::import::{HfConfig, ImportOptions, import};
+use lathe_ir::{DType, Epilogue};
 use lathe_passes::egraph::cost::DeviceModel;
 use lathe_passes::pipeline::{PassConfig, compile};
 use lathe_runtime::cuda::library::{self, Library};
@@ -41,15 +44,19 @@ fn plan(name: &str, dtype: DType, disabled: &[&str]) -> Plan {
     lower(&format!("{name}{unfused}"), dtype, &programs).unwrap()
 }
 
-fn programs(plan: &Plan, decode: &[usize], general: &[usize]) -> Vec<CudaProgram> {
-    let options = CudaOptions {
+fn options(plan: &Plan) -> CudaOptions {
+    CudaOptions {
         pdl: true,
         sms: 132,
         page_size: 64,
         max_pages: 64,
         plain: false,
         per_op: plan.name.ends_with("unfused"),
-    };
+    }
+}
+
+fn programs(plan: &Plan, decode: &[usize], general: &[usize]) -> Vec<CudaProgram> {
+    let options = options(plan);
     let mut all = Vec::new();
     for (kind, buckets) in [
         (ProgramKind::Decode, decode),
@@ -167,6 +174,65 @@ fn every_kernel_compiles_without_spills() {
     for m in ["llama-rope3-tied", "qwen2"] {
         all.extend(programs(&plan(&golden(m), DType::F32, &[]), &[1, 8], &[64]));
     }
+    compile_without_spills(&all);
+}
+
+/// Tiles and slots that autotuning may choose: those that need most registers of each family, and
+/// clusters both ways.
+#[test]
+fn kernels_that_tuning_may_choose_compile_without_spills() {
+    let required = std::env::var_os("LATHE_REQUIRE_NVRTC").is_some();
+    if let Err(error) = library::ensure(Library::Nvrtc) {
+        assert!(!required, "{error}");
+        eprintln!("skipped: {error}");
+        return;
+    }
+    let plan = plan("configs/llama-3.1-8b", DType::BF16, &[]);
+    let program = plan.program(ProgramKind::General).unwrap();
+    let mut all = Vec::new();
+    for (m, variants) in [
+        (16, &["skinny_w1_p4", "skinny_w2_p2"][..]),
+        (
+            64,
+            &["skinny_w1_p1", "skinny_w1_p2_even", "tiled_64x96_c1x1"],
+        ),
+        (128, &["skinny_w1_p2", "skinny_w1_p1"]),
+        (
+            384,
+            &[
+                "tiled_64x64_c1x1",
+                "tiled_64x192_c2x1",
+                "tiled_64x256_c1x2",
+                "tiled_128x256_c1x2",
+                "tiled_192x160_c1x1",
+                "tiled_192x192_c2x1",
+            ],
+        ),
+    ] {
+        let sizes = Sizes { t: m, b: 4, r: 4 };
+        let sampling = Sampling::GreedyOnly;
+        let options = options(&plan);
+        let keys = gemm_keys(&plan, program, sizes, sampling, options).unwrap();
+        for (key, steps) in keys.iter().filter(|(k, _)| k.epilogue != Epilogue::None) {
+            for variant in variants {
+                let variant: Variant = variant.parse().unwrap();
+                // Not every tile takes SwiGLU.
+                if variant.check(key, options.sms as usize).is_err() {
+                    continue;
+                }
+                let mut choices = Choices::default();
+                choices.insert(*key, variant);
+                all.push(
+                    lower_gemms(&plan, program, sizes, options, &choices, &steps[..1]).unwrap(),
+                );
+            }
+        }
+    }
+    assert!(all.len() >= 20, "{}", all.len());
+    compile_without_spills(&all);
+}
+
+fn compile_without_spills(all: &[CudaProgram]) {
     let mut sources: BTreeMap<String, String> = BTreeMap::new();
     for kernel in all.iter().flat_map(|p| &p.kernels) {
         // Comments name the ops that a kernel came from and may differ between models.

@@ -206,7 +206,7 @@ pub struct StepBreakdown {
     pub host_gap_ms: f64,
 }
 
-/// How a decode step of the last size is executed.
+/// How decode steps of the most frequent size are executed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
 pub struct ExecutionInfo {
     /// Kernels of the step.
@@ -217,6 +217,12 @@ pub struct ExecutionInfo {
     pub graph_launches_per_decode_step: usize,
     /// Host time of submitting the step, the median in microseconds.
     pub submit_us: f64,
+    /// GEMM shapes whose kernel was chosen by timing, a shape counted for each bucket.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tuned_gemms: Option<usize>,
+    /// Of these, shapes that do not have the heuristic's kernel.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub changed_gemms: Option<usize>,
 }
 
 impl From<Execution> for ExecutionInfo {
@@ -226,6 +232,8 @@ impl From<Execution> for ExecutionInfo {
             kernels_per_layer: e.kernels_per_layer,
             graph_launches_per_decode_step: e.graph_launches,
             submit_us: e.submit_seconds * 1e6,
+            tuned_gemms: e.tuned.map(|t| t.0),
+            changed_gemms: e.tuned.map(|t| t.1),
         }
     }
 }
@@ -421,6 +429,8 @@ pub(super) mod tests {
                 kernels_per_layer: 5,
                 graph_launches_per_decode_step: 1,
                 submit_us: 21.5,
+                tuned_gemms: Some(216),
+                changed_gemms: Some(70),
             }),
             kv_cache: Some(KvOccupancy {
                 num_pages: 100,
@@ -561,6 +571,8 @@ pub(super) mod tests {
                     "kernels_per_layer",
                     "graph_launches_per_decode_step",
                     "submit_us",
+                    "tuned_gemms",
+                    "changed_gemms",
                 ],
             ),
             section(

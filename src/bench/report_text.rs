@@ -292,6 +292,12 @@ impl LatheSection {
                 "Decode step:          {} kernels launched {how}, {} a layer, {:.1} µs of host time",
                 e.launches_per_decode_step, e.kernels_per_layer, e.submit_us
             )?;
+            if let (Some(tuned), Some(changed)) = (e.tuned_gemms, e.changed_gemms) {
+                writeln!(
+                    out,
+                    "Autotune:             {changed} of {tuned} GEMM shapes do not have the heuristic's kernel"
+                )?;
+            }
         }
         if let Some(cache) = &self.kv_cache {
             let peak = cache.peak_pages as f64 / cache.num_pages.max(1) as f64 * 100.0;

@@ -203,4 +203,8 @@ pub struct Options {
     pub decode_context: Option<Given<u32>>,
     /// `transforms.extract.prefill_tokens`: tokens for which the general program is chosen.
     pub prefill_tokens: Option<Given<u32>>,
+    /// `transforms.autotune.enabled`.
+    pub autotune: Option<Given<bool>>,
+    /// `transforms.autotune.cublaslt`.
+    pub cublaslt: Option<Given<bool>>,
 }

@@ -50,6 +50,10 @@ pub struct Resolved {
     pub decode_context: Given<u32>,
     /// Tokens for which the general program is chosen.
     pub prefill_tokens: Given<u32>,
+    /// Whether torch-opt chooses GEMM kernels by timing.
+    pub autotune: Given<bool>,
+    /// Whether it may choose cuBLASLt's.
+    pub cublaslt: Given<bool>,
 }
 
 fn first<T>(yaml: Option<Given<T>>, flags: Option<Given<T>>, default: T) -> Given<T> {
@@ -113,6 +117,8 @@ impl Resolved {
             decode_batch: first(yaml.decode_batch, flags.decode_batch, 1),
             decode_context: first(yaml.decode_context, flags.decode_context, 512),
             prefill_tokens: first(yaml.prefill_tokens, flags.prefill_tokens, 2048),
+            autotune: first(yaml.autotune, flags.autotune, true),
+            cublaslt: first(yaml.cublaslt, flags.cublaslt, false),
         }
     }
 
@@ -164,6 +170,12 @@ impl Resolved {
             "kv_cache_dtype: {value} ({source}), but the cache has the type of the activations, {name}; \
              use auto, or --dtype {value}"
         ))
+    }
+
+    /// Whether GEMM kernels are chosen by timing, and whether cuBLASLt's are among them.
+    pub fn tuning(&self) -> (bool, bool) {
+        let on = self.compile_backend.value.autotunes() && self.autotune.value;
+        (on, on && self.cublaslt.value)
     }
 
     /// What the passes are to do, for a device.
@@ -250,6 +262,10 @@ impl Resolved {
             ("prefill_tokens", &self.prefill_tokens),
         ] {
             let key = format!("transforms.extract.{key}");
+            row(&key, v.value.to_string(), &v.source);
+        }
+        for (key, v) in [("enabled", &self.autotune), ("cublaslt", &self.cublaslt)] {
+            let key = format!("transforms.autotune.{key}");
             row(&key, v.value.to_string(), &v.source);
         }
         rows

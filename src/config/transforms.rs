@@ -40,12 +40,16 @@ pub(super) const PARAMETERS: &[(&str, &str, &str)] = &[
 /// Parameters of `extract`: where the two programs are chosen.
 pub(super) const EXTRACT: &[&str] = &["decode_batch", "decode_context", "prefill_tokens"];
 
+/// Parameters of `autotune`, both true or false: whether kernels are timed at all, and whether cuBLASLt's
+/// may be chosen.
+pub(super) const AUTOTUNE: &[&str] = &["enabled", "cublaslt"];
+
 /// Every name that may stand under `transforms:`.
 pub(super) fn names() -> Vec<&'static str> {
     let mut names: Vec<&str> = Stage::ALL.iter().map(|s| s.name()).collect();
     names.extend(rules::all().iter().map(|r| r.name));
     names.push(chains::NAME);
-    names.push("extract");
+    names.extend(["extract", "autotune"]);
     names.extend(THEIRS.iter().map(|t| t.0));
     for (name, ..) in PARAMETERS {
         if !names.contains(name) {
@@ -78,6 +82,9 @@ pub(super) fn parameters(name: &str) -> Vec<&'static str> {
         .collect();
     if name == "extract" {
         names.extend(EXTRACT);
+    }
+    if name == "autotune" {
+        names.extend(AUTOTUNE);
     }
     names
 }

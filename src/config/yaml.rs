@@ -194,6 +194,12 @@ impl Reader<'_> {
                 "decode_context" => self.options.decode_context = given,
                 _ => self.options.prefill_tokens = given,
             }
+        } else if name == "autotune" && transforms::AUTOTUNE.contains(&parameter) {
+            let given = self.flag(&path, v);
+            match parameter {
+                "enabled" => self.options.autotune = given,
+                _ => self.options.cublaslt = given,
+            }
         } else if parameter == "enabled" && switches {
             if let Some(given) = self.flag(&path, v) {
                 self.options.switches.push(Given {

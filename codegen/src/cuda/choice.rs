@@ -188,7 +188,7 @@ impl Variant {
         if gemv::computes(key) {
             Variant::Gemv
         } else if key.m <= skinny::ROWS {
-            skinny::heuristic(key)
+            skinny::heuristic(key, sms)
         } else {
             tiled::heuristic(key, sms)
         }

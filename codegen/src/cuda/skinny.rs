@@ -31,16 +31,24 @@ fn tokens(m: usize) -> Option<usize> {
         .find(|&nt| nt >= m)
 }
 
-/// One warpgroup and wide slots for few tokens; two where the token tile is as large as the weights'.
-pub(super) fn heuristic(key: &GemmKey) -> Variant {
-    let (warpgroups, panels) = match key.m {
-        0..=32 => (1, 2),
-        _ => (2, 1),
-    };
-    Variant::Skinny {
+/// What was best for most shapes on an H100: tiles of 128 rows where they just fill the
+/// multiprocessors, else of 64; wide slots for few tokens; all tiles split alike where the parts are
+/// large.
+pub(super) fn heuristic(key: &GemmKey, sms: usize) -> Variant {
+    let variant = |warpgroups, panels, even| Variant::Skinny {
         warpgroups,
         panels,
-        even: false,
+        even,
+    };
+    let wide = key.n.div_ceil(128);
+    let panels = if key.m <= 64 { 2 } else { 1 };
+    let preferred = match wide < sms && 10 * wide >= 9 * sms {
+        true => variant(2, if key.m <= 16 { 2 } else { 1 }, true),
+        false => variant(1, panels, key.m > 32),
+    };
+    match preferred.check(key, sms) {
+        Ok(()) => preferred,
+        Err(_) => variant(1, panels, false),
     }
 }
 

@@ -4,6 +4,7 @@
 use std::ffi::c_void;
 use std::mem::MaybeUninit;
 use std::ptr;
+use std::sync::Arc;
 
 use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys;
@@ -40,18 +41,21 @@ pub struct GemmOperands {
     pub y: DevicePtr,
 }
 
-/// A handle of the library with its workspace.
+/// A handle of the library with its workspace; clones share both.
+#[derive(Debug, Clone)]
+pub struct CublasLt(Arc<Shared>);
+
 #[derive(Debug)]
-pub struct CublasLt {
+struct Shared {
     handle: sys::cublasLtHandle_t,
     workspace: DevicePtr,
 }
 
 // SAFETY: cuBLASLt handles may be used from several threads at once; the workspace is only an address, and the
 // streams that share it are the caller's concern (see `Gemm::run`).
-unsafe impl Send for CublasLt {}
+unsafe impl Send for Shared {}
 // SAFETY: as above.
-unsafe impl Sync for CublasLt {}
+unsafe impl Sync for Shared {}
 
 impl CublasLt {
     /// Opens the library. `workspace` has [`WORKSPACE_BYTES`] on the device and outlives the handle.
@@ -61,14 +65,20 @@ impl CublasLt {
     pub fn new(workspace: DevicePtr) -> Result<Self, CudaError> {
         library::ensure(Library::CublasLt)?;
         let handle = result::create_handle().during(|| "starting".into())?;
-        Ok(CublasLt { handle, workspace })
+        Ok(CublasLt(Arc::new(Shared { handle, workspace })))
+    }
+
+    /// The library's version, as it counts.
+    pub fn version(&self) -> usize {
+        // SAFETY: the library is loaded; the call has no parameters.
+        unsafe { sys::cublasLtGetVersion() }
     }
 
     /// Prepares a GEMM with every algorithm that the heuristic proposes (up to 32), its first choice first.
     ///
     /// # Errors
     /// A shape without any algorithm.
-    pub fn gemm(&self, shape: GemmShape) -> Result<Gemm<'_>, CudaError> {
+    pub fn gemm(&self, shape: GemmShape) -> Result<Gemm, CudaError> {
         use sys::cublasLtMatmulDescAttributes_t as D;
         let what = || format!("preparing M={} N={} K={}", shape.m, shape.n, shape.k);
         let (bf16, f32) = (
@@ -93,7 +103,7 @@ impl CublasLt {
         }
         .during(what)?;
         let mut gemm = Gemm {
-            lt: self,
+            lt: self.clone(),
             desc,
             a,
             b,
@@ -107,7 +117,7 @@ impl CublasLt {
     }
 }
 
-impl Drop for CublasLt {
+impl Drop for Shared {
     fn drop(&mut self) {
         // SAFETY: created in `new`, destroyed only here.
         let _ = unsafe { result::destroy_handle(self.handle) };
@@ -115,8 +125,8 @@ impl Drop for CublasLt {
 }
 
 /// A GEMM of one shape with its algorithms.
-pub struct Gemm<'a> {
-    lt: &'a CublasLt,
+pub struct Gemm {
+    lt: CublasLt,
     desc: Desc,
     a: Layout,
     b: Layout,
@@ -126,7 +136,18 @@ pub struct Gemm<'a> {
     chosen: usize,
 }
 
-impl Gemm<'_> {
+// SAFETY: descriptors are plain memory of the library that calls only read; they are destroyed once.
+unsafe impl Send for Gemm {}
+// SAFETY: as above.
+unsafe impl Sync for Gemm {}
+
+impl std::fmt::Debug for Gemm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Gemm({:?}, algorithm {})", self.shape, self.chosen)
+    }
+}
+
+impl Gemm {
     /// How many algorithms there are.
     pub fn algorithms(&self) -> usize {
         self.algorithms.len()
@@ -156,7 +177,7 @@ impl Gemm<'_> {
         // SAFETY: all descriptors are alive and there is room for as many results as are asked for.
         let code = unsafe {
             sys::cublasLtMatmulAlgoGetHeuristic(
-                self.lt.handle,
+                self.lt.0.handle,
                 self.desc.0,
                 self.a.0,
                 self.b.0,
@@ -197,21 +218,56 @@ impl Gemm<'_> {
     /// cuBLASLt refuses.
     pub unsafe fn run(&self, stream: &Stream, operands: &GemmOperands) -> Result<(), CudaError> {
         // SAFETY: by the contract of this function.
-        unsafe { self.run_with(stream, operands, self.chosen) }
+        unsafe { self.run_with(stream, operands, None, self.chosen) }
+    }
+
+    /// Takes an algorithm by its place in the list.
+    ///
+    /// # Errors
+    /// There are not so many.
+    pub fn choose(&mut self, algorithm: usize) -> Result<(), CudaError> {
+        if algorithm >= self.algorithms.len() {
+            let what = format!("algorithm {algorithm} of {}", self.algorithms.len());
+            return Err(CudaError::CublasLt {
+                what,
+                code: "it does not exist".into(),
+            });
+        }
+        self.chosen = algorithm;
+        Ok(())
+    }
+
+    /// Runs the chosen algorithm and adds a residual `[M, N]`, if there is one, before the result is rounded.
+    ///
+    /// # Safety
+    /// As [`Gemm::run`], for the residual too.
+    ///
+    /// # Errors
+    /// cuBLASLt refuses.
+    pub unsafe fn run_added(
+        &self,
+        stream: &Stream,
+        operands: &GemmOperands,
+        residual: Option<DevicePtr>,
+    ) -> Result<(), CudaError> {
+        // SAFETY: by the contract of this function.
+        unsafe { self.run_with(stream, operands, residual, self.chosen) }
     }
 
     unsafe fn run_with(
         &self,
         stream: &Stream,
         operands: &GemmOperands,
+        residual: Option<DevicePtr>,
         algorithm: usize,
     ) -> Result<(), CudaError> {
-        let (alpha, beta) = (1.0f32, 0.0f32);
+        let (alpha, beta) = (1.0f32, if residual.is_some() { 1.0f32 } else { 0.0 });
+        let c = residual.unwrap_or(operands.y) as *const c_void;
         let d = operands.y as *mut c_void;
         // SAFETY: descriptors, scalars and the algorithm live through the call; the rest is the caller's contract.
         let outcome = unsafe {
             result::matmul(
-                self.lt.handle,
+                self.lt.0.handle,
                 self.desc.0,
                 ptr::from_ref(&alpha).cast(),
                 ptr::from_ref(&beta).cast(),
@@ -219,12 +275,12 @@ impl Gemm<'_> {
                 self.a.0,
                 operands.x as *const c_void,
                 self.b.0,
-                d,
+                c,
                 self.d.0,
                 d,
                 self.d.0,
                 &self.algorithms[algorithm].algo,
-                self.lt.workspace as *mut c_void,
+                self.lt.0.workspace as *mut c_void,
                 WORKSPACE_BYTES,
                 stream.raw().cast(),
             )
@@ -257,7 +313,7 @@ impl Gemm<'_> {
                 // SAFETY: by the contract of this function.
                 operands
                     .iter()
-                    .try_for_each(|o| unsafe { self.run_with(stream, o, algorithm) })
+                    .try_for_each(|o| unsafe { self.run_with(stream, o, None, algorithm) })
             };
             match time_runs(stream, 1, runs.max(1), run) {
                 Ok(samples) if samples.median() < best.0 => best = (samples.median(), algorithm),

@@ -4,6 +4,7 @@
 //! A step costs the host one copy of its metadata from pinned memory, one graph launch and one copy
 //! of the sampled tokens back; nothing is allocated and nothing waits but [`Executor::collect`].
 
+use super::autotune::Tuned;
 use super::buckets::DecodeBuckets;
 use super::cubin_cache::{CubinCache, DEFAULT_LIMIT};
 use super::driver::{Device, Event, Function, Stream};
@@ -16,13 +17,14 @@ use super::programs::{Key, Programs, decode_sizes, key};
 use super::resident::Resident;
 use super::state::{MetaLayout, check};
 use super::timing::{Samples, time_runs};
+use super::tuner::{Loaded, Tuner};
 use super::{CudaError, DevicePtr, buckets};
 use crate::load::{LoadOptions, Loadable};
 use crate::step::{
     Capacity, Execution, Executor, StepBatch, StepError, StepKind, StepOutput, StepTime,
 };
 use half::{bf16, f16};
-use lathe_codegen::cuda::{CudaOptions, Meta, Sampling, tokens_kernel};
+use lathe_codegen::cuda::{Choices, CudaOptions, Meta, Sampling, tokens_kernel};
 use lathe_codegen::{Plan, ProgramKind};
 use lathe_ir::DType;
 use std::collections::{BTreeMap, VecDeque};
@@ -49,6 +51,10 @@ pub struct CudaLoad {
     pub plain: bool,
     /// Every operation of the plan is one launch.
     pub per_op: bool,
+    /// GEMM kernels are chosen by timing.
+    pub autotune: bool,
+    /// Autotuning may choose cuBLASLt's, where the library is there.
+    pub cublaslt: bool,
     /// Folder of compiled kernels; none: the user's cache.
     pub cache: Option<std::path::PathBuf>,
 }
@@ -62,6 +68,8 @@ impl Default for CudaLoad {
             pdl: true,
             plain: false,
             per_op: false,
+            autotune: false,
+            cublaslt: false,
             cache: None,
         }
     }
@@ -100,6 +108,10 @@ pub struct CudaExecutor {
     modules: Modules,
     /// Lowered and not yet prepared.
     programs: Programs,
+    /// GEMM kernels that are not the heuristics'.
+    choices: Choices,
+    tuner: Tuner,
+    tuned: Option<Tuned>,
     plan: Plan,
     options: LoadOptions,
     how: CudaLoad,
@@ -112,8 +124,8 @@ pub struct CudaExecutor {
     next_slot: usize,
     /// Rows that the last step sampled.
     sampled: usize,
-    /// Program of the last decode step.
-    last_decode: Option<Key>,
+    /// How many decode steps ran each program.
+    decode_runs: BTreeMap<Key, usize>,
     /// Seconds that the last decode steps took to submit, in a ring.
     submits: Vec<f64>,
     /// Decode steps submitted.
@@ -161,7 +173,12 @@ impl CudaExecutor {
             per_op: how.per_op,
         };
         let decode = DecodeBuckets::new(options.max_sequences, how.graph_sizes.as_deref());
-        let programs = Programs::lower(&plan, &options, kernels, decode)?;
+        let tuner = match how.autotune {
+            true => Tuner::open(&device, how.cublaslt, cache.as_ref())?,
+            false => Tuner::default(),
+        };
+        let choices = tuner.known(&plan, &options, kernels, &decode)?;
+        let programs = Programs::lower(&plan, &options, kernels, decode, &choices)?;
         let resident =
             Resident::load(&stream, model, &options, &programs, kernels, cache.as_ref())?;
         let ring = (0..IN_FLIGHT)
@@ -178,6 +195,9 @@ impl CudaExecutor {
             prepared: BTreeMap::new(),
             modules: Modules::default(),
             programs,
+            choices,
+            tuner,
+            tuned: None,
             plan,
             options,
             how: how.clone(),
@@ -189,7 +209,7 @@ impl CudaExecutor {
             ring,
             next_slot: 0,
             sampled: 0,
-            last_decode: None,
+            decode_runs: BTreeMap::new(),
             submits: Vec::new(),
             decode_steps: 0,
             token_kernel: None,
@@ -200,6 +220,7 @@ impl CudaExecutor {
     /// Compiles the kernels of every step at once, on all cores, and puts greedy decode steps
     /// together: a step that meets a new bucket later has little left to do.
     fn prepare_all(&mut self) -> Result<(), CudaError> {
+        self.autotune()?;
         let kernels = self.programs.kernels();
         let device = self.stream.device().clone();
         self.modules.get(&device, self.cache.as_ref(), &kernels)?;
@@ -213,6 +234,44 @@ impl CudaExecutor {
         Ok(())
     }
 
+    /// Chooses GEMM kernels by timing, unless that was done or is not wanted, and lowers anew.
+    fn autotune(&mut self) -> Result<(), CudaError> {
+        if !self.how.autotune || self.tuned.is_some() || !self.pending.is_empty() {
+            return Ok(());
+        }
+        let (choices, tuned) = self.tuner.tune(Loaded {
+            stream: &self.stream,
+            plan: &self.plan,
+            options: &self.options,
+            kernels: self.kernels,
+            decode: &self.programs.decode,
+            resident: &self.resident,
+            modules: &mut self.modules,
+            cubins: self.cache.as_ref(),
+        })?;
+        tracing::info!("{tuned}");
+        self.tuned = Some(tuned);
+        if choices != self.choices {
+            self.choices = choices;
+            self.prepared.clear();
+            self.decode_runs.clear();
+            let decode = self.programs.decode.clone();
+            self.programs = Programs::lower(
+                &self.plan,
+                &self.options,
+                self.kernels,
+                decode,
+                &self.choices,
+            )?;
+        }
+        Ok(())
+    }
+
+    /// What autotuning did; nothing before [`Executor::warm_up`] and where it is off.
+    pub fn tuned(&self) -> Option<Tuned> {
+        self.tuned
+    }
+
     /// Lowers, compiles, resolves and captures a program unless that was done before.
     fn ready(&mut self, key: Key) -> Result<(), CudaError> {
         if self.prepared.contains_key(&key) {
@@ -222,7 +281,9 @@ impl CudaExecutor {
         let at = self.plan.programs.iter().position(|p| p.kind == kind);
         let at = at.ok_or(CudaError::NoStepProgram)?;
         let program = &self.plan.programs[at];
-        let lowered = self.programs.take(&self.plan, key, self.kernels)?;
+        let lowered = self
+            .programs
+            .take(&self.plan, key, self.kernels, &self.choices)?;
         let device = self.stream.device().clone();
         let modules = self
             .modules
@@ -234,6 +295,7 @@ impl CudaExecutor {
             addresses: &self.resident.addresses,
             slots: &self.resident.slots[at],
             meta: &meta,
+            library: self.tuner.library(),
         };
         let launches = resolver.launches(&modules, self.how.pdl)?;
         let logits = lowered.logits.map(|v| {
@@ -305,7 +367,7 @@ impl CudaExecutor {
                 None => self.submits.push(seconds),
             }
             self.decode_steps += 1;
-            self.last_decode = Some(key);
+            *self.decode_runs.entry(key).or_default() += 1;
         }
         Ok(key)
     }
@@ -497,14 +559,15 @@ impl Executor for CudaExecutor {
     }
 
     fn execution(&self) -> Option<Execution> {
-        let key = self.last_decode?;
-        let prepared = &self.prepared[&key];
+        let (&key, _) = self.decode_runs.iter().max_by_key(|(_, runs)| **runs)?;
+        let prepared = self.prepared.get(&key)?;
         let program = self.plan.program(key.0)?;
         Some(Execution {
             launches: prepared.launches.len(),
             kernels_per_layer: prepared.lowered.kernels_per_layer(&self.plan, program),
             graph_launches: usize::from(prepared.graph.is_some()),
             submit_seconds: Samples::new(self.submits.clone())?.median(),
+            tuned: self.tuned.map(|t| (t.shapes, t.changed)),
         })
     }
 

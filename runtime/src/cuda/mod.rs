@@ -16,8 +16,11 @@
 //! | `resident` | the memory plan, and what lies where on the device |
 //! | [`executor`] | steps: the program and graph of a bucket, what goes in and comes back |
 //! | [`upload`] | weights into their packed layout on the device |
+//! | `autotune`, `tuner` | GEMM kernels chosen by timing, kept on disk (`tuning_cache`) |
 //! | [`cublaslt`] | the vendor's GEMM, for comparison and on request |
 
+mod autotune;
+mod autotune_bench;
 mod buckets;
 pub mod cubin_cache;
 pub mod cublaslt;
@@ -42,8 +45,11 @@ pub mod tensor_map;
 #[cfg(test)]
 mod test_plans;
 pub mod timing;
+mod tuner;
+mod tuning_cache;
 pub mod upload;
 
+pub use autotune::Tuned;
 pub use buckets::DecodeBuckets;
 pub use cudarc::driver::sys::CUdeviceptr as DevicePtr;
 pub use error::{CompileFailure, CudaError};

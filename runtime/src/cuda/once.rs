@@ -41,6 +41,7 @@ pub(super) unsafe fn compute_weights(
         addresses,
         slots,
         meta: &meta,
+        library: None,
     };
     for launch in resolver.launches(&loaded, false)? {
         // SAFETY: resolved from the lowered program, over memory by the contract of this function.

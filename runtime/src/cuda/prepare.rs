@@ -1,5 +1,6 @@
 //! A lowered program with everything resolved: functions, addresses, tensor maps, and its graph.
 
+use super::cublaslt::{CublasLt, Gemm, GemmOperands, GemmShape};
 use super::driver::{Device, Function, Module, Stream};
 use super::graph::Graph;
 use super::launch::{Args, LaunchConfig, launch};
@@ -8,7 +9,7 @@ use super::tensor_map::{MapDType, Swizzle, TensorMapSpec};
 use super::{CudaError, DevicePtr};
 use crate::progress::{self, Unit};
 use lathe_codegen::Program;
-use lathe_codegen::cuda::{Arg, CudaProgram, Launch, MapArg, MapSwizzle, Ref};
+use lathe_codegen::cuda::{Arg, CudaProgram, Launch, LibraryGemm, MapArg, MapSwizzle, Ref};
 use std::collections::BTreeMap;
 
 /// Addresses of all memory that kernels refer to, fixed while the model is loaded.
@@ -30,11 +31,24 @@ pub(super) struct Addresses {
 /// One launch, ready.
 #[derive(Debug)]
 pub(super) struct Ready {
-    pub(super) function: Function,
-    pub(super) config: LaunchConfig,
-    pub(super) args: Args,
+    call: Call,
     /// Launch of the lowered program.
     pub(super) index: usize,
+}
+
+/// What is put into a stream.
+#[derive(Debug)]
+enum Call {
+    Kernel {
+        function: Function,
+        config: LaunchConfig,
+        args: Args,
+    },
+    Library {
+        gemm: Box<Gemm>,
+        operands: GemmOperands,
+        residual: Option<DevicePtr>,
+    },
 }
 
 impl Ready {
@@ -45,7 +59,20 @@ impl Ready {
     /// memory behind them is alive until the stream has run it.
     pub(super) unsafe fn submit(&self, stream: &Stream) -> Result<(), CudaError> {
         // SAFETY: by the contract of this function.
-        unsafe { launch(stream, &self.function, &self.config, &self.args) }
+        unsafe {
+            match &self.call {
+                Call::Kernel {
+                    function,
+                    config,
+                    args,
+                } => launch(stream, function, config, args),
+                Call::Library {
+                    gemm,
+                    operands,
+                    residual,
+                } => gemm.run_added(stream, operands, *residual),
+            }
+        }
     }
 }
 
@@ -67,6 +94,8 @@ pub(super) struct Resolver<'a> {
     pub(super) addresses: &'a Addresses,
     pub(super) slots: &'a [DevicePtr],
     pub(super) meta: &'a MetaLayout,
+    /// For launches that may use it; without it their kernels run.
+    pub(super) library: Option<&'a CublasLt>,
 }
 
 impl Resolver<'_> {
@@ -125,6 +154,21 @@ impl Resolver<'_> {
         })
     }
 
+    fn library_call(&self, g: &LibraryGemm, library: &CublasLt) -> Result<Call, CudaError> {
+        let [m, n, k] = [g.m, g.n, g.k].map(|v| v as u64);
+        let mut gemm = library.gemm(GemmShape { m, n, k })?;
+        gemm.choose(g.algorithm)?;
+        Ok(Call::Library {
+            gemm: Box::new(gemm),
+            operands: GemmOperands {
+                x: self.address(&g.x),
+                w: self.address(&g.w),
+                y: self.address(&g.y),
+            },
+            residual: g.residual.as_ref().map(|r| self.address(r)),
+        })
+    }
+
     /// Resolves all launches. `modules` are those of the lowered kernels.
     pub(super) fn launches(&self, modules: &[Module], pdl: bool) -> Result<Vec<Ready>, CudaError> {
         let kernels = &self.lowered.kernels;
@@ -139,12 +183,15 @@ impl Resolver<'_> {
             .map(|((k, m), s)| m.function(&k.name, s))
             .collect::<Result<Vec<_>, _>>()?;
         let ready = |(index, l): (usize, &Launch)| {
-            Ok(Ready {
-                function: functions[l.kernel].clone(),
-                config: config(l, pdl),
-                args: self.args(l)?,
-                index,
-            })
+            let call = match (&l.library, self.library) {
+                (Some(gemm), Some(library)) => self.library_call(gemm, library)?,
+                _ => Call::Kernel {
+                    function: functions[l.kernel].clone(),
+                    config: config(l, pdl),
+                    args: self.args(l)?,
+                },
+            };
+            Ok(Ready { call, index })
         };
         self.lowered
             .launches

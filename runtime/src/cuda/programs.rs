@@ -5,7 +5,7 @@ use super::CudaError;
 use super::buckets::{self, DecodeBuckets};
 use crate::load::LoadOptions;
 use lathe_codegen::cuda::{
-    CudaOptions, CudaProgram, KernelSource, Sampling, Sizes, Workspace, lower_program,
+    Choices, CudaOptions, CudaProgram, KernelSource, Sampling, Sizes, Workspace, lower_tuned,
 };
 use lathe_codegen::{Plan, Program, ProgramKind};
 use rayon::prelude::*;
@@ -49,6 +49,7 @@ impl Programs {
         options: &LoadOptions,
         kernels: CudaOptions,
         decode: DecodeBuckets,
+        choices: &Choices,
     ) -> Result<Programs, CudaError> {
         let wanted: Vec<(&Program, Key)> = plan
             .programs
@@ -60,7 +61,11 @@ impl Programs {
             .collect();
         let lowered = wanted
             .into_par_iter()
-            .map(|(program, key)| Ok((key, lower_program(plan, program, key.1, key.2, kernels)?)))
+            .map(|(program, key)| {
+                let (_, sizes, sampling) = key;
+                let lowered = lower_tuned(plan, program, sizes, sampling, kernels, choices)?;
+                Ok((key, lowered))
+            })
             .collect::<Result<_, CudaError>>()?;
         Ok(Programs { lowered, decode })
     }
@@ -91,18 +96,23 @@ impl Programs {
         plan: &Plan,
         key: Key,
         kernels: CudaOptions,
+        choices: &Choices,
     ) -> Result<CudaProgram, CudaError> {
         if let Some(lowered) = self.lowered.remove(&key) {
             return Ok(lowered);
         }
         let program = plan.program(key.0).ok_or(CudaError::NoStepProgram)?;
-        Ok(lower_program(plan, program, key.1, key.2, kernels)?)
+        Ok(lower_tuned(plan, program, key.1, key.2, kernels, choices)?)
     }
 }
 
 /// What programs are lowered for: together they have every kernel and the largest workspaces of
 /// steps that do not ask for logits.
-fn keys(kind: ProgramKind, options: &LoadOptions, decode: &DecodeBuckets) -> BTreeSet<Key> {
+pub(super) fn keys(
+    kind: ProgramKind,
+    options: &LoadOptions,
+    decode: &DecodeBuckets,
+) -> BTreeSet<Key> {
     let sizes = all_sizes(kind, options, decode);
     let most = sizes.iter().copied().max_by_key(|s| (s.r, s.t));
     let mut keys = BTreeSet::new();
@@ -137,6 +147,7 @@ fn all_sizes(kind: ProgramKind, options: &LoadOptions, decode: &DecodeBuckets) -
 mod tests {
     use super::super::test_plans::{kernel_options, plan};
     use super::*;
+    use lathe_codegen::cuda::lower_program;
     use lathe_ir::DType;
 
     fn options() -> LoadOptions {
@@ -161,7 +172,8 @@ mod tests {
             let plan = plan(name, dtype);
             let (options, kernels) = (options(), kernel_options());
             let decode = DecodeBuckets::new(options.max_sequences, asked);
-            let programs = Programs::lower(&plan, &options, kernels, decode).unwrap();
+            let none = Choices::default();
+            let programs = Programs::lower(&plan, &options, kernels, decode, &none).unwrap();
             let known: BTreeSet<String> = programs
                 .kernels()
                 .iter()
@@ -188,7 +200,9 @@ mod tests {
             assert!(steps.len() > 100);
             for key in steps {
                 let program = plan.program(key.0).unwrap();
-                let lowered = lower_program(&plan, program, key.1, key.2, kernels).unwrap();
+                let lowered =
+                    lower_tuned(&plan, program, key.1, key.2, kernels, &Choices::default())
+                        .unwrap();
                 for k in &lowered.kernels {
                     assert!(known.contains(k.code()), "{name}: {} of {key:?}", k.name);
                 }
@@ -204,14 +218,15 @@ mod tests {
         let plan = plan("golden/qwen3", DType::BF16);
         let (options, kernels) = (options(), kernel_options());
         let decode = DecodeBuckets::new(options.max_sequences, None);
-        let mut programs = Programs::lower(&plan, &options, kernels, decode).unwrap();
+        let none = Choices::default();
+        let mut programs = Programs::lower(&plan, &options, kernels, decode, &none).unwrap();
         let sizes = Sizes { t: 8, b: 8, r: 8 };
         let key = key(ProgramKind::Decode, sizes, Sampling::GreedyOnly);
         assert_eq!(key.2, Sampling::Greedy);
         let count = programs.lowered.len();
-        let first = programs.take(&plan, key, kernels).unwrap();
+        let first = programs.take(&plan, key, kernels, &none).unwrap();
         assert_eq!(programs.lowered.len(), count - 1);
-        assert_eq!(programs.take(&plan, key, kernels).unwrap(), first);
+        assert_eq!(programs.take(&plan, key, kernels, &none).unwrap(), first);
     }
 
     /// Rows of one new token go to the decode kernel where a step may have many of them.

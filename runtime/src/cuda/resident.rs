@@ -16,6 +16,7 @@ use crate::progress::{self, Unit};
 use lathe_codegen::cuda::{CudaOptions, Sizes};
 use lathe_codegen::{Plan, Program, ProgramKind};
 use lathe_ir::{Sym, SymEnv};
+use std::collections::BTreeMap;
 
 /// The buckets of the largest steps.
 struct Largest {
@@ -140,10 +141,25 @@ pub(super) struct Resident {
     pub(super) meta_bytes: usize,
     /// Most rows that a step samples.
     pub(super) rows: usize,
+    /// Bytes of each workspace.
+    workspaces: BTreeMap<String, usize>,
+    activations: (DevicePtr, usize),
     _arenas: [Arena; 4],
 }
 
 impl Resident {
+    /// First byte and bytes of all activations.
+    pub(super) fn activations(&self) -> (DevicePtr, usize) {
+        self.activations
+    }
+
+    /// Whether these workspaces are there and large enough.
+    pub(super) fn has_workspaces(&self, wanted: &[lathe_codegen::cuda::Workspace]) -> bool {
+        wanted
+            .iter()
+            .all(|w| self.workspaces.get(&w.name).is_some_and(|&n| n >= w.bytes))
+    }
+
     /// Allocates and fills everything.
     ///
     /// # Errors
@@ -190,7 +206,9 @@ impl Resident {
             stream.fill_u32(activations.base(), 0, activations.capacity() / 4)?;
             stream.fill_u32(state.base(), 0, state.capacity() / 4)?;
         }
+        let mut work_bytes = BTreeMap::new();
         for w in workspaces {
+            work_bytes.insert(w.name.clone(), w.bytes);
             let at = state.alloc(w.bytes)?;
             if let Some(word) = w.fill {
                 // SAFETY: as above.
@@ -244,6 +262,8 @@ impl Resident {
             slots,
             meta_bytes: memory.meta,
             rows: memory.rows,
+            workspaces: work_bytes,
+            activations: (activations.base(), activations.capacity()),
             _arenas: [weights, caches, activations, state],
         })
     }
@@ -265,12 +285,14 @@ mod tests {
     use super::super::memory::check_against;
     use super::super::test_plans::{kernel_options, plan};
     use super::*;
+    use lathe_codegen::cuda::Choices;
     use lathe_ir::DType;
 
     fn memory_plan(options: &LoadOptions) -> (Plan, MemoryPlan) {
         let plan = plan("configs/llama-3.1-8b", DType::BF16);
         let decode = DecodeBuckets::new(options.max_sequences, None);
-        let programs = Programs::lower(&plan, options, kernel_options(), decode).unwrap();
+        let none = Choices::default();
+        let programs = Programs::lower(&plan, options, kernel_options(), decode, &none).unwrap();
         let memory = MemoryPlan::new(&plan, options, &programs, &[]);
         (plan, memory)
     }

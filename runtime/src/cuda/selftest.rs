@@ -296,6 +296,7 @@ impl CudaSelftest {
             addresses,
             slots: &slots,
             meta: &meta,
+            library: None,
         };
         let launches = match resolver.launches(&modules, true) {
             Ok(launches) => launches,

@@ -1,0 +1,217 @@
+//! Tuned choices on disk, beside the compiled kernels: one file for each GPU, toolchain and text of
+//! the kernels. A file that is damaged or of another format is ignored and written anew.
+
+use lathe_codegen::cuda::{GemmKey, Variant};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+/// Changes with the format of the files and with how times are taken.
+const FORMAT: u32 = 1;
+
+/// A choice with its times.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Entry {
+    /// The variant.
+    pub(super) variant: Variant,
+    /// Its time.
+    pub(super) nanoseconds: u64,
+    /// Time of the heuristic's variant.
+    pub(super) heuristic_nanoseconds: u64,
+}
+
+/// A file's content: a checksum of the entries, and the entries as `[variant, ns, heuristic ns]`.
+#[derive(Serialize, Deserialize)]
+struct File {
+    format: u32,
+    context: String,
+    checksum: u64,
+    entries: BTreeMap<String, (String, u64, u64)>,
+}
+
+/// Choices of one context.
+#[derive(Debug)]
+pub(super) struct TuningCache {
+    path: PathBuf,
+    context: String,
+    entries: BTreeMap<String, Entry>,
+}
+
+impl TuningCache {
+    /// Reads the file of a context, which names everything that times depend on.
+    pub(super) fn open(folder: &Path, context: &str) -> TuningCache {
+        let mut hasher = DefaultHasher::new();
+        (FORMAT, context).hash(&mut hasher);
+        let path = folder.join(format!("tuning-{:016x}.json", hasher.finish()));
+        let entries = match std::fs::read(&path) {
+            Ok(bytes) => decode(&bytes, context).unwrap_or_else(|| {
+                tracing::warn!("{}: damaged, tuned anew", path.display());
+                BTreeMap::new()
+            }),
+            Err(_) => BTreeMap::new(),
+        };
+        TuningCache {
+            path,
+            context: context.to_owned(),
+            entries,
+        }
+    }
+
+    /// The choice for a GEMM.
+    pub(super) fn get(&self, key: &GemmKey) -> Option<Entry> {
+        self.entries.get(&key.to_string()).copied()
+    }
+
+    /// Enters a choice; it is on disk after [`TuningCache::save`].
+    pub(super) fn insert(&mut self, key: &GemmKey, entry: Entry) {
+        self.entries.insert(key.to_string(), entry);
+    }
+
+    /// Writes the file, all or nothing. A file that cannot be written is only warned of.
+    pub(super) fn save(&self) {
+        let entry = |e: &Entry| {
+            let times = (e.nanoseconds, e.heuristic_nanoseconds);
+            (e.variant.to_string(), times.0, times.1)
+        };
+        let entries: BTreeMap<_, _> = self
+            .entries
+            .iter()
+            .map(|(key, e)| (key.clone(), entry(e)))
+            .collect();
+        let file = File {
+            format: FORMAT,
+            context: self.context.clone(),
+            checksum: checksum(&entries),
+            entries,
+        };
+        let temporary = self
+            .path
+            .with_extension(format!("{}.tmp", std::process::id()));
+        let write = || -> std::io::Result<()> {
+            let mut out = std::fs::File::create(&temporary)?;
+            out.write_all(&serde_json::to_vec_pretty(&file)?)?;
+            drop(out);
+            std::fs::rename(&temporary, &self.path)
+        };
+        if let Err(error) = write() {
+            let _ = std::fs::remove_file(&temporary);
+            tracing::warn!(
+                "{}: cannot keep tuned kernels: {error}",
+                self.path.display()
+            );
+        }
+    }
+}
+
+fn decode(bytes: &[u8], context: &str) -> Option<BTreeMap<String, Entry>> {
+    let file: File = serde_json::from_slice(bytes).ok()?;
+    let is_same = file.format == FORMAT
+        && file.context == context
+        && file.checksum == checksum(&file.entries);
+    if !is_same {
+        return None;
+    }
+    file.entries
+        .into_iter()
+        .map(|(key, (variant, nanoseconds, heuristic_nanoseconds))| {
+            let entry = Entry {
+                variant: variant.parse().ok()?,
+                nanoseconds,
+                heuristic_nanoseconds,
+            };
+            Some((key, entry))
+        })
+        .collect()
+}
+
+/// Finds damage. The hasher may change with the standard library; then files are tuned anew.
+fn checksum(entries: &BTreeMap<String, (String, u64, u64)>) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    entries.hash(&mut hasher);
+    hasher.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lathe_ir::Epilogue;
+
+    fn key(m: usize) -> GemmKey {
+        GemmKey {
+            m,
+            n: 6144,
+            k: 4096,
+            norm: true,
+            epilogue: Epilogue::None,
+            bias: m == 1,
+        }
+    }
+
+    fn entry(variant: &str) -> Entry {
+        Entry {
+            variant: variant.parse().unwrap(),
+            nanoseconds: 12_345,
+            heuristic_nanoseconds: 13_000,
+        }
+    }
+
+    #[test]
+    fn entries_come_back_in_their_context_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut cache = TuningCache::open(dir.path(), "H100, NVRTC 13.0");
+        let all = [
+            (key(1), entry("gemv")),
+            (key(16), entry("skinny_w1_p4_even")),
+            (key(384), entry("tiled_64x192_c2x1")),
+            (key(512), entry("cublaslt_5")),
+        ];
+        for (key, entry) in &all {
+            assert_eq!(cache.get(key), None);
+            cache.insert(key, *entry);
+        }
+        cache.save();
+        let again = TuningCache::open(dir.path(), "H100, NVRTC 13.0");
+        for (key, entry) in &all {
+            assert_eq!(again.get(key), Some(*entry));
+        }
+        let other = TuningCache::open(dir.path(), "H100, NVRTC 13.1");
+        assert_eq!(other.get(&key(16)), None);
+        // No temporary file is left.
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn damaged_files_are_ignored_and_written_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut cache = TuningCache::open(dir.path(), "c");
+        cache.insert(&key(8), entry("skinny_w2_p1"));
+        cache.save();
+        let whole = std::fs::read_to_string(&cache.path).unwrap();
+        for damaged in [
+            whole[..whole.len() / 2].to_owned(),
+            whole.replace("12345", "12346"),
+            whole.replace("skinny_w2_p1", "skinny_w1_p1"),
+            whole.replace("\"format\": 1", "\"format\": 2"),
+            String::new(),
+        ] {
+            assert_ne!(damaged, whole);
+            std::fs::write(&cache.path, damaged).unwrap();
+            let mut damaged = TuningCache::open(dir.path(), "c");
+            assert_eq!(damaged.get(&key(8)), None);
+            damaged.insert(&key(8), entry("skinny_w2_p1"));
+            damaged.save();
+            assert_eq!(std::fs::read_to_string(&cache.path).unwrap(), whole);
+        }
+    }
+
+    #[test]
+    fn a_folder_that_cannot_be_written_is_no_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut cache = TuningCache::open(&dir.path().join("absent"), "c");
+        cache.insert(&key(8), entry("gemv"));
+        cache.save();
+        assert_eq!(cache.get(&key(8)), Some(entry("gemv")));
+    }
+}
