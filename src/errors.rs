@@ -10,6 +10,23 @@ pub fn usage_error(message: impl Into<String>) -> anyhow::Error {
     anyhow::Error::new(UsageError(message.into()))
 }
 
+/// An error with its causes on one line. A cause that the message before it already ends with is
+/// not said twice.
+pub fn one_line(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain() {
+        let text = cause.to_string();
+        if line.ends_with(&text) {
+            continue;
+        }
+        if !line.is_empty() {
+            line += ": ";
+        }
+        line += &text;
+    }
+    line
+}
+
 /// Whether the failure is only that the reader of our output closed its end.
 pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
@@ -17,4 +34,21 @@ pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
             .downcast_ref::<std::io::Error>()
             .is_some_and(|io| io.kind() == std::io::ErrorKind::BrokenPipe)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn causes_are_said_once() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("c.json: {source}")]
+        struct Read {
+            source: std::io::Error,
+        }
+        let source = std::io::Error::other("no luck");
+        let error = anyhow::Error::new(Read { source }).context("loading");
+        assert_eq!(one_line(&error), "loading: c.json: no luck");
+    }
 }

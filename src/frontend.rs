@@ -62,6 +62,11 @@ pub fn import_model(
     phases: &mut Phases,
 ) -> anyhow::Result<Imported> {
     let folder = model_folder(global)?;
+    anyhow::ensure!(
+        folder.join("config.json").exists(),
+        "{}: no config.json; expected the folder of a Hugging Face checkpoint",
+        folder.display()
+    );
     let file = HfConfig::from_file(&folder)?;
     for (key, _) in config.overrides() {
         let top = key.split('.').next().unwrap_or(key);

@@ -4,7 +4,7 @@
 use std::io::Write;
 use std::process::ExitCode;
 
-use lathe::errors::{UsageError, is_broken_pipe};
+use lathe::errors::{UsageError, is_broken_pipe, one_line};
 
 /// Exit code for a wrong command line; everything else that fails gives 1.
 const USAGE: u8 = 2;
@@ -24,7 +24,7 @@ fn main() -> ExitCode {
         // The reader of our output went away (`lathe ... | head`): it has what it wanted.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", one_line(&error));
             if error.downcast_ref::<UsageError>().is_some() {
                 ExitCode::from(USAGE)
             } else {

@@ -103,6 +103,9 @@ fn a_dry_run_predicts_with_the_numbers_of_the_model() {
         "{out}"
     );
     assert!(out.contains("weights      14.96 GiB in "), "{out}");
+    let left = out.lines().find(|l| l.starts_with("  left "));
+    assert!(left.unwrap().contains(" of 139.80 GiB; "), "{out}");
+    assert!(out.contains("  workspaces   "), "{out}");
     let gemm = out
         .lines()
         .find(|l| l.trim_start().starts_with("gemm"))
@@ -308,6 +311,22 @@ fn an_operation_is_explained_from_the_import_on() {
     let (attention, _) = explain(&[&general[..], &["--op", "attn_qkv"]].concat());
     let head = "attn_qkv, layer 3, general program (2048 tokens, h100)";
     assert!(attention.starts_with(head), "{attention}");
+    // Norms stay apart there for want of a kernel of so many rows, not because a rule failed.
+    let (norm, _) = explain(&[&general[..], &["--op", "rmsnorm"]].concat());
+    assert!(
+        norm.contains("it stays apart from the kernel that reads it"),
+        "{norm}"
+    );
+    assert!(
+        norm.contains("prologue=rms,") && !norm.contains("nearest"),
+        "{norm}"
+    );
+    // An operation on the way leads to the kernel that stands for it.
+    let (softmax, error) = explain(&["--layer", "3", "--op", "exp"]);
+    assert!(
+        softmax.starts_with("attn_qkv, layer 3, decode program"),
+        "{error}"
+    );
     let (o_proj, _) = explain(&["--layer", "3", "--op", "o_proj"]);
     assert!(o_proj.contains("gemm-residual"), "{o_proj}");
     // Without the rule, the residual add stays and says why.
@@ -323,6 +342,21 @@ fn an_operation_is_explained_from_the_import_on() {
     assert!(error.contains("the last layer is 31"), "{error}");
     let (_, error) = explain(&["--layer", "1", "--op", "gemmm"]);
     assert!(error.contains("did you mean 'gemm'?"), "{error}");
+}
+
+/// A rule of the stage kv_cache that is missing is named where the rows of a step end.
+#[test]
+fn without_a_step_program_the_nearest_rule_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("c.yaml");
+    std::fs::write(&config, "transforms: {win-linear: {enabled: false}}").unwrap();
+    let out = compile(&["--config", config.to_str().unwrap()]);
+    let line = out.lines().find(|l| l.starts_with("no step program: "));
+    let line = line.unwrap_or_else(|| panic!("{out}"));
+    assert!(
+        line.ends_with("; nearest rule win-linear: it is switched off"),
+        "{line}"
+    );
 }
 
 #[test]

@@ -306,34 +306,62 @@ impl History<'_> {
     }
 
     /// The rule that came nearest to giving a class another form: of those that did not apply to
-    /// it, the one whose pattern has the largest matching part. With `windows`, rules that give the
-    /// rows of a step: every value of a step program has such a form, so that they only tell
-    /// something where there is no program.
+    /// it, the one whose pattern has the largest matching part.
+    ///
+    /// Rules before `kv_cache` saw the value of whole sequences; they are asked about that one, and
+    /// only while none of them recognised it. With `windows`, the rules that give the rows of a
+    /// step are asked instead: every value of a step program has such a form, so that they only
+    /// tell something where there is no program.
     pub(crate) fn nearest(&self, class: Id, windows: bool) -> Option<Nearest> {
         let class = self.egraph().find(class);
-        let applied: BTreeSet<&str> = self
-            .log
-            .iter()
-            .filter(|a| self.egraph().find(a.class) == class)
-            .map(|a| a.rule)
+        if windows {
+            return self.nearest_of(&[class], &|r| is_window(r));
+        }
+        let step = |r: &Rule| r.stage >= Stage::KvCache && !is_window(r);
+        let own = self.nearest_of(&[class], &step);
+        let nodes = self.egraph()[class].nodes.iter();
+        let mut whole: Vec<Id> = nodes
+            .filter(|n| n.name() == Some("win"))
+            .map(|n| self.egraph().find(n.operands()[0]))
             .collect();
+        if whole.is_empty() {
+            whole.push(class);
+        }
+        let recognised = |&c: &Id| {
+            self.applied(c).iter().any(|name| {
+                let stage = rules::by_name(name).map(|r| r.stage);
+                matches!(stage, Some(Stage::Recognize | Stage::Attention))
+            })
+        };
+        if whole.iter().any(recognised) {
+            return own;
+        }
+        let earlier = self.nearest_of(&whole, &|r| r.stage < Stage::KvCache);
+        match (own, earlier) {
+            (Some(a), Some(b)) => Some(if b.better(&a) { b } else { a }),
+            (a, b) => a.or(b),
+        }
+    }
+
+    /// Names of the rules that gave a class a form.
+    fn applied(&self, class: Id) -> BTreeSet<&'static str> {
+        let of_class = |a: &&Applied| self.egraph().find(a.class) == class;
+        self.log.iter().filter(of_class).map(|a| a.rule).collect()
+    }
+
+    fn nearest_of(&self, classes: &[Id], wanted: &dyn Fn(&Rule) -> bool) -> Option<Nearest> {
         let mut best: Option<Nearest> = None;
-        for rule in rules::all() {
-            if is_window(rule) != windows || applied.contains(rule.name) {
-                continue;
-            }
-            for near in rule
-                .lhs
-                .iter()
-                .filter_map(|lhs| self.near(rule, lhs, class))
-            {
-                let better = best.as_ref().is_none_or(|b| {
-                    let (x, y) = (near.matched, b.matched);
-                    // Shares of the patterns; of equal shares the larger pattern says more.
-                    (x.0 * y.1, x.0) > (y.0 * x.1, y.0)
-                });
-                if better {
-                    best = Some(near);
+        for &class in classes {
+            let applied = self.applied(class);
+            for rule in rules::all() {
+                if !wanted(rule) || applied.contains(rule.name) {
+                    continue;
+                }
+                let parts = rule.lhs.iter();
+                for near in parts.filter_map(|lhs| self.near(rule, lhs, class)) {
+                    if best.as_ref().is_none_or(|b| near.better(b)) {
+                        best = Some(near);
+                    }
                 }
             }
         }
@@ -348,11 +376,7 @@ impl History<'_> {
         if found.matched == 0 {
             return None;
         }
-        let wanted = ast
-            .as_ref()
-            .iter()
-            .filter(|n| matches!(n, ENodeOrVar::ENode(_)))
-            .count();
+        let wanted = operations(ast, root);
         let reason = match found.failure {
             _ if self.off.contains(rule.name) || self.off.contains(rule.stage.name()) => {
                 "it is switched off".to_string()
@@ -445,6 +469,25 @@ impl History<'_> {
         match origin {
             Some(p) if !p.path.is_empty() => format!("{} ({})", names.join(" or "), p.path),
             _ => names.join(" or "),
+        }
+    }
+}
+
+impl Nearest {
+    /// By the share of the pattern; of equal shares the larger pattern says more.
+    fn better(&self, other: &Nearest) -> bool {
+        let (x, y) = (self.matched, other.matched);
+        (x.0 * y.1, x.0) > (y.0 * x.1, y.0)
+    }
+}
+
+/// Operations of a pattern, those of shared parts as often as they are matched.
+fn operations(ast: &RecExpr<ENodeOrVar<Lang>>, at: Id) -> usize {
+    match &ast[at] {
+        ENodeOrVar::Var(_) => 0,
+        ENodeOrVar::ENode(n) => {
+            let below: usize = n.children().iter().map(|&c| operations(ast, c)).sum();
+            1 + below
         }
     }
 }

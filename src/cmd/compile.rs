@@ -99,21 +99,22 @@ impl Compile {
             passes(&mut out, &compiled, &pass_config, &config);
         }
         let _ = writeln!(out, "\nmemory");
-        memory(&mut out, &config, &plan, &pass_config);
+        let max_seq_len = config.max_seq_len.value;
+        let kernels = dump::kernel_options(
+            config.attn_page_size.value,
+            max_seq_len.unwrap_or(imported.model.arch.max_position),
+            !config.compile_backend.value.fuses(),
+        );
+        let workspaces = match pass_config.decode.device == DeviceModel::CPU {
+            true => None,
+            false => Some(dump::workspace_bytes(&plan, &pass_config, kernels)?),
+        };
+        memory(&mut out, &config, &plan, &pass_config, workspaces);
         programs(&mut out, &compiled, &pass_config);
         phases.end("report");
         self.dump(&mut out, &imported, &compiled, &pass_config, &mut phases)?;
         if let Some(Emit::Cuda) = self.emit {
-            let max_seq_len = config.max_seq_len.value;
-            let max_seq_len = max_seq_len.unwrap_or(imported.model.arch.max_position);
-            let written = dump::emit_cuda(
-                &self.dump_dir(),
-                &plan,
-                &pass_config,
-                config.attn_page_size.value,
-                max_seq_len,
-                !config.compile_backend.value.fuses(),
-            )?;
+            let written = dump::emit_cuda(&self.dump_dir(), &plan, &pass_config, kernels)?;
             let _ = writeln!(out);
             for path in written {
                 let _ = writeln!(out, "emit {}", path.display());
@@ -199,10 +200,10 @@ fn title(out: &mut String, imported: &Imported, config: &PassConfig, why: &str) 
     );
     let _ = writeln!(
         out,
-        "target  {} ({why})\nchosen  decode for {}, general for {}\n",
+        "target  {} ({why})\nsizes   decode for {}; general for {}\n",
         config.decode.device.name,
-        dump::at(&config.decode),
-        dump::at(&config.general)
+        dump::sizes(&config.decode),
+        dump::sizes(&config.general)
     );
 }
 
@@ -362,8 +363,15 @@ fn graphs(resolved: &Resolved, on_cpu: bool) -> String {
     format!("one CUDA graph each, padded to {} rows{rest}", list(true))
 }
 
-/// Packed weights, cache and activations, as the plan has them.
-fn memory(out: &mut String, resolved: &Resolved, plan: &Plan, config: &PassConfig) {
+/// Packed weights, cache, activations and workspaces, as the plan has them, and what a GPU of the
+/// target's size has left for the cache.
+fn memory(
+    out: &mut String,
+    resolved: &Resolved,
+    plan: &Plan,
+    config: &PassConfig,
+    workspaces: Option<usize>,
+) {
     let mut line = |name: &str, text: String| {
         let _ = writeln!(out, "  {name:<12} {text}");
     };
@@ -408,6 +416,44 @@ fn memory(out: &mut String, resolved: &Resolved, plan: &Plan, config: &PassConfi
                 dump::at(at)
             ),
         );
+    }
+    let Some(workspaces) = workspaces else { return };
+    line(
+        "workspaces",
+        format!("{} (split KV and the like)", bytes(workspaces as f64)),
+    );
+    let device = &config.decode.device;
+    let Some(capacity) = capacity(device) else {
+        return;
+    };
+    let taken = plan.weight_bytes() + plan.activation_bytes(&config.general.env) + workspaces;
+    let left = capacity - taken as f64;
+    let total = bytes(capacity);
+    if left <= 0.0 {
+        let text = format!(
+            "{} are missing: a {} has {total}",
+            bytes(-left),
+            device.name
+        );
+        line("does not fit", text);
+    } else if token > 0 {
+        let ratio = resolved.free_mem_ratio.value;
+        let text = format!(
+            "{} of {total}; {ratio} of it holds {:.0} tokens of KV cache",
+            bytes(left),
+            (left * ratio / token as f64).floor()
+        );
+        line("left", text);
+    }
+}
+
+/// Bytes of memory that a program can have on a device, as the driver counts them.
+fn capacity(device: &DeviceModel) -> Option<f64> {
+    const GIB: f64 = (1u64 << 30) as f64;
+    match device.name {
+        "h100" => Some(79.2 * GIB),
+        "h200" => Some(139.8 * GIB),
+        _ => None,
     }
 }
 

@@ -30,7 +30,8 @@ pub struct Explain {
     /// Decoder layer; without it, what lies outside of the layers
     #[arg(long, value_name = "N")]
     layer: Option<u32>,
-    /// Operation (gemm, attn_qkv), node (%8) or part of a module path (o_proj); without it, a list
+    /// Operation of the program (gemm, attn_qkv) or on the way there (softmax), node (%8) or part of a
+    /// module path (o_proj); without it, a list
     #[arg(long, value_name = "NAME")]
     op: Option<String>,
     #[command(flatten)]
@@ -75,7 +76,19 @@ impl Explain {
         Ok(())
     }
 
+    /// What is printed: for `--op` what it names among the operations of the program, else among
+    /// those that they stand for and that rules made on the way.
     fn text(&self, compiled: &Compiled, config: &PassConfig) -> anyhow::Result<String> {
+        self.named(compiled, config, false)
+            .or_else(|e| self.named(compiled, config, true).map_err(|_| e))
+    }
+
+    fn named(
+        &self,
+        compiled: &Compiled,
+        config: &PassConfig,
+        imported: bool,
+    ) -> anyhow::Result<String> {
         if let (None, Some(reason)) = (&compiled.decode, &compiled.no_step) {
             return Err(anyhow!("there is no step program to explain: {reason}"));
         }
@@ -92,7 +105,9 @@ impl Explain {
                 names.push(node.op.name().to_string());
                 match &self.op {
                     None => view.line(&mut out, op),
-                    Some(name) if view.is(op, name) => view.explain(&mut out, op),
+                    Some(name) if view.is(op, name) || imported && view.stands_for(op, name) => {
+                        view.explain(&mut out, op);
+                    }
                     Some(_) => continue,
                 }
                 found = true;
@@ -231,6 +246,12 @@ impl View<'_> {
             })
     }
 
+    fn stands_for(&self, op: &OpStory, name: &str) -> bool {
+        let mut all = self.operations(op).into_iter();
+        all.any(|id| self.template.imported.node(id).op.name() == name)
+            || op.steps.iter().any(|s| s.op == name)
+    }
+
     fn line(&self, out: &mut String, op: &OpStory) {
         let node = self.graph.node(op.node);
         let _ = writeln!(
@@ -287,7 +308,16 @@ impl View<'_> {
                 let _ = writeln!(out, "{}", self.form(form));
             }
         }
-        if let Some(n) = &op.nearest {
+        let apart = self.apart(op);
+        if !apart.is_empty() {
+            let _ = writeln!(
+                out,
+                "\nit stays apart from the kernel that reads it, which could also be"
+            );
+            for line in apart {
+                let _ = writeln!(out, "  {line}");
+            }
+        } else if let Some(n) = &op.nearest {
             let _ = writeln!(
                 out,
                 "\nno rule lowered it; the nearest is {} ({} of {} operations match): {}",
@@ -298,6 +328,37 @@ impl View<'_> {
             );
         }
         out.push('\n');
+    }
+
+    /// For each reader of an operation, its cheapest form that would read the operation's operands
+    /// instead: what was possible, and costs more or has no kernel at these sizes.
+    fn apart(&self, op: &OpStory) -> Vec<String> {
+        let value = self.story.nodes[op.node.index()];
+        let inputs = &self.graph.node(op.node).inputs;
+        let mut lines = Vec::new();
+        for id in self.graph.ids() {
+            let node = self.graph.node(id);
+            let Some(story) = self.story.values.get(&self.story.nodes[id.index()]) else {
+                continue;
+            };
+            if !node.inputs.contains(&op.node) {
+                continue;
+            }
+            let takes_in = |f: &&Form| {
+                let reads = |i: &NodeId| f.operands.contains(&self.story.nodes[i.index()]);
+                !f.operands.contains(&value) && inputs.iter().any(reads)
+            };
+            let other = story.forms.iter().filter(takes_in);
+            let other = other.min_by_key(|f| f.total.unwrap_or(u64::MAX));
+            if let Some(form) = other {
+                let none = match form.total {
+                    Some(_) => "",
+                    None => "  (no kernel at these sizes)",
+                };
+                lines.push(format!("{id}{}{none}", self.form(form)));
+            }
+        }
+        lines
     }
 
     /// The values of an operation: its own, and those of its elements.

@@ -113,6 +113,14 @@ fn rule(name: &str) -> anyhow::Result<&'static Rule> {
     })
 }
 
+/// The text of a sample without where its values come from, which is always the sample.
+fn plain(graph: &lathe_ir::Graph) -> String {
+    text::print(graph)
+        .lines()
+        .map(|l| format!("{}\n", l.split("  // ").next().unwrap_or(l).trim_end()))
+        .collect()
+}
+
 fn explain(rule: &Rule) -> anyhow::Result<String> {
     let mut out = String::new();
     let _ = writeln!(
@@ -136,7 +144,7 @@ fn explain(rule: &Rule) -> anyhow::Result<String> {
     }
     let before = (rule.sample)(&mut Gen::new(1));
     let after = run(&before, &[rule.name], &Goal::Rewritten)?;
-    let _ = writeln!(out, "\nexample\n{}", text::print(&before));
-    let _ = writeln!(out, "becomes\n{}", text::print(&after.graph).trim_end());
+    let _ = writeln!(out, "\nexample\n{}", plain(&before));
+    let _ = writeln!(out, "becomes\n{}", plain(&after.graph).trim_end());
     Ok(out)
 }

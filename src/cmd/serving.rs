@@ -17,7 +17,7 @@ use crate::bench::report::{ExecutionInfo, LatheSection, Report, WorldInfo};
 use crate::bench::schedule::{Free, StepCost, choose};
 use crate::bench::serve::{Load, Served, latency_config, serve};
 use crate::bench::sizing::{Sizes, SizingInput, sizes};
-use crate::bench::tuning::TuningInput;
+use crate::bench::tuning::{TuningError, TuningInput};
 use crate::bench::warnings::{RunLimits, warnings};
 use crate::config::{Resolved, Run};
 use crate::console::Task;
@@ -86,7 +86,11 @@ impl ServingJob<'_> {
         let plan = &model.plan;
         let on_cpu = model.target == Target::Cpu;
         let weights = plan.weight_bytes() as u64;
-        let free = free_bytes(&model.target)?.saturating_sub(weights);
+        let memory = free_bytes(&model.target)?;
+        if weights > memory {
+            return Err(TuningError::WeightsDoNotFit { weights, memory }.into());
+        }
+        let free = memory - weights;
         let (cacheable, reserve) = cache_memory(&model.target, free);
         let cache = plan.caches.first();
         let (isl, osl) = self.targets;

@@ -12,6 +12,58 @@ use std::path::{Path, PathBuf};
 /// Multiprocessors of an H100 SXM and of an H200: what sources are generated for without a device.
 const SMS: u32 = 132;
 
+/// How kernels are generated where there is no device.
+pub fn kernel_options(page_size: u32, max_seq_len: u32, per_op: bool) -> CudaOptions {
+    let page_size = page_size as usize;
+    CudaOptions {
+        pdl: true,
+        sms: SMS,
+        page_size,
+        max_pages: (max_seq_len as usize).div_ceil(page_size),
+        plain: false,
+        per_op,
+    }
+}
+
+/// Bytes that the kernels of the two programs want beside weights, cache and activations, at the
+/// sizes for which they were chosen.
+///
+/// # Errors
+/// A step has no kernel.
+pub fn workspace_bytes(
+    plan: &Plan,
+    config: &PassConfig,
+    options: CudaOptions,
+) -> anyhow::Result<usize> {
+    let mut most: IndexMap<String, usize> = IndexMap::new();
+    for program in &plan.programs {
+        let Some(sizes) = sizes(program.kind, config) else {
+            continue;
+        };
+        let cuda = lower_program(plan, program, sizes, Sampling::Greedy, options)?;
+        for w in cuda.workspaces {
+            let bytes = most.entry(w.name).or_default();
+            *bytes = w.bytes.max(*bytes);
+        }
+    }
+    Ok(most.values().sum())
+}
+
+/// The sizes for which a step program was chosen.
+fn sizes(kind: ProgramKind, config: &PassConfig) -> Option<Sizes> {
+    let at = match kind {
+        ProgramKind::Decode => &config.decode,
+        ProgramKind::General => &config.general,
+        ProgramKind::Full | ProgramKind::Once => return None,
+    };
+    let size = |s: Sym| at.env.get(s).max(1) as usize;
+    Some(Sizes {
+        t: size(Sym::T),
+        b: size(Sym::B),
+        r: size(Sym::R),
+    })
+}
+
 /// Writes every kernel of the decode and general programs, at the sizes for which they were
 /// chosen, as `DIR/cuda/NAME.cu`, and the launches of each program as `DIR/cuda/PROGRAM.txt`.
 ///
@@ -21,34 +73,15 @@ pub fn emit_cuda(
     dir: &Path,
     plan: &Plan,
     config: &PassConfig,
-    page_size: u32,
-    max_seq_len: u32,
-    per_op: bool,
+    options: CudaOptions,
 ) -> anyhow::Result<Vec<PathBuf>> {
     let dir = dir.join("cuda");
     std::fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
-    let page_size = page_size as usize;
-    let options = CudaOptions {
-        pdl: true,
-        sms: SMS,
-        page_size,
-        max_pages: (max_seq_len as usize).div_ceil(page_size),
-        plain: false,
-        per_op,
-    };
     let mut sources: IndexMap<String, String> = IndexMap::new();
     let mut written = Vec::new();
     for program in &plan.programs {
-        let at = match program.kind {
-            ProgramKind::Decode => &config.decode,
-            ProgramKind::General => &config.general,
-            ProgramKind::Full | ProgramKind::Once => continue,
-        };
-        let size = |s: Sym| at.env.get(s).max(1) as usize;
-        let sizes = Sizes {
-            t: size(Sym::T),
-            b: size(Sym::B),
-            r: size(Sym::R),
+        let Some(sizes) = sizes(program.kind, config) else {
+            continue;
         };
         let cuda = lower_program(plan, program, sizes, Sampling::Greedy, options)?;
         for k in &cuda.kernels {

@@ -10,6 +10,7 @@ use lathe_passes::explain::{Form, OpStory, ProgramStory};
 use lathe_passes::pipeline::{Compiled, PassConfig, TemplateReport};
 use lathe_passes::predict::{kernel_name, predict};
 use serde_json::{Value, json};
+use std::path::Path;
 
 const PAGE: &str = include_str!("page.html");
 /// Where the data goes.
@@ -49,7 +50,7 @@ pub fn html(
         })
     };
     let data = json!({
-        "model": imported.name,
+        "model": short_name(&imported.name),
         "family": imported.model.arch.family,
         "layers": imported.model.arch.layers,
         "parameters": imported.model.arch.parameters(),
@@ -67,6 +68,13 @@ pub fn html(
     Ok(PAGE.replacen(HOLE, &data, 1))
 }
 
+/// A hub id as it is, of a path the last part.
+fn short_name(name: &str) -> &str {
+    let path = Path::new(name);
+    let last = path.file_name().and_then(|n| n.to_str()).unwrap_or(name);
+    if path.is_dir() { last } else { name }
+}
+
 fn template(t: &TemplateReport) -> Value {
     let story = t.story.as_ref();
     let mut columns = vec![json!({
@@ -75,6 +83,12 @@ fn template(t: &TemplateReport) -> Value {
         "graph": graph(&t.imported, story.map(|s| &s.imported[..])),
     })];
     for (i, report) in t.stages.iter().enumerate() {
+        let last = i + 1 == t.stages.len();
+        // What the last stage ends in is the program itself.
+        let (best, values) = match (last, &t.decode, story) {
+            (true, Some(g), Some(s)) => (Some(g), Some(&s.decode.nodes[..])),
+            _ => (report.best.as_ref(), story.map(|s| &s.stages[i][..])),
+        };
         let mut column = json!({
             "name": report.stage.name(),
             "step": report.stage >= Stage::KvCache,
@@ -82,10 +96,14 @@ fn template(t: &TemplateReport) -> Value {
             "cost": report.cost_after.map(picoseconds),
             "time": duration(report.saturate),
             "nodes": report.nodes,
-            "graph": report.best.as_ref().map(|g| graph(g, story.map(|s| &s.stages[i][..]))),
+            "graph": best.map(|g| graph(g, values)),
         });
         if let Some((g, cost)) = &report.general {
-            let values = story.map(|s| &s.general_stages[i][..]);
+            let told = story.and_then(|s| s.general.as_ref());
+            let (g, values) = match (last, &t.general, told) {
+                (true, Some(g), Some(s)) => (g, Some(&s.nodes[..])),
+                _ => (g, story.map(|s| &s.general_stages[i][..])),
+            };
             column["general"] = json!({ "graph": graph(g, values), "cost": picoseconds(*cost) });
         }
         columns.push(column);

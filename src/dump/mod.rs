@@ -4,7 +4,7 @@ mod cuda;
 mod html;
 mod summary;
 
-pub use cuda::emit_cuda;
+pub use cuda::{emit_cuda, kernel_options, workspace_bytes};
 pub use html::html;
 pub use summary::{StageSummary, summaries};
 
@@ -166,15 +166,17 @@ fn leaves(g: &Graph) -> usize {
 
 /// Where a program is chosen, for readers.
 pub fn at(point: &lathe_passes::egraph::cost::CostPoint) -> String {
+    format!("{}, {}", sizes(point), point.device.name)
+}
+
+/// The sizes for which a program is chosen, for readers.
+pub fn sizes(point: &lathe_passes::egraph::cost::CostPoint) -> String {
     use lathe_ir::Sym;
     let (b, t) = (point.env.get(Sym::B), point.env.get(Sym::T));
     if b == t {
-        format!(
-            "batch {b}, context {}, {}",
-            point.context, point.device.name
-        )
+        format!("batch {b}, context {}", point.context)
     } else {
-        format!("{t} tokens, {}", point.device.name)
+        format!("{t} tokens")
     }
 }
 

@@ -1,0 +1,342 @@
+//! What goes wrong, as a user meets it: one line that names the file, what was found and what to do,
+//! the right exit code, and never a panic.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use serde_json::{Value, json};
+
+fn golden() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden/llama-rope3-tied")
+}
+
+/// A folder with a checkpoint, a dataset and other files to break.
+struct Case {
+    folder: tempfile::TempDir,
+}
+
+impl Case {
+    fn new() -> Case {
+        let case = Case {
+            folder: tempfile::tempdir().unwrap(),
+        };
+        std::fs::create_dir(case.path("m")).unwrap();
+        for file in ["config.json", "model.safetensors"] {
+            std::fs::copy(golden().join(file), case.path("m").join(file)).unwrap();
+        }
+        case.write(
+            "d.jsonl",
+            r#"{"task_id": 0, "input_ids": [1, 2, 3], "output_tokens": 4}"#,
+        );
+        case
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        std::fs::write(self.path(name), text).unwrap();
+    }
+
+    /// Exit code and stderr of a run in the folder.
+    fn run(&self, arguments: &[&str]) -> (Option<i32>, String) {
+        let output = Command::new(env!("CARGO_BIN_EXE_lathe"))
+            .current_dir(self.folder.path())
+            .args(arguments)
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(!stderr.contains("panicked"), "{stderr}");
+        (output.status.code(), stderr.trim_end().to_string())
+    }
+
+    /// The only line of a benchmark on the CPU that fails.
+    fn throughput(&self, more: &[&str]) -> String {
+        let fixed = [
+            "-m",
+            "m",
+            "--device",
+            "cpu",
+            "throughput",
+            "--dataset",
+            "d.jsonl",
+        ];
+        let (code, error) = self.run(&[&fixed[..], more].concat());
+        assert_eq!(code, Some(1), "{error}");
+        assert!(
+            error.starts_with("error: ") && !error.contains('\n'),
+            "{error}"
+        );
+        error["error: ".len()..].to_string()
+    }
+}
+
+#[test]
+fn the_intact_case_runs() {
+    let case = Case::new();
+    let (code, error) = case.run(&[
+        "-m",
+        "m",
+        "--device",
+        "cpu",
+        "throughput",
+        "--dataset",
+        "d.jsonl",
+    ]);
+    assert_eq!((code, error.as_str()), (Some(0), ""));
+}
+
+#[test]
+fn the_model_folder() {
+    let case = Case::new();
+    std::fs::remove_file(case.path("m/config.json")).unwrap();
+    assert_eq!(
+        case.throughput(&[]),
+        "m: no config.json; expected the folder of a Hugging Face checkpoint"
+    );
+    case.write("m/config.json", "{\"a\": 1,\n \"b\": }");
+    assert_eq!(
+        case.throughput(&[]),
+        "m/config.json: expected value at line 2 column 7"
+    );
+    case.write(
+        "m/config.json",
+        r#"{"model_type": "mamba", "architectures": ["MambaForCausalLM"]}"#,
+    );
+    let error = case.throughput(&[]);
+    assert!(
+        error.starts_with("m/config.json: ") && error.contains("mamba"),
+        "{error}"
+    );
+    assert!(
+        error.contains("supported: ") && error.contains("llama, mistral"),
+        "{error}"
+    );
+
+    let (code, error) = case.run(&["-m", "none", "throughput", "--dataset", "d.jsonl"]);
+    assert_eq!(code, Some(1));
+    assert!(
+        error.contains("--model none: neither a folder nor in the local Hugging Face cache"),
+        "{error}"
+    );
+    let (code, error) = case.run(&["throughput", "--dataset", "d.jsonl"]);
+    assert_eq!(code, Some(2));
+    assert!(error.contains("--model is missing"), "{error}");
+}
+
+/// The header of a safetensors file and the bytes after it.
+fn split(file: &[u8]) -> (serde_json::Map<String, Value>, Vec<u8>) {
+    let n = u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
+    let header = serde_json::from_slice(&file[8..8 + n]).unwrap();
+    (header, file[8 + n..].to_vec())
+}
+
+fn joined(header: &serde_json::Map<String, Value>, data: &[u8]) -> Vec<u8> {
+    let header = serde_json::to_vec(header).unwrap();
+    [&(header.len() as u64).to_le_bytes()[..], &header, data].concat()
+}
+
+#[test]
+fn the_weights() {
+    let case = Case::new();
+    let file = case.path("m/model.safetensors");
+    let intact = std::fs::read(&file).unwrap();
+    std::fs::remove_file(&file).unwrap();
+    let error = case.throughput(&[]);
+    assert!(
+        error.contains("m: no model.safetensors and no model.safetensors.index.json"),
+        "{error}"
+    );
+
+    std::fs::write(&file, &intact[..intact.len() / 2]).unwrap();
+    let error = case.throughput(&[]);
+    assert!(
+        error.contains("m/model.safetensors: not a valid safetensors file: tensor"),
+        "{error}"
+    );
+
+    let mut lying = intact.clone();
+    lying[..8].copy_from_slice(&(1u64 << 60).to_le_bytes());
+    std::fs::write(&file, lying).unwrap();
+    let error = case.throughput(&[]);
+    assert!(
+        error.contains("header should have 1152921504606846976 bytes"),
+        "{error}"
+    );
+
+    // Everything that is wrong with the tensors at once.
+    let (mut header, data) = split(&intact);
+    let gone = header
+        .remove("model.layers.0.input_layernorm.weight")
+        .unwrap();
+    header.insert("extra.weight".into(), gone);
+    let down = &mut header["model.layers.0.mlp.down_proj.weight"];
+    down["shape"] = json!([192, 128]);
+    header["model.layers.1.mlp.gate_proj.weight"]["dtype"] = json!("I16");
+    std::fs::write(&file, joined(&header, &data)).unwrap();
+    let error = case.throughput(&[]);
+    for part in [
+        "1 tensor missing: model.layers.0.input_layernorm.weight",
+        "1 tensor unexpected: extra.weight",
+        "model.layers.0.mlp.down_proj.weight is [192, 128], expected [128, 192]",
+        "model.layers.1.mlp.gate_proj.weight is I16",
+    ] {
+        assert!(error.contains(part), "no {part:?} in {error}");
+    }
+
+    std::fs::remove_file(&file).unwrap();
+    let index =
+        json!({"weight_map": {"model.embed_tokens.weight": "model-00001-of-00002.safetensors"}});
+    case.write("m/model.safetensors.index.json", &index.to_string());
+    let error = case.throughput(&[]);
+    assert!(
+        error.contains("not in the folder: model-00001-of-00002.safetensors"),
+        "{error}"
+    );
+}
+
+#[test]
+fn the_options_file() {
+    let case = Case::new();
+    let with = |yaml: &str| {
+        case.write("c.yaml", yaml);
+        case.throughput(&["--config", "c.yaml"])
+    };
+    let error = with("max_batch_size: [1\nx: 3\n");
+    assert!(
+        error.starts_with("c.yaml:2:2: did not find expected"),
+        "{error}"
+    );
+    let error = with("max_batchsize: 3");
+    assert_eq!(
+        error,
+        "c.yaml:1:1: unknown key 'max_batchsize'; did you mean 'max_batch_size'?"
+    );
+    let error = case.throughput(&["--config", "none.yaml"]);
+    assert_eq!(error, "none.yaml: No such file or directory (os error 2)");
+}
+
+#[test]
+fn the_dataset() {
+    let case = Case::new();
+    let good = r#"{"task_id": 0, "input_ids": [1, 2], "output_tokens": 3}"#;
+    case.write(
+        "bad.jsonl",
+        &format!(
+            "{good}\n{{\"task_id\": 1}}\n{{bad\n{}\n",
+            good.replace("[1, 2]", "[1, 999]")
+        ),
+    );
+    let lathe = |dataset: &str, more: &[&str]| {
+        let fixed = [
+            "-m",
+            "m",
+            "--device",
+            "cpu",
+            "throughput",
+            "--dataset",
+            dataset,
+        ];
+        let (code, error) = case.run(&[&fixed[..], more].concat());
+        assert_eq!(code, Some(1), "{error}");
+        error
+    };
+    let error = lathe("bad.jsonl", &[]);
+    let lines: Vec<&str> = error.lines().collect();
+    assert_eq!(lines.len(), 3, "{error}");
+    assert!(lines[0].starts_with("error: bad.jsonl:2: "), "{error}");
+    assert!(
+        lines[1].starts_with("bad.jsonl:3: not valid JSON"),
+        "{error}"
+    );
+    assert_eq!(
+        lines[2],
+        "bad.jsonl:4: token id 999 at index 1 is outside the vocabulary of 256"
+    );
+    let error = lathe("d.jsonl", &["--max_seq_len", "6"]);
+    assert!(
+        error.contains("3 input + 4 output tokens are 7, max_seq_len is 6"),
+        "{error}"
+    );
+    let error = lathe("none.jsonl", &[]);
+    assert_eq!(
+        error,
+        "error: none.jsonl: No such file or directory (os error 2)"
+    );
+}
+
+#[test]
+fn a_model_that_does_not_fit_is_refused_before_anything_is_allocated() {
+    let case = Case::new();
+    // Terabytes of weights.
+    case.write(
+        "c.yaml",
+        "skip_loading_weights: true\nmodel_kwargs: {hidden_size: 131072, num_attention_heads: 1024, \
+         head_dim: 128, intermediate_size: 524288, num_hidden_layers: 64}",
+    );
+    let start = std::time::Instant::now();
+    let error = case.throughput(&["--config", "c.yaml"]);
+    assert!(
+        error.starts_with("the weights need ") && error.ends_with(" TiB are missing"),
+        "{error}"
+    );
+    assert!(start.elapsed().as_secs() < 60, "{:?}", start.elapsed());
+}
+
+#[test]
+fn devices() {
+    let case = Case::new();
+    let error = case.throughput(&["--tp", "2"]);
+    assert!(
+        error.starts_with("--tp 2: ") && error.contains("--tp 1"),
+        "{error}"
+    );
+    if lathe_runtime::cuda::driver::device_count().is_ok_and(|n| n > 0) {
+        return;
+    }
+    let (code, error) = case.run(&[
+        "-m",
+        "m",
+        "--device",
+        "cuda",
+        "throughput",
+        "--dataset",
+        "d.jsonl",
+    ]);
+    assert_eq!(code, Some(1));
+    assert!(
+        error.contains("looked for libcuda.so.1 in") && error.contains("--device cpu"),
+        "{error}"
+    );
+    assert_eq!(error.lines().count(), 1, "{error}");
+}
+
+#[test]
+fn command_lines() {
+    let case = Case::new();
+    for arguments in [
+        &["throughput", "--no_such_flag"][..],
+        &["-m", "m", "--device", "gpu", "throughput"],
+        &["-m", "m", "compile", "--dump-ir", "after=nothing"],
+        &["-m", "m", "compile", "--target", "v100"],
+        &["no-such-command"],
+    ] {
+        let (code, error) = case.run(arguments);
+        assert_eq!(code, Some(2), "{arguments:?}: {error}");
+        assert!(error.starts_with("error: "), "{arguments:?}: {error}");
+    }
+    let (code, error) = case.run(&["opt", "none.ir"]);
+    assert_eq!(
+        (code, error.as_str()),
+        (
+            Some(1),
+            "error: none.ir: No such file or directory (os error 2)"
+        )
+    );
+    case.write("x.ir", "graph \"x\" {\n  %0 = nothing : f32[B]\n}\n");
+    let (code, error) = case.run(&["opt", "x.ir"]);
+    assert_eq!(code, Some(1));
+    assert!(error.starts_with("error: x.ir:2:"), "{error}");
+}
