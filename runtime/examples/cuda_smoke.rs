@@ -18,7 +18,7 @@ use lathe_runtime::cuda::memory::{Arena, Pinned, bytes_of, bytes_of_mut, check_f
 use lathe_runtime::cuda::nvrtc::{self, Source};
 use lathe_runtime::cuda::tensor_map::TensorMapSpec;
 use lathe_runtime::cuda::timing::time_graph;
-use lathe_runtime::cuda::upload::{Placement, upload_weights};
+use lathe_runtime::cuda::upload::{Placement, UploadOptions, upload_weights};
 use lathe_runtime::cuda::{CudaError, DevicePtr, library};
 use lathe_runtime::weights::pack::Packer;
 use lathe_runtime::weights::{Checkpoint, RandomWeights, WeightSource};
@@ -357,6 +357,7 @@ fn compare(smoke: &Smoke, source: &dyn WeightSource, recipes: &[PackRecipe]) -> 
             &placements,
             source,
             Some(&smoke.cache),
+            UploadOptions::default(),
             &|_| (),
         )?
     };
@@ -402,6 +403,7 @@ fn random_weights(smoke: &Smoke) -> Outcome {
                 &placements,
                 &source,
                 Some(&smoke.cache),
+                UploadOptions::default(),
                 &|_| (),
             )?
         };
@@ -495,8 +497,16 @@ fn stored_weights(smoke: &Smoke) -> Outcome {
     let placements = place(&mut arena, &recipes)?;
     for _ in 0..2 {
         // SAFETY: the arena has the bytes of every recipe.
-        let stats =
-            unsafe { upload_weights(&smoke.stream, &placements, &checkpoint, None, &|_| ())? };
+        let stats = unsafe {
+            upload_weights(
+                &smoke.stream,
+                &placements,
+                &checkpoint,
+                None,
+                UploadOptions::default(),
+                &|_| (),
+            )?
+        };
         let seconds = stats.duration.as_secs_f64();
         println!(
             "{:.2} GB uploaded at {:.1} GB/s",
@@ -557,6 +567,7 @@ fn cublaslt(smoke: &Smoke) -> Outcome {
                 &placements,
                 &source,
                 Some(&smoke.cache),
+                UploadOptions::default(),
                 &|_| (),
             )?
         };

@@ -3,13 +3,19 @@
 use clap::Args;
 use lathe_runtime::cuda::library::{Library, ensure, loaded_from, search_folders};
 use lathe_runtime::cuda::{cubin_cache::CubinCache, driver, nvrtc};
+use lathe_runtime::weights::read_folder;
 use std::io::Write;
+use std::path::PathBuf;
 
 use crate::cli::GlobalOptions;
 
 /// Say what this machine has, where, and what is missing.
 #[derive(Debug, Args)]
-pub struct Doctor {}
+pub struct Doctor {
+    /// Also read the weights in this folder, twice: how fast they can be loaded at most.
+    #[arg(long, value_name = "FOLDER")]
+    read: Option<PathBuf>,
+}
 
 impl Doctor {
     /// Prints one line a part; a missing part is no failure.
@@ -68,6 +74,19 @@ impl Doctor {
         )?;
         let cache = CubinCache::default_dir(Some(&global.workspace));
         writeln!(out, "cubins    {}", cache.display())?;
+        if let Some(folder) = &self.read {
+            let threads = std::thread::available_parallelism().map_or(4, |n| n.get());
+            for pass in ["first", "again"] {
+                let r = read_folder(folder, threads)?;
+                writeln!(
+                    out,
+                    "read      {pass}: {:.2} GB in {:.2} s, {:.1} GB/s on {threads} threads",
+                    r.bytes as f64 * 1e-9,
+                    r.duration.as_secs_f64(),
+                    r.rate() * 1e-9
+                )?;
+            }
+        }
         Ok(())
     }
 }

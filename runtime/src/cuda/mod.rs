@@ -55,5 +55,6 @@ pub use cudarc::driver::sys::CUdeviceptr as DevicePtr;
 pub use error::{CompileFailure, CudaError};
 pub use executor::{CudaExecutor, CudaLoad, load};
 pub use profile::KernelTime;
+pub use programs::steps;
 pub use selftest::CudaSelftest;
 pub use selftest_steps::check_steps;

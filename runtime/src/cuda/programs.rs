@@ -126,6 +126,13 @@ pub(super) fn keys(
     keys
 }
 
+/// The steps that a warm-up has kernels for, by sizes and sampling: every bucket that a program may run
+/// in within the limits, as far as kernels differ.
+pub fn steps(kind: ProgramKind, options: &LoadOptions) -> Vec<(Sizes, Sampling)> {
+    let keys = keys(kind, options).into_iter();
+    keys.map(|(_, sizes, sampling)| (sizes, sampling)).collect()
+}
+
 /// Every bucket that a program may run in, as far as kernels differ.
 fn all_sizes(kind: ProgramKind, options: &LoadOptions, decode: &DecodeBuckets) -> Vec<Sizes> {
     let rows = options.max_rows.max(options.max_sequences);

@@ -9,7 +9,7 @@ use super::once::compute_weights;
 use super::prepare::Addresses;
 use super::programs::Programs;
 use super::state::MetaLayout;
-use super::upload::{Placement, upload_weights};
+use super::upload::{Placement, UploadOptions, upload_weights};
 use super::{CudaError, DevicePtr};
 use crate::load::{LoadOptions, Loadable, rope_tables};
 use crate::progress::{self, Unit};
@@ -243,7 +243,10 @@ impl Resident {
         let total = plan.weight_bytes() as u64;
         let tell = |n: usize| progress::advance("load weights", Unit::Bytes, n as u64, total);
         // SAFETY: each weight was given its own memory of its recipe's size, and no kernel runs yet.
-        let stats = unsafe { upload_weights(stream, &placements, model.weights, cache, &tell)? };
+        let stats = unsafe {
+            let how = UploadOptions::default();
+            upload_weights(stream, &placements, model.weights, cache, how, &tell)?
+        };
         tracing::info!("{stats}");
         if let Some(once) = &plan.once {
             let slots = slot_addresses(&once.program, &SymEnv::default(), activations.base());

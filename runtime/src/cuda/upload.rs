@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 use lathe_codegen::cuda::random_weights::{KERNEL, SOURCE, THREADS};
 use lathe_codegen::pack::{PackDType, PackRecipe, RowPerm, Segment};
 
+use rayon::prelude::*;
+
 use super::cubin_cache::CubinCache;
 use super::driver::{Device, Event, Function, Stream};
 use super::launch::{Args, LaunchConfig, launch};
@@ -23,12 +25,30 @@ use super::{CudaError, DevicePtr};
 use crate::weights::pack::Packer;
 use crate::weights::{RandomTensor, TensorData, WeightSource, WeightsError};
 
-/// Staging buffers of a thread.
-const STAGES: usize = 2;
-/// Bytes of a staging buffer, unless a row is longer.
-const STAGE_BYTES: usize = 1 << 20;
-/// Threads that read; more do not help against one copy engine.
+/// Threads that read unless asked otherwise; more do not help against one copy engine.
 const MAX_THREADS: usize = 16;
+
+/// How stored weights are read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct UploadOptions {
+    /// Threads that read and pack.
+    pub threads: usize,
+    /// Staging buffers of a thread, at least 2 for reading and copying at the same time.
+    pub stages: usize,
+    /// Bytes of a staging buffer, unless a row is longer.
+    pub stage_bytes: usize,
+}
+
+impl Default for UploadOptions {
+    fn default() -> Self {
+        let cores = std::thread::available_parallelism().map_or(4, |n| n.get());
+        UploadOptions {
+            threads: cores.min(MAX_THREADS),
+            stages: 2,
+            stage_bytes: 1 << 20,
+        }
+    }
+}
 
 /// One packed weight and where it goes.
 #[derive(Debug, Clone, Copy)]
@@ -80,6 +100,7 @@ pub unsafe fn upload_weights(
     placements: &[Placement<'_>],
     source: &dyn WeightSource,
     cache: Option<&CubinCache>,
+    options: UploadOptions,
     progress: &(dyn Fn(usize) + Sync),
 ) -> Result<UploadStats, CudaError> {
     let start = Instant::now();
@@ -103,12 +124,13 @@ pub unsafe fn upload_weights(
     }
     if !stored.is_empty() {
         let packers = stored
-            .iter()
+            .par_iter()
             .map(|p| Packer::new(p.recipe, source))
             .collect::<Result<Vec<_>, _>>()?;
+        tracing::debug!("recipes bound after {:?}", start.elapsed());
         let done = |bytes| progress(stats.generated + bytes);
         // SAFETY: by the contract of this function.
-        stats.copied = unsafe { copy_stored(stream, &stored, &packers, &done)? };
+        stats.copied = unsafe { copy_stored(stream, &stored, &packers, options, &done)? };
     }
     stream.synchronize()?;
     stats.duration = start.elapsed();
@@ -130,12 +152,13 @@ unsafe fn copy_stored(
     stream: &Stream,
     placements: &[&Placement<'_>],
     packers: &[Packer<'_>],
+    options: UploadOptions,
     progress: &(dyn Fn(usize) + Sync),
 ) -> Result<usize, CudaError> {
     let stage_bytes = placements
         .iter()
         .map(|p| p.recipe.row_bytes())
-        .fold(STAGE_BYTES, usize::max);
+        .fold(options.stage_bytes, usize::max);
     let mut pieces = Vec::new();
     for (weight, placement) in placements.iter().enumerate() {
         let recipe = placement.recipe;
@@ -145,11 +168,17 @@ unsafe fn copy_stored(
         pieces.extend(ranges.map(|rows| Piece { weight, rows }));
     }
     let (next, copied) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let start = Instant::now();
     let worker = || -> Result<(), CudaError> {
-        let mut ring = Ring::new(stream, stage_bytes)?;
+        let mut ring = Ring::new(stream, stage_bytes, options.stages)?;
+        let locked = start.elapsed();
         loop {
             let index = next.fetch_add(1, Ordering::Relaxed);
             let Some(piece) = pieces.get(index) else {
+                tracing::debug!(
+                    "buffers locked after {locked:?}, read after {:?}",
+                    start.elapsed()
+                );
                 return Ok(());
             };
             let placement = placements[piece.weight];
@@ -168,9 +197,7 @@ unsafe fn copy_stored(
             next.store(pieces.len(), Ordering::Relaxed);
         }
     };
-    let threads = rayon::current_num_threads()
-        .clamp(1, MAX_THREADS)
-        .min(pieces.len().max(1));
+    let threads = options.threads.clamp(1, pieces.len().max(1));
     let outcomes: Vec<Result<(), CudaError>> = std::thread::scope(|scope| {
         let run = || {
             let outcome = worker();
@@ -198,10 +225,10 @@ struct Ring<'a> {
 }
 
 impl<'a> Ring<'a> {
-    fn new(stream: &'a Stream, bytes: usize) -> Result<Self, CudaError> {
+    fn new(stream: &'a Stream, bytes: usize, stages: usize) -> Result<Self, CudaError> {
         let device = stream.device();
         let buffer = |_| Ok((Pinned::new(device, bytes)?, device.event(false)?));
-        let buffers = (0..STAGES)
+        let buffers = (0..stages.max(1))
             .map(buffer)
             .collect::<Result<Vec<_>, CudaError>>()?;
         Ok(Ring {

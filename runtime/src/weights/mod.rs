@@ -10,6 +10,7 @@ mod error;
 mod header;
 pub mod pack;
 mod random;
+mod reading;
 
 use std::fs::File;
 
@@ -18,6 +19,7 @@ pub use checkpoint::Checkpoint;
 pub use error::{Misshaped, WeightsError, WrongDtype};
 pub use header::{TensorEntry, parse_header};
 pub use random::{RandomLaw, RandomTensor, RandomWeights, name_hash};
+pub use reading::{Reading, read_folder};
 pub use safetensors::Dtype;
 
 /// Shape and storage type of one tensor of a source.
