@@ -1,7 +1,8 @@
 # make demo   a real model on this machine's CPU: download, build, chat, benchmark
 # make test   what CI runs: format, lints, tests, documentation
 # make nits   the quick part of it
-# make nvrtc  CUDA's run-time compiler from PyPI, so that `make test` compiles every generated kernel; needs no GPU
+# make nvrtc  CUDA's run-time compiler and disassembler from PyPI, so that `make test` compiles every generated
+#             kernel and looks at its machine code; needs no GPU
 
 CARGO ?= cargo
 PYTHON ?= python3
@@ -22,8 +23,10 @@ nits:
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --quiet -- -D warnings
 
-nvrtc: $(NVRTC)/installed
+# The snapshots of registers are of this compiler. PyPI's first disassembler is of CUDA 13.2; it reads 13.0's code.
+nvrtc: $(NVRTC)/installed-13.0.88
 
-$(NVRTC)/installed:
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --upgrade --target $(NVRTC) "nvidia-cuda-nvrtc==13.0.*"
+$(NVRTC)/installed-13.0.88:
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --upgrade --target $(NVRTC) \
+		nvidia-cuda-nvrtc==13.0.88 "nvidia-cuda-nvdisasm==13.*"
 	touch $@

@@ -1,5 +1,5 @@
-//! The CUDA device: steps of a plan that lies on it ([`super::resident`]), by programs that were
-//! lowered for buckets of sizes ([`super::programs`]).
+//! The CUDA device: steps of a plan that lies on it (`resident`), by programs that were
+//! lowered for buckets of sizes (`programs`).
 //!
 //! A step costs the host one copy of its metadata from pinned memory, one graph launch and one copy
 //! of the sampled tokens back; nothing is allocated and nothing waits but [`Executor::collect`].

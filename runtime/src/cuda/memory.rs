@@ -74,7 +74,7 @@ impl Arena {
         check_against(&[(name.to_owned(), capacity)], free, total, hint)?;
         // SAFETY: the memory is uninitialised and only reached through raw device pointers.
         let base = unsafe { result::malloc_sync(capacity) }
-            .during(|| format!("allocating {} for {name}", gib(capacity)))?;
+            .map_err(|e| refused(e, name, capacity, device.memory().ok(), hint))?;
         Ok(Arena {
             name: name.to_owned(),
             base,
@@ -124,6 +124,30 @@ impl Arena {
     /// Makes all of it free again; pointers cut before must not be used any more.
     pub fn reset(&mut self) {
         self.used = 0;
+    }
+}
+
+/// The error of an allocation: memory that another process took since it was seen to be free, or that
+/// is too fragmented, is reported like memory that was never there.
+fn refused(
+    source: result::DriverError,
+    name: &str,
+    bytes: usize,
+    memory: Option<(usize, usize)>,
+    hint: &str,
+) -> CudaError {
+    let full = source.0 == cudarc::driver::sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY;
+    match memory.filter(|_| full) {
+        Some((free, total)) => CudaError::Memory {
+            wanted: vec![(name.to_owned(), bytes)],
+            free,
+            total,
+            hint: hint.to_owned(),
+        },
+        None => CudaError::Driver {
+            what: format!("allocating {} for {name}", gib(bytes)),
+            source,
+        },
     }
 }
 
@@ -249,6 +273,20 @@ impl Drop for Pinned {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_failed_allocation_says_what_to_lower() {
+        use cudarc::driver::sys::CUresult;
+        let error = |code| {
+            let memory = Some((3 << 30, 80 << 30));
+            let source = result::DriverError(code);
+            refused(source, "KV cache", 9 << 30, memory, "lower it").to_string()
+        };
+        assert_eq!(
+            error(CUresult::CUDA_ERROR_OUT_OF_MEMORY),
+            "GPU memory: 9.00 GiB (KV cache 9.00 GiB) wanted, 3.00 GiB free of 80.00 GiB, 6.00 GiB missing; lower it"
+        );
+    }
 
     #[test]
     fn what_does_not_fit_is_refused_with_numbers() {

@@ -167,15 +167,15 @@ pub fn compile_all(
     threads: usize,
     on_done: &(dyn Fn(usize) + Sync),
 ) -> Vec<Result<Compiled, CudaError>> {
+    // The longest sources take longest: none of them should be the last to start.
+    let mut order: Vec<usize> = (0..sources.len()).collect();
+    order.sort_by_key(|&i| std::cmp::Reverse(sources[i].text.len()));
     let (next, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
     let results: Vec<Mutex<Option<Result<Compiled, CudaError>>>> =
         sources.iter().map(|_| Mutex::new(None)).collect();
     let work = || {
-        loop {
-            let index = next.fetch_add(1, Ordering::Relaxed);
-            let Some(source) = sources.get(index) else {
-                break;
-            };
+        while let Some(&index) = order.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let source = &sources[index];
             let compiled = match cache {
                 Some(cache) => cache.get_or_compile(source, failed_dir),
                 None => compile(source, failed_dir),

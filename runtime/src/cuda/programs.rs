@@ -129,7 +129,8 @@ pub(super) fn keys(
 /// The steps that a warm-up has kernels for, by sizes and sampling: every bucket that a program may run
 /// in within the limits, as far as kernels differ.
 pub fn steps(kind: ProgramKind, options: &LoadOptions) -> Vec<(Sizes, Sampling)> {
-    let keys = keys(kind, options).into_iter();
+    let decode = DecodeBuckets::new(options.max_sequences, None);
+    let keys = keys(kind, options, &decode).into_iter();
     keys.map(|(_, sizes, sampling)| (sizes, sampling)).collect()
 }
 
