@@ -33,7 +33,7 @@ pub(super) fn general(t: usize, b: usize, r: usize) -> Sizes {
     }
 }
 
-/// Rows that decode steps are padded to: those that were asked for, or else [`decode`]'s.
+/// Rows that decode steps are padded to: those that were asked for, or else those that waste least.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DecodeBuckets {
     most: usize,

@@ -26,7 +26,7 @@ const DEVIATIONS: f64 = 16.0;
 /// Two implementations that round the same number to `dtype` may differ by one spacing, `eps(dtype)`
 /// (2^-23 for f32, 2^-7 for bf16). The errors of a sum in f32 grow as a random walk: after `n` terms of
 /// size `s / sqrt(n)`, which give a result of size `s`, by about `sqrt(n) 2^-24 s` (Higham & Mary, "A new
-/// approach to probabilistic rounding error analysis", 2019), of which [`DEVIATIONS`] are allowed.
+/// approach to probabilistic rounding error analysis", 2019), of which `DEVIATIONS` are allowed.
 pub fn bound(roundings: usize, dtype: DType, length: usize) -> f64 {
     roundings as f64 * epsilon(dtype) + DEVIATIONS * (length.max(1) as f64).sqrt() / 16_777_216.0
 }
