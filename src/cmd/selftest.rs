@@ -110,8 +110,11 @@ impl Selftest {
             start.elapsed().as_secs_f64()
         );
         for subject in all {
-            let start = Instant::now();
+            let (start, known) = (Instant::now(), report.failures.len());
             device.check(subject, self.seed, report)?;
+            for f in &report.failures[known..] {
+                tracing::warn!("{}: {}: {}", f.family, f.place, f.what);
+            }
             let o = &subject.options;
             tracing::info!(
                 "{}, {} tokens a page: {:.1} s",

@@ -9,14 +9,16 @@ use super::selftest_memory::{Image, Output, Work};
 use super::state::MetaLayout;
 use super::{CudaError, DevicePtr, buckets};
 use crate::cpu::{Snapshot, Twin};
+use crate::sampling::sample;
 use crate::selftest::cases::{Rng, each_vector, fill_cache};
 use crate::selftest::compare::{Reference, compare, numbers, rms, tolerance};
 use crate::selftest::cpu::{append_tolerance, batch_env, load, place, step_dtype};
 use crate::selftest::{Case, Outcome, POISON, Report, SelftestError, Subject, extents};
+use half::bf16;
 use lathe_codegen::cuda::{
     CudaOptions, CudaProgram, KernelSource, Ref, Sampling, Sizes, lower_program,
 };
-use lathe_codegen::{Operand, Program, ProgramKind, Step};
+use lathe_codegen::{Operand, Program, ProgramKind, Step, ValueId};
 use lathe_ir::{DType, Op, Sym, SymEnv};
 use std::collections::BTreeMap;
 
@@ -352,16 +354,51 @@ impl Running<'_> {
         if self.filter.is_some_and(|f| !name.contains(f)) {
             return Ok(());
         }
+        let fail = |error| SelftestError::Kernel {
+            place: here(),
+            kernels: name.clone(),
+            error: Box::new(error),
+        };
         let outputs = self.outputs(at, snapshot);
-        let outcome =
-            self.judge(at, snapshot, &outputs)
-                .map_err(|error| SelftestError::Kernel {
-                    place: here(),
-                    kernels: name.clone(),
-                    error: Box::new(error),
-                })?;
+        let outcome = self.judge(at, snapshot, &outputs).map_err(fail)?;
         report.record(&name, dtype, here, outcome);
+        if let Some(tied) = self.with_ties(step, snapshot) {
+            let outputs = self.outputs(at, &tied);
+            let outcome = self.judge(at, &tied, &outputs).map_err(fail)?;
+            let place = || format!("{}, with ties", here());
+            report.record(&name, dtype, place, outcome);
+        }
         Ok(())
+    }
+
+    /// For a step that samples: the same with logits rounded to quarters, so that many are equal, also
+    /// where top-k and top-p end.
+    fn with_ties<'a>(&self, step: &Step, snapshot: &'a dyn Snapshot) -> Option<Altered<'a>> {
+        let (Op::Sample, Operand::Value(logits)) = (&step.op, step.operands.first()?) else {
+            return None;
+        };
+        let (ty, next) = (step.tensor(0)?, step.results.first().copied().flatten()?);
+        let rounded: Vec<f32> = numbers(snapshot.value(*logits), ty.dtype)
+            .into_iter()
+            .map(|v| ((v * 4.0).round() / 4.0) as f32)
+            .collect();
+        let bytes = match ty.dtype {
+            DType::BF16 => {
+                let halves = rounded.iter().map(|&v| bf16::from_f32(v).to_le_bytes());
+                halves.flatten().collect()
+            }
+            DType::F32 => bytes_of(&rounded).to_vec(),
+            _ => return None,
+        };
+        let samplers = &self.case.batch.samplers;
+        let rows = rounded.chunks(self.subject.vocab).zip(samplers);
+        let tokens: Vec<i32> = rows
+            .map(|(row, s)| sample(row, &s.params, s.request, s.position).map_or(-1, |t| t as i32))
+            .collect();
+        Some(Altered {
+            inner: snapshot,
+            values: vec![(*logits, bytes), (next, bytes_of(&tokens).to_vec())],
+        })
     }
 
     /// Where the step's results go and what they are on the CPU.
@@ -571,6 +608,23 @@ impl Running<'_> {
             d,
             append_tolerance(step, spec),
         )
+    }
+}
+
+/// A snapshot with some values replaced.
+struct Altered<'a> {
+    inner: &'a dyn Snapshot,
+    values: Vec<(ValueId, Vec<u8>)>,
+}
+
+impl Snapshot for Altered<'_> {
+    fn value(&self, v: ValueId) -> &[u8] {
+        let own = self.values.iter().find(|(id, _)| *id == v);
+        own.map_or_else(|| self.inner.value(v), |(_, bytes)| bytes)
+    }
+
+    fn cache(&self, i: usize) -> &[u8] {
+        self.inner.cache(i)
     }
 }
 

@@ -142,7 +142,8 @@ DEV u64 threshold(Shared& sh, u64 low, u64 target, Key key_of, Mass mass_of) {
     if (sh.done) break;
   }
   __syncthreads();
-  return prefix;
+  // A prefix ends where one candidate is left; keys of the same prefix below `low` are none.
+  return prefix > low ? prefix : low;
 }
 #endif
 
