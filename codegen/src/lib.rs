@@ -9,6 +9,7 @@ pub mod liveness;
 pub mod lower;
 pub mod pack;
 pub mod plan;
+pub mod work;
 
 pub use lower::{LowerError, Programs, lower};
 pub use pack::{PackDType, PackRecipe};

@@ -22,7 +22,7 @@ pub use chain::{Chain, ChainArg};
 pub use dtype::DType;
 pub use graph::{Graph, Node, NodeId, Prov};
 pub use infer::{TypeError, infer};
-pub use op::{BinaryFn, Op, ReduceFn, UnaryFn};
+pub use op::{BinaryFn, Op, ReduceFn, UnaryFn, kernel_name};
 pub use shape::{Dim, Sym, SymEnv};
 pub use spec::*;
 pub use verify::{VerifyError, verify};

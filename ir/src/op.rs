@@ -423,3 +423,33 @@ impl Op {
         )
     }
 }
+
+/// A name for one kernel in lists: the operation, with what is fused into it.
+pub fn kernel_name(op: &Op) -> String {
+    match op {
+        Op::Gemm(spec) => {
+            let mut parts = Vec::new();
+            match spec.prologue {
+                crate::Prologue::None => {}
+                crate::Prologue::Rms { .. } => parts.push("rmsnorm"),
+                crate::Prologue::AddRms { .. } => parts.push("add+rmsnorm"),
+            }
+            parts.push("gemm");
+            match spec.epilogue {
+                crate::Epilogue::None => {}
+                crate::Epilogue::Residual => parts.push("residual"),
+                crate::Epilogue::SwiGlu => parts.push("swiglu"),
+            }
+            parts.join("·")
+        }
+        // A long chain is told by what is in it beside sums and products.
+        Op::Chain(c) => {
+            let mut names = c.names();
+            if names.len() > 3 {
+                names.retain(|n| !matches!(*n, "add" | "sub" | "mul" | "div"));
+            }
+            format!("chain{}({})", c.statements.len(), names.join("·"))
+        }
+        op => op.name().to_string(),
+    }
+}

@@ -3,7 +3,9 @@
 
 use crate::egraph::cost::{CostPoint, Work, picoseconds, work};
 use indexmap::IndexMap;
-use lathe_ir::{Epilogue, Graph, NodeId, Op, Type};
+use lathe_ir::{GemmSpec, Graph, NodeId, Op, Prologue, Type};
+
+pub use lathe_ir::kernel_name;
 
 /// Kinds of operations, for tables.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -118,25 +120,52 @@ pub fn predict(graph: &Graph, at: &CostPoint) -> Prediction {
     for id in graph.ids() {
         let node = graph.node(id);
         let inputs: Vec<&Type> = node.inputs.iter().map(|&i| &graph.node(i).ty).collect();
-        let Some(w) = work(&node.op, &inputs, &node.ty, weight_only[id.index()], at) else {
-            p.no_kernel.push(id);
-            continue;
+        let kernels = match work(&node.op, &inputs, &node.ty, weight_only[id.index()], at) {
+            Some(w) => vec![(OpClass::of(&node.op), w)],
+            None => match split_prologue(&node.op, &inputs, &node.ty, at) {
+                Some([norm, gemm]) => vec![(OpClass::Norm, norm), (OpClass::Gemm, gemm)],
+                None => {
+                    p.no_kernel.push(id);
+                    continue;
+                }
+            },
         };
-        if w.launches == 0 {
-            continue;
+        for (class, w) in kernels.iter().filter(|k| k.1.launches > 0) {
+            let ps = picoseconds(w, &at.device);
+            p.by_class.entry(*class).or_default().add(w, ps);
+            p.by_layer.entry(node.prov.layer).or_default().add(w, ps);
+            p.total.add(w, ps);
         }
-        let ps = picoseconds(&w, &at.device);
-        p.by_class
-            .entry(OpClass::of(&node.op))
-            .or_default()
-            .add(&w, ps);
-        p.by_layer.entry(node.prov.layer).or_default().add(&w, ps);
-        p.total.add(&w, ps);
     }
     p.by_class
         .sort_by(|a, x, b, y| y.picoseconds.cmp(&x.picoseconds).then(a.cmp(b)));
     p.by_layer.sort_keys();
     p
+}
+
+/// A GEMM whose norm prologue no kernel takes at so many rows: lowering makes the norm a kernel of its own, which
+/// writes what the GEMM then reads. Norm and GEMM.
+fn split_prologue(op: &Op, inputs: &[&Type], output: &Type, at: &CostPoint) -> Option<[Work; 2]> {
+    let Op::Gemm(spec) = op else {
+        return None;
+    };
+    if spec.prologue == Prologue::None {
+        return None;
+    }
+    let plain = Op::Gemm(GemmSpec {
+        prologue: Prologue::None,
+        ..*spec
+    });
+    let gemm = work(&plain, inputs, output, false, at)?;
+    let x = inputs.first()?.as_tensor()?;
+    // The GEMM's operands hold the gain, and a delta with its sum; what comes on top is x and what is written.
+    let norm = Work {
+        bytes: 2.0 * x.bytes(&at.env) as f64,
+        vector: 4.0 * x.elements(&at.env) as f64,
+        launches: 1,
+        ..Work::default()
+    };
+    Some([norm, gemm])
 }
 
 /// Which nodes depend on weights and constants only, so that they are computed once, while
@@ -162,36 +191,6 @@ pub fn weight_only(graph: &Graph) -> Vec<bool> {
         };
     }
     only
-}
-
-/// A name for one kernel in lists: the operation, with what is fused into it.
-pub fn kernel_name(op: &Op) -> String {
-    match op {
-        Op::Gemm(spec) => {
-            let mut parts = Vec::new();
-            match spec.prologue {
-                lathe_ir::Prologue::None => {}
-                lathe_ir::Prologue::Rms { .. } => parts.push("rmsnorm"),
-                lathe_ir::Prologue::AddRms { .. } => parts.push("add+rmsnorm"),
-            }
-            parts.push("gemm");
-            match spec.epilogue {
-                Epilogue::None => {}
-                Epilogue::Residual => parts.push("residual"),
-                Epilogue::SwiGlu => parts.push("swiglu"),
-            }
-            parts.join("·")
-        }
-        // A long chain is told by what is in it beside sums and products.
-        Op::Chain(c) => {
-            let mut names = c.names();
-            if names.len() > 3 {
-                names.retain(|n| !matches!(*n, "add" | "sub" | "mul" | "div"));
-            }
-            format!("chain{}({})", c.statements.len(), names.join("·"))
-        }
-        op => op.name().to_string(),
-    }
 }
 
 /// The kernels of each distinct layer, as `(layers, kernel names in order)`.

@@ -6,6 +6,7 @@ use lathe_passes::egraph::cost::DeviceModel;
 use lathe_passes::pipeline::{PassConfig, compile};
 use lathe_runtime::cuda::{CudaExecutor, CudaLoad};
 use lathe_runtime::load::{LoadOptions, Loadable, expected_tensors};
+use lathe_runtime::profile::ProfileOptions;
 use lathe_runtime::sampling::SamplingParams;
 use lathe_runtime::step::{Executor, RowSampler, StepBatch};
 use lathe_runtime::weights::RandomWeights;
@@ -146,10 +147,20 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         ("decode 64", batch(64, &[last], 400, PAGES_EACH)),
         ("prefill 2048", batch(1, &vec![7; 2048], 0, 64)),
     ] {
-        for k in executor.profile(&b, 5)? {
+        let options = ProfileOptions {
+            runs: 5,
+            vendor: false,
+        };
+        let profile = executor.profile(&b, options)?;
+        for k in profile.into_iter().flat_map(|p| p.kernels) {
             println!(
                 "{what}: {:48} x{:3} {:8.2} us {:7.0} GB/s {:6.1} TFLOP/s  {}",
-                k.name, k.count, k.micros, k.gb_per_s, k.tflops, k.path
+                k.name,
+                k.count,
+                k.micros,
+                k.bandwidth() * 1e-9,
+                k.flop_rate() * 1e-12,
+                k.path
             );
         }
     }

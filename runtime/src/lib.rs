@@ -4,6 +4,7 @@ pub mod cpu;
 pub mod cuda;
 pub mod interrupt;
 pub mod load;
+pub mod profile;
 pub mod progress;
 pub mod sampling;
 pub mod scheduler;

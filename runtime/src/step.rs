@@ -4,6 +4,7 @@
 //! device may run a batch of one row a sequence by its decode program. The scheduler owns pages
 //! and lengths, the device owns memory and kernels.
 
+use crate::profile::{ProfileOptions, StepProfile};
 use crate::sampling::SamplingParams;
 
 /// Which program of a plan runs a step.
@@ -212,4 +213,18 @@ pub trait Executor {
     /// # Errors
     /// Nothing was submitted, or the device fails.
     fn collect(&mut self) -> Result<StepOutput, StepError>;
+
+    /// Times each kernel of the step that would run `batch`. Nothing may be submitted; the cache at the batch's
+    /// pages is overwritten. `None` from a device that does not tell kernels apart, which is the default.
+    ///
+    /// # Errors
+    /// As [`Executor::step`].
+    fn profile(
+        &mut self,
+        batch: &StepBatch,
+        options: ProfileOptions,
+    ) -> Result<Option<StepProfile>, StepError> {
+        let _ = (batch, options);
+        Ok(None)
+    }
 }

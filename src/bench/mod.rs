@@ -3,6 +3,7 @@
 pub mod dataset;
 pub mod files;
 pub mod gpu_state;
+pub mod kernels;
 pub mod kv_size;
 pub mod metrics;
 pub mod prepare;
@@ -12,5 +13,6 @@ mod report_text;
 pub mod schedule;
 pub mod serve;
 pub mod sizing;
+mod table;
 pub mod tuning;
 pub mod warnings;

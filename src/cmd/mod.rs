@@ -11,6 +11,7 @@ mod config_file;
 mod doctor;
 mod explain;
 mod generate;
+mod kernels;
 mod latency;
 mod opt;
 mod outputs;
@@ -36,6 +37,8 @@ pub enum Command {
     Verify(verify::Verify),
     /// Test every kernel family of this machine's device on random inputs
     Selftest(selftest::Selftest),
+    /// Time each kernel of a model beside the machine's ceilings
+    Kernels(kernels::Kernels),
     /// Say what this machine has and what is missing
     Doctor(doctor::Doctor),
     /// Make a benchmark dataset (JSONL)
@@ -60,6 +63,7 @@ pub fn run(cli: &Cli) -> anyhow::Result<()> {
         Command::Latency(command) => command.run(&cli.global),
         Command::Verify(command) => command.run(&cli.global),
         Command::Selftest(command) => command.run(&cli.global),
+        Command::Kernels(command) => command.run(&cli.global),
         Command::Doctor(command) => command.run(&cli.global),
         Command::PrepareDataset(command) => command.run(&cli.global),
         Command::Compare(command) => command.run(),

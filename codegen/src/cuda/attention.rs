@@ -6,6 +6,7 @@ use super::context::{Context, Geometry};
 use super::launch::{Arg, MapArg, MapSwizzle, Meta, Ref};
 use super::source::{Body, Defines, literal};
 use crate::plan::ProgramKind;
+use crate::work::{AttnWork, KernelClass, Work, WorkShape};
 use lathe_ir::{AttnSpec, DType, Op, QkvSpec, Real, RopeSpec};
 
 /// Fewest sequences of a general step whose decode rows get the decode kernel.
@@ -20,6 +21,35 @@ struct Heads {
     hkv: usize,
     d: usize,
     dtype: DType,
+}
+
+impl Heads {
+    /// A launch that moves rows of so many heads from one place to another.
+    fn copied(&self, rows: usize, heads: usize) -> Work {
+        let cols = heads * self.d;
+        let bytes = 2 * rows * cols * self.dtype.size();
+        Work::rows(KernelClass::Attention, rows, cols, bytes)
+    }
+
+    /// A launch that attends for the sequences with so many new rows: it reads `read` heads of a row and the cache,
+    /// and writes its outputs.
+    fn attended(&self, read: usize, rows: (usize, usize)) -> Work {
+        let element = self.dtype.size();
+        Work {
+            class: KernelClass::Attention,
+            shape: WorkShape::Attention(AttnWork {
+                heads: self.hq as u32,
+                kv_heads: self.hkv as u32,
+                head_dim: self.d as u32,
+                element: element as u32,
+                window: self.spec.mask.window,
+                row_bytes: ((read + self.hq) * self.d * element) as u32,
+                rows,
+            }),
+            bytes: 0.0,
+            flops: 0.0,
+        }
+    }
 }
 
 pub(super) fn step(cx: &mut Context<'_>) -> Result<(), CudaError> {
@@ -129,13 +159,14 @@ fn split(cx: &mut Context<'_>, spec: AttnSpec) -> Result<(), CudaError> {
     ];
     let label = format!("h{}_d{}_{}", h.hkv, h.d, h.dtype);
     let rows = cx.sizes.t;
-    cx.launch(
+    let launch = cx.launch(
         Body::KvAppend,
         &label,
         defines,
         Geometry::new([rows, 1, 1], 256, 0),
         args,
     );
+    launch.work = h.copied(rows, 2 * h.hkv);
     attend(cx, &h, q, cache, out)
 }
 
@@ -220,7 +251,8 @@ fn packed(cx: &mut Context<'_>, spec: &QkvSpec) -> Result<(), CudaError> {
     let threads = (h.hq + 2 * h.hkv) * blocks.next_power_of_two();
     let label = format!("q{}_kv{}_d{}_{}", h.hq, h.hkv, h.d, h.dtype);
     let geometry = Geometry::new([rows, threads.div_ceil(256), 1], 256, 0);
-    cx.launch(Body::RopeAppend, &label, defines, geometry, args);
+    let launch = cx.launch(Body::RopeAppend, &label, defines, geometry, args);
+    launch.work = h.copied(rows, h.hq + 2 * h.hkv);
     attend(cx, &h, q, cache, out)
 }
 
@@ -277,6 +309,7 @@ fn plain(
         Arg::Ptr(out),
         Arg::I32(cx.options.max_pages as i32),
     ];
+    let fresh_heads = if fresh.is_some() { 2 * h.hkv } else { 0 };
     if let Some(kv) = fresh {
         defines = defines.def("LATHE_APPEND", 1);
         label.push_str("_append");
@@ -284,7 +317,9 @@ fn plain(
         args.push(meta(Meta::CuSeqlens));
     }
     let geometry = Geometry::new([cx.sizes.t, h.hq, 1], 128, 0);
-    cx.launch(Body::AttnPlain, &label, defines, geometry, args);
+    let read = h.hq + fresh_heads;
+    let launch = cx.launch(Body::AttnPlain, &label, defines, geometry, args);
+    launch.work = h.attended(read, AttnWork::ALL_ROWS);
     Ok(())
 }
 
@@ -396,14 +431,22 @@ fn decode(cx: &mut Context<'_>, h: &Heads, q: Ref, cache: Ref, out: Ref, extra: 
         Arg::I32(cx.options.max_pages as i32),
         meta(Meta::CuSeqlens),
     ];
+    // The packed rows hold the new keys and values, which the kernel appends.
+    let rows = if extra.ragged {
+        (1, 1)
+    } else {
+        AttnWork::ALL_ROWS
+    };
+    let read = if extra.fused { h.hq + 2 * h.hkv } else { h.hq };
     // Cluster dimensions are in the source.
-    cx.launch(
+    let launch = cx.launch(
         Body::AttnDecode,
         &label,
         defines,
         Geometry::new([grid, 1, 1], 128, shared),
         args,
     );
+    launch.work = h.attended(read, rows);
 }
 
 /// Consumer warpgroups of the prefill kernel. Three leave too few registers for a soft cap.
@@ -489,7 +532,8 @@ fn prefill(cx: &mut Context<'_>, h: &Heads, q: Ref, cache: Ref, out: Ref, min_ro
     let windowed = if window.is_some() { "_window" } else { "" };
     let label = format!("d{}_g{group}{windowed}{cap}", h.d);
     let geometry = Geometry::new([grid, 1, 1], 128 * (nwg + 1), shared);
-    cx.launch(Body::AttnPrefill, &label, defines, geometry, args);
+    let launch = cx.launch(Body::AttnPrefill, &label, defines, geometry, args);
+    launch.work = h.attended(h.hq, (min_rows as usize, usize::MAX));
 }
 
 /// The step's list of query tiles, made by the first attention that needs it.
@@ -519,13 +563,15 @@ fn work_list(
         ];
         let shared = 4 * (b + 1 + max_items) + 128;
         let defines = cx.defines(DType::BF16);
-        cx.launch(
+        let launch = cx.launch(
             Body::AttnPlan,
             "",
             defines,
             Geometry::new([1, 1, 1], 1024, shared),
             args,
         );
+        let bytes = 4 * (2 * b + 1) + 32 * max_items;
+        launch.work = Work::rows(KernelClass::Attention, max_items, 8, bytes);
     }
     (work, count)
 }

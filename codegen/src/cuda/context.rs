@@ -7,7 +7,8 @@ use super::launch::{
 };
 use super::source::{Body, Defines, Kernels};
 use crate::plan::{Operand, Plan, Program, Step, ValueId};
-use lathe_ir::{DType, Op, Sym, SymEnv, TensorType, Type};
+use crate::work::Work;
+use lathe_ir::{DType, Op, Sym, SymEnv, TensorType};
 
 /// A program being lowered.
 pub(super) struct Context<'a> {
@@ -147,7 +148,7 @@ impl<'a> Context<'a> {
             .collect();
         let origin = format!("{} of {}", step.op.name(), path.join("."));
         let kernel = self.kernels.get(body, label, defines, origin);
-        let (bytes, pdl) = (self.step_bytes(), self.pdl());
+        let (work, pdl) = (Work::of_step(step, &self.env), self.pdl());
         self.launches.push(Launch {
             kernel,
             grid: geometry.grid,
@@ -157,22 +158,10 @@ impl<'a> Context<'a> {
             args,
             pdl,
             step: self.at,
-            bytes,
-            flops: 0.0,
+            work,
             library: None,
         });
         self.launches.last_mut().expect("one was pushed")
-    }
-
-    /// Bytes of the tensors that a step reads and writes.
-    fn step_bytes(&self) -> f64 {
-        let step = self.step();
-        let tensors = step.types.iter().filter_map(Type::as_tensor);
-        let results = (0..step.results.len()).filter_map(|i| step.result_type(i));
-        tensors
-            .chain(results)
-            .map(|t| t.bytes(&self.env) as f64)
-            .sum()
     }
 
     /// The tensor type of an operand.

@@ -10,6 +10,7 @@ use super::norm::{self, Norm};
 use super::source::Body;
 use super::{CudaError, gemv, skinny, tiled};
 use crate::plan::Operand;
+use crate::work::{KernelClass, Work, WorkShape, gemm_flops};
 use lathe_ir::{DType, Epilogue, GemmSpec, Op, Prologue};
 
 /// A GEMM step with its operands found.
@@ -44,8 +45,25 @@ impl Gemm {
         }
     }
 
-    fn flops(&self) -> f64 {
-        2.0 * self.m as f64 * self.n as f64 * self.k as f64
+    /// What the kernel moves, with the prologue if that is still its own; logits of a fused argmax are not written.
+    fn work(&self) -> Work {
+        let (rows, features) = (self.m * self.k, self.m * self.features());
+        let prologue = match self.prologue {
+            Prologue::None => 0,
+            Prologue::Rms { .. } => self.k,
+            Prologue::AddRms { .. } => self.k + 2 * rows,
+        };
+        let bias = if self.bias.is_some() { self.n } else { 0 };
+        let residual = if self.residual.is_some() { features } else { 0 };
+        let out = if self.argmax { 0 } else { features };
+        let elements = rows + self.n * self.k + prologue + bias + residual + out;
+        let (m, n, k) = (self.m, self.n, self.k);
+        Work {
+            class: KernelClass::Gemm,
+            shape: WorkShape::Gemm { m, n, k },
+            bytes: (elements * self.dtype.size()) as f64,
+            flops: gemm_flops(m, n, k),
+        }
     }
 }
 
@@ -130,7 +148,6 @@ fn operands(cx: &mut Context<'_>, argmax: bool) -> Result<Gemm, CudaError> {
 }
 
 fn run(cx: &mut Context<'_>, mut g: Gemm) -> Result<(), CudaError> {
-    let flops = g.flops();
     let sms = cx.options.sms as usize;
     let key = GemmKey::of(&g, cx.options.plain);
     let variant = match &key {
@@ -173,7 +190,7 @@ fn run(cx: &mut Context<'_>, mut g: Gemm) -> Result<(), CudaError> {
         }
     };
     if let Some(launch) = cx.launches.last_mut() {
-        launch.flops = flops;
+        launch.work = g.work();
         launch.library = library;
     }
     Ok(())
@@ -233,9 +250,11 @@ fn split_prologue(cx: &mut Context<'_>, g: &mut Gemm) -> Result<(), CudaError> {
             dtype: g.dtype,
         },
     )?;
-    // The GEMM's own launch counts the weights; the norm moves only rows.
+    // The GEMM's own launch counts the weights; the norm moves rows: x and y, with `delta` also that and the sum.
     if let Some(launch) = cx.launches.last_mut() {
-        launch.bytes = (3 * g.m * g.k * g.dtype.size()) as f64;
+        let tensors = if g.delta == Ref::Null { 2 } else { 4 };
+        let bytes = (tensors * g.m + 1) * g.k * g.dtype.size();
+        launch.work = Work::rows(KernelClass::Pointwise, g.m, g.k, bytes);
     }
     g.x = y;
     g.prologue = Prologue::None;

@@ -3,6 +3,7 @@
 
 use super::source::KernelSource;
 use crate::plan::{Plan, Program, ProgramKind, ValueId};
+use crate::work::Work;
 use lathe_ir::Real;
 
 /// Arrays that describe a step, written by the host before it. All are i32 unless noted.
@@ -127,10 +128,8 @@ pub struct Launch {
     pub pdl: bool,
     /// Step of the plan's program.
     pub step: usize,
-    /// Bytes that must pass through memory, without the KV cache.
-    pub bytes: f64,
-    /// Floating-point operations of the matrix products.
-    pub flops: f64,
+    /// What it computes and moves at the bucket's sizes.
+    pub work: Work,
     /// The vendor's library in place of the kernel, where it is there.
     pub library: Option<LibraryGemm>,
 }

@@ -173,6 +173,35 @@ fn lower_steps(
     })
 }
 
+/// What a probe does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Probe {
+    /// Nothing: the cost of a launch.
+    Empty,
+    /// Nothing, with programmatic dependent launch.
+    EmptyPdl,
+    /// Reads a stream.
+    Read,
+    /// Copies a stream.
+    Copy,
+}
+
+/// The kernel that measures a ceiling (parameters and geometry: `probe.cu`).
+pub fn probe_kernel(probe: Probe) -> KernelSource {
+    let (kind, label) = match probe {
+        Probe::Empty => (0, "empty"),
+        Probe::EmptyPdl => (0, "empty_pdl"),
+        Probe::Read => (1, "read"),
+        Probe::Copy => (2, "copy"),
+    };
+    let mut kernels = source::Kernels::default();
+    let defines = source::Defines::new(lathe_ir::DType::F32)
+        .def("LATHE_PDL", u8::from(probe == Probe::EmptyPdl))
+        .def("LATHE_KIND", kind);
+    kernels.get(source::Body::Probe, label, defines, "ceilings".into());
+    kernels.finish().remove(0)
+}
+
 /// The kernel that replaces references to sampled tokens by the tokens (parameters and geometry:
 /// `tokens.cu`).
 pub fn tokens_kernel() -> KernelSource {

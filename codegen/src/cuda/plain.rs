@@ -76,14 +76,13 @@ pub(super) fn embedding(cx: &mut Context<'_>) -> Result<(), CudaError> {
         Arg::I32(rows as i32),
     ];
     let label = format!("{width}_{}", table.dtype);
-    let launch = cx.launch(
+    cx.launch(
         Body::Embed,
         &label,
         defines,
         Geometry::new([rows, 1, 1], 128, 0),
         args,
     );
-    launch.bytes = (2 * rows * width * table.dtype.size()) as f64;
     Ok(())
 }
 
@@ -161,7 +160,12 @@ fn copy(
         Geometry::new(grid, 256, 0),
         inputs,
         &geo,
-    )
+    )?;
+    // A step may copy several operands, a launch each.
+    if let Some(l) = cx.launches.last_mut() {
+        l.work.bytes = geo.n as f64 * (from_type.size() + to_type.size()) as f64;
+    }
+    Ok(())
 }
 
 /// Two tensors one after the other along an axis.
@@ -291,11 +295,7 @@ fn matmul(cx: &mut Context<'_>) -> Result<(), CudaError> {
         Geometry::new(grid, 256, 0),
         inputs,
         &geo,
-    )?;
-    if let Some(l) = cx.launches.last_mut() {
-        l.flops = 2.0 * (od[0] * od[1] * m * n * k) as f64;
-    }
-    Ok(())
+    )
 }
 
 /// Rows of the first operand by the indices in the second.
@@ -322,11 +322,7 @@ fn gather(cx: &mut Context<'_>) -> Result<(), CudaError> {
         Geometry::new(grid, 256, 0),
         inputs,
         &geo,
-    )?;
-    if let Some(l) = cx.launches.last_mut() {
-        l.bytes = (2 * geo.n as usize * x.dtype.size()) as f64;
-    }
-    Ok(())
+    )
 }
 
 fn softmax(cx: &mut Context<'_>) -> Result<(), CudaError> {

@@ -12,7 +12,7 @@ const HOPPER: &str = include_str!("kernels/hopper.cuh");
 pub struct KernelSource {
     /// Name of the module and of its entry.
     pub name: String,
-    /// The family, one of [`FAMILIES`].
+    /// The family, one of [`FAMILIES`] or the probe of the machine's ceilings.
     pub family: &'static str,
     /// The whole text, header-free.
     pub text: String,
@@ -68,6 +68,8 @@ pub(super) enum Body {
     Sample,
     Skinny,
     Tokens,
+    /// No part of a plan.
+    Probe,
 }
 
 impl Body {
@@ -85,6 +87,7 @@ impl Body {
             Body::LinearPlain => include_str!("kernels/linear_plain.cu"),
             Body::Norm => include_str!("kernels/norm.cu"),
             Body::Plain => include_str!("kernels/plain.cu"),
+            Body::Probe => include_str!("kernels/probe.cu"),
             Body::Rope => include_str!("kernels/rope.cu"),
             Body::RopeAppend => include_str!("kernels/rope_append.cu"),
             Body::Sample => include_str!("kernels/sample.cu"),
@@ -98,7 +101,7 @@ impl Body {
     }
 
     fn name(self) -> &'static str {
-        FAMILIES[self as usize]
+        FAMILIES.get(self as usize).copied().unwrap_or("probe")
     }
 }
 

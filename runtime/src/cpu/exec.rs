@@ -15,6 +15,7 @@ use crate::sampling::sample;
 use crate::step::{StepBatch, StepError, StepOutput};
 use lathe_codegen::{Operand, Program, Step, ValueId};
 use lathe_ir::{AttnSpec, DType, GemmSpec, Op, QkvSpec, SymEnv, TensorType};
+use std::time::Instant;
 
 /// What a program reads at run time.
 pub(super) struct Inputs<'a> {
@@ -35,12 +36,20 @@ pub(super) struct Run<'a, E> {
 }
 
 impl<'a, E: Elem> Run<'a, E> {
-    /// Runs all steps and reads the results.
-    pub(super) fn all(&mut self, logits: bool) -> Result<StepOutput, StepError> {
+    /// Runs all steps and reads the results. With `seconds`, the time of each step is added to it.
+    pub(super) fn all(
+        &mut self,
+        logits: bool,
+        mut seconds: Option<&mut Vec<f64>>,
+    ) -> Result<StepOutput, StepError> {
         for step in &self.program.steps {
+            let start = seconds.is_some().then(Instant::now);
             self.step(step).map_err(|e| {
                 StepError::Device(format!("{} ({}): {e}", step.op.name(), step.prov.path))
             })?;
+            if let (Some(all), Some(start)) = (seconds.as_deref_mut(), start) {
+                all.push(start.elapsed().as_secs_f64());
+            }
         }
         let mut out = StepOutput::default();
         for (name, operand, ty) in &self.program.outputs {

@@ -5,6 +5,7 @@ use super::kernels::Elem;
 use super::memory::{Arena, Layout, padded_head, token_bytes};
 use super::pages::PageBuffer;
 use crate::load::{LoadOptions, Loadable, RopeTables, rope_tables};
+use crate::profile::{ProfileOptions, StepProfile};
 use crate::progress::{self, Unit};
 use crate::step::{Capacity, Executor, StepBatch, StepError, StepKind, StepOutput, StepTime};
 use crate::weights::{WeightsError, pack::Packer};
@@ -203,7 +204,7 @@ impl<E: Elem> CpuExecutor<E> {
             caches: &mut [],
             scratch: &mut Vec::new(),
         };
-        run.all(false).map_err(CpuLoadError::Once)?;
+        run.all(false, None).map_err(CpuLoadError::Once)?;
         let computed: Vec<(usize, Vec<u8>)> = once
             .results
             .iter()
@@ -229,9 +230,10 @@ impl<E: Elem> CpuExecutor<E> {
         env: SymEnv,
         batch: &StepBatch,
         logits: bool,
+        seconds: Option<&mut Vec<f64>>,
     ) -> Result<StepOutput, StepError> {
         let start = Instant::now();
-        let mut out = self.with_env(kind, env, batch, |run| run.all(logits))?;
+        let mut out = self.with_env(kind, env, batch, |run| run.all(logits, seconds))?;
         out.time = StepTime {
             device: start.elapsed().as_secs_f64(),
         };
@@ -245,12 +247,7 @@ impl<E: Elem> CpuExecutor<E> {
         batch: &StepBatch,
         f: impl FnOnce(&mut Run<'_, E>) -> Result<R, X>,
     ) -> Result<R, X> {
-        let env = SymEnv::new(&[
-            (Sym::T, batch.tokens_len() as i64),
-            (Sym::B, batch.sequences() as i64),
-            (Sym::R, batch.rows.len() as i64),
-        ]);
-        self.with_env(kind, env, batch, f)
+        self.with_env(kind, Self::env(batch), batch, f)
     }
 
     fn with_env<R, X: From<StepError>>(
@@ -292,7 +289,7 @@ impl<E: Elem> CpuExecutor<E> {
             tokens: tokens.to_vec(),
             ..StepBatch::default()
         };
-        let out = self.run(ProgramKind::Full, env, &step, true)?;
+        let out = self.run(ProgramKind::Full, env, &step, true, None)?;
         out.logits
             .ok_or_else(|| StepError::Device("the full program has no logits".into()))
     }
@@ -313,14 +310,33 @@ impl<E: Elem> CpuExecutor<E> {
         }
         Ok(batch)
     }
-}
 
-impl<E: Elem> Executor for CpuExecutor<E> {
-    fn capacity(&self) -> Capacity {
-        self.options.capacity(self.vocab)
+    /// The program that runs a batch.
+    pub(super) fn kind(&self, batch: &StepBatch) -> ProgramKind {
+        match batch.kind() {
+            StepKind::Decode if self.plan.program(ProgramKind::Decode).is_some() => {
+                ProgramKind::Decode
+            }
+            _ => ProgramKind::General,
+        }
     }
 
-    fn step(&mut self, batch: &StepBatch, logits: bool) -> Result<StepOutput, StepError> {
+    /// The sizes of a batch.
+    pub(super) fn env(batch: &StepBatch) -> SymEnv {
+        SymEnv::new(&[
+            (Sym::T, batch.tokens_len() as i64),
+            (Sym::B, batch.sequences() as i64),
+            (Sym::R, batch.rows.len() as i64),
+        ])
+    }
+
+    /// Runs a step; with `seconds`, the times of the program's steps are added to it.
+    pub(super) fn execute(
+        &mut self,
+        batch: &StepBatch,
+        logits: bool,
+        seconds: Option<&mut Vec<f64>>,
+    ) -> Result<StepOutput, StepError> {
         let resolved;
         let batch = if batch.tokens.iter().any(|&t| t < 0) {
             resolved = self.resolve(batch)?;
@@ -329,20 +345,28 @@ impl<E: Elem> Executor for CpuExecutor<E> {
             batch
         };
         check_batch(batch, &self.options, self.vocab)?;
-        let kind = match batch.kind() {
-            StepKind::Decode if self.plan.program(ProgramKind::Decode).is_some() => {
-                ProgramKind::Decode
-            }
-            _ => ProgramKind::General,
-        };
-        let env = SymEnv::new(&[
-            (Sym::T, batch.tokens_len() as i64),
-            (Sym::B, batch.sequences() as i64),
-            (Sym::R, batch.rows.len() as i64),
-        ]);
-        let out = self.run(kind, env, batch, logits)?;
+        let (kind, env) = (self.kind(batch), Self::env(batch));
+        let out = self.run(kind, env, batch, logits, seconds)?;
         self.last.clone_from(&out.next);
         Ok(out)
+    }
+}
+
+impl<E: Elem> Executor for CpuExecutor<E> {
+    fn capacity(&self) -> Capacity {
+        self.options.capacity(self.vocab)
+    }
+
+    fn step(&mut self, batch: &StepBatch, logits: bool) -> Result<StepOutput, StepError> {
+        self.execute(batch, logits, None)
+    }
+
+    fn profile(
+        &mut self,
+        batch: &StepBatch,
+        options: ProfileOptions,
+    ) -> Result<Option<StepProfile>, StepError> {
+        self.profile_batch(batch, options).map(Some)
     }
 
     fn submit(&mut self, batch: &StepBatch) -> Result<(), StepError> {

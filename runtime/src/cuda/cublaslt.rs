@@ -254,7 +254,11 @@ impl Gemm {
         unsafe { self.run_with(stream, operands, residual, self.chosen) }
     }
 
-    unsafe fn run_with(
+    /// As [`Gemm::run`], by one of the [`Gemm::algorithms`].
+    ///
+    /// # Safety
+    /// As [`Gemm::run`].
+    pub(super) unsafe fn run_with(
         &self,
         stream: &Stream,
         operands: &GemmOperands,

@@ -12,14 +12,14 @@ use super::graph::Graph;
 use super::launch::{Args, LaunchConfig, launch};
 use super::memory::Pinned;
 use super::prepare::{Modules, Prepared, Resolver};
-use super::profile::KernelTime;
 use super::programs::{Key, Programs, decode_sizes, key};
 use super::resident::Resident;
 use super::state::{MetaLayout, check};
-use super::timing::{Samples, time_runs};
+use super::timing::Samples;
 use super::tuner::{Loaded, Tuner};
 use super::{CudaError, DevicePtr, buckets};
 use crate::load::{LoadOptions, Loadable};
+use crate::profile::{ProfileOptions, StepProfile};
 use crate::step::{
     Capacity, Execution, Executor, StepBatch, StepError, StepKind, StepOutput, StepTime,
 };
@@ -88,7 +88,7 @@ pub fn load(
 }
 
 /// A submitted step.
-struct Pending {
+pub(super) struct Pending {
     slot: usize,
     rows: usize,
 }
@@ -104,22 +104,22 @@ struct Slot {
 /// A plan on a GPU.
 pub struct CudaExecutor {
     // Graphs and modules first: they are dropped before the memory that they point to.
-    prepared: BTreeMap<Key, Prepared>,
+    pub(super) prepared: BTreeMap<Key, Prepared>,
     modules: Modules,
     /// Lowered and not yet prepared.
-    programs: Programs,
+    pub(super) programs: Programs,
     /// GEMM kernels that are not the heuristics'.
     choices: Choices,
     tuner: Tuner,
     tuned: Option<Tuned>,
-    plan: Plan,
+    pub(super) plan: Plan,
     options: LoadOptions,
     how: CudaLoad,
     kernels: CudaOptions,
     vocab: usize,
     cache: Option<CubinCache>,
-    resident: Resident,
-    pending: VecDeque<Pending>,
+    pub(super) resident: Resident,
+    pub(super) pending: VecDeque<Pending>,
     ring: Vec<Slot>,
     next_slot: usize,
     /// Rows that the last step sampled.
@@ -132,7 +132,7 @@ pub struct CudaExecutor {
     decode_steps: usize,
     /// Resolves references to sampled tokens; made when it is first needed.
     token_kernel: Option<Function>,
-    stream: Stream,
+    pub(super) stream: Stream,
 }
 
 impl CudaExecutor {
@@ -273,7 +273,7 @@ impl CudaExecutor {
     }
 
     /// Lowers, compiles, resolves and captures a program unless that was done before.
-    fn ready(&mut self, key: Key) -> Result<(), CudaError> {
+    pub(super) fn ready(&mut self, key: Key) -> Result<(), CudaError> {
         if self.prepared.contains_key(&key) {
             return Ok(());
         }
@@ -348,7 +348,11 @@ impl CudaExecutor {
     }
 
     /// Puts a step into the stream.
-    fn launch_step(&mut self, batch: &StepBatch, logits: bool) -> Result<Key, StepError> {
+    pub(super) fn launch_step(
+        &mut self,
+        batch: &StepBatch,
+        logits: bool,
+    ) -> Result<Key, StepError> {
         let start = Instant::now();
         check(batch, &self.options, self.vocab, self.sampled)?;
         if self.pending.len() == IN_FLIGHT {
@@ -444,7 +448,7 @@ impl CudaExecutor {
         Ok(self.token_kernel.insert(function).clone())
     }
 
-    fn finish(&mut self) -> Result<StepOutput, StepError> {
+    pub(super) fn finish(&mut self) -> Result<StepOutput, StepError> {
         let p = self
             .pending
             .pop_front()
@@ -480,50 +484,6 @@ impl CudaExecutor {
         })
     }
 
-    /// Times every kernel of the program that would run `batch`: all its launches of a step back to
-    /// back, so that each reads the weights of another layer. The batch is run first, so that the
-    /// state on the device is its.
-    ///
-    /// # Errors
-    /// As [`Executor::step`].
-    pub fn profile(
-        &mut self,
-        batch: &StepBatch,
-        runs: usize,
-    ) -> Result<Vec<KernelTime>, StepError> {
-        let key = self.launch_step(batch, false)?;
-        self.finish()?;
-        let prepared = &self.prepared[&key];
-        let program = self.plan.program(key.0).ok_or(CudaError::NoStepProgram);
-        let program = program.map_err(device_error)?;
-        let mut times = Vec::new();
-        for (index, kernel) in prepared.lowered.kernels.iter().enumerate() {
-            let of_kernel =
-                |r: &&super::prepare::Ready| prepared.lowered.launches[r.index].kernel == index;
-            let group: Vec<_> = prepared.launches.iter().filter(of_kernel).collect();
-            let Some(first) = group.first() else {
-                continue;
-            };
-            let samples = time_runs(&self.stream, 1, runs.max(1), |stream| {
-                // SAFETY: as in `enqueue`.
-                group.iter().try_for_each(|r| unsafe { r.submit(stream) })
-            })
-            .map_err(device_error)?;
-            let count = group.len();
-            let micros = samples.median() / count as f64;
-            let l = &prepared.lowered.launches[first.index];
-            times.push(KernelTime {
-                name: kernel.name.clone(),
-                path: program.steps[l.step].prov.path.to_string(),
-                count,
-                micros,
-                gb_per_s: l.bytes / micros * 1e-3,
-                tflops: l.flops / micros * 1e-6,
-            });
-        }
-        Ok(times)
-    }
-
     /// The bytes of a packed weight on the device.
     pub(super) fn read_weight(&self, i: usize) -> Result<Vec<u8>, CudaError> {
         let mut bytes = vec![0; self.plan.weights[i].recipe.bytes()];
@@ -534,18 +494,6 @@ impl CudaExecutor {
         };
         self.stream.synchronize()?;
         Ok(bytes)
-    }
-
-    /// Launches of a decode step of `sequences` rows, and whether they are one graph.
-    ///
-    /// # Errors
-    /// A kernel does not compile.
-    pub fn decode_launches(&mut self, sequences: usize) -> Result<(usize, bool), CudaError> {
-        let sizes = decode_sizes(self.programs.decode.of(sequences));
-        let key = key(ProgramKind::Decode, sizes, Sampling::GreedyOnly);
-        self.ready(key)?;
-        let p = &self.prepared[&key];
-        Ok((p.launches.len(), p.graph.is_some()))
     }
 }
 
@@ -593,6 +541,14 @@ impl Executor for CudaExecutor {
     fn collect(&mut self) -> Result<StepOutput, StepError> {
         self.finish()
     }
+
+    fn profile(
+        &mut self,
+        batch: &StepBatch,
+        options: ProfileOptions,
+    ) -> Result<Option<StepProfile>, StepError> {
+        self.profile_batch(batch, options).map(Some)
+    }
 }
 
 impl Drop for CudaExecutor {
@@ -604,6 +560,6 @@ impl Drop for CudaExecutor {
     }
 }
 
-fn device_error(error: CudaError) -> StepError {
+pub(super) fn device_error(error: CudaError) -> StepError {
     StepError::Device(error.to_string())
 }

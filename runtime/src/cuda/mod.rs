@@ -22,6 +22,7 @@
 mod autotune;
 mod autotune_bench;
 mod buckets;
+mod ceilings;
 pub mod cubin_cache;
 pub mod cublaslt;
 pub mod driver;
@@ -48,13 +49,14 @@ pub mod timing;
 mod tuner;
 mod tuning_cache;
 pub mod upload;
+mod yardstick;
 
 pub use autotune::Tuned;
 pub use buckets::DecodeBuckets;
+pub use ceilings::ceilings;
 pub use cudarc::driver::sys::CUdeviceptr as DevicePtr;
 pub use error::{CompileFailure, CudaError};
 pub use executor::{CudaExecutor, CudaLoad, load};
-pub use profile::KernelTime;
 pub use programs::steps;
 pub use selftest::CudaSelftest;
 pub use selftest_steps::check_steps;

@@ -32,8 +32,6 @@ pub(super) struct Addresses {
 #[derive(Debug)]
 pub(super) struct Ready {
     call: Call,
-    /// Launch of the lowered program.
-    pub(super) index: usize,
 }
 
 /// What is put into a stream.
@@ -52,6 +50,11 @@ enum Call {
 }
 
 impl Ready {
+    /// Whether cuBLASLt runs instead of the kernel.
+    pub(super) fn is_library(&self) -> bool {
+        matches!(self.call, Call::Library { .. })
+    }
+
     /// Puts the launch into a stream.
     ///
     /// # Safety
@@ -80,6 +83,7 @@ impl Ready {
 #[derive(Debug)]
 pub(super) struct Prepared {
     pub(super) lowered: CudaProgram,
+    /// In the order of the lowered program's launches.
     pub(super) launches: Vec<Ready>,
     pub(super) meta: MetaLayout,
     /// Address and element bytes of the logits.
@@ -182,7 +186,7 @@ impl Resolver<'_> {
             .zip(shared)
             .map(|((k, m), s)| m.function(&k.name, s))
             .collect::<Result<Vec<_>, _>>()?;
-        let ready = |(index, l): (usize, &Launch)| {
+        let ready = |l: &Launch| {
             let call = match (&l.library, self.library) {
                 (Some(gemm), Some(library)) => self.library_call(gemm, library)?,
                 _ => Call::Kernel {
@@ -191,14 +195,9 @@ impl Resolver<'_> {
                     args: self.args(l)?,
                 },
             };
-            Ok(Ready { call, index })
+            Ok(Ready { call })
         };
-        self.lowered
-            .launches
-            .iter()
-            .enumerate()
-            .map(ready)
-            .collect()
+        self.lowered.launches.iter().map(ready).collect()
     }
 }
 

@@ -522,8 +522,8 @@ impl Running<'_> {
             // SAFETY: the cache has these bytes; `before` outlives the wait below.
             unsafe { self.stream.copy_to_device(self.caches[c], before)? };
         }
-        for l in self.launches {
-            if self.lowered.launches[l.index].step == at {
+        for (l, lowered) in self.launches.iter().zip(&self.lowered.launches) {
+            if lowered.step == at {
                 // SAFETY: resolved from the lowered program; the memory lives until the wait.
                 unsafe { l.submit(self.stream)? };
             }

@@ -1,10 +1,11 @@
-// probe: the two ceilings that measurements are compared with.
+// probe: the ceilings that measurements are compared with.
 //
-// Defines: LATHE_KIND 0: empty kernel (launch gap of a graph, with and without PDL) | 1: read stream.
+// Defines: LATHE_KIND 0: empty kernel (launch gap of a graph, with and without PDL) | 1: read stream | 2: copy stream.
 // Parameters: const uint4* src, u64 count (16-byte vectors), u32* sink [1] (written only if a checksum hits a magic
-//   value, so that the loads cannot be dropped).
-// Geometry: KIND 0: grid 132, block 128. KIND 1: grid 4 * multiprocessors, block 512, 8 loads in flight a thread.
-extern "C" __global__ void __launch_bounds__(512) LATHE_NAME(const uint4* src, u64 count, u32* sink) {
+//   value, so that the loads cannot be dropped), uint4* dst (KIND 2 only).
+// Geometry: KIND 0: grid 132, block 128. KIND 1, 2: grid 4 * multiprocessors, block 512, 8 loads in flight a thread.
+extern "C" __global__ void __launch_bounds__(512) LATHE_NAME(const uint4* src, u64 count, u32* sink,
+                                                                 uint4* dst) {
   pdl_launch();
   pdl_wait();
 #if LATHE_KIND == 1
@@ -23,5 +24,16 @@ extern "C" __global__ void __launch_bounds__(512) LATHE_NAME(const uint4* src, u
     x ^= v.x ^ v.y ^ v.z ^ v.w;
   }
   if (x == 0x9e3779b9u) *sink = x;
+#elif LATHE_KIND == 2
+  const u64 step = (u64)gridDim.x * blockDim.x;
+  u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+  for (; i + 3 * step < count; i += 4 * step) {
+    uint4 v[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) v[k] = ld_stream(src + i + k * step);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) __stcs(dst + i + k * step, v[k]);
+  }
+  for (; i < count; i += step) __stcs(dst + i, ld_stream(src + i));
 #endif
 }
