@@ -171,7 +171,12 @@ fn throughput_writes_all_its_files() {
         "guaranteed_no_evict"
     );
     assert!(number(&report["streaming_metrics"], "avg_ttft_ms") > 0.0);
-    let steps = report["lathe"]["step_breakdown"]["steps"].as_u64().unwrap();
+    let breakdown = &report["lathe"]["step_breakdown"];
+    let classes = ["attention_ms", "gemm_ms", "other_ms"].map(|key| number(breakdown, key));
+    assert!(classes.iter().all(|&ms| ms > 0.0), "{breakdown}");
+    assert!(close(classes.iter().sum(), number(breakdown, "device_ms")));
+    assert!(number(breakdown, "sampled_steps") > 0.0);
+    let steps = breakdown["steps"].as_u64().unwrap();
     let log = std::fs::read_to_string(&log).unwrap();
     assert_eq!(log.lines().count() as u64, steps);
     let generated: u64 = log

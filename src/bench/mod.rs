@@ -13,6 +13,7 @@ mod report_text;
 pub mod schedule;
 pub mod serve;
 pub mod sizing;
+pub mod step_shares;
 mod table;
 pub mod tuning;
 pub mod warnings;

@@ -192,8 +192,7 @@ pub struct StepBreakdown {
     pub steps: u64,
     /// All work of the device.
     pub device_ms: f64,
-    /// Attention kernels; this and the next two are absent where the device does not tell kernels
-    /// apart.
+    /// Attention kernels; this and the next two are absent where kernels were not sampled.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub attention_ms: Option<f64>,
     /// Matrix multiplications.
@@ -202,6 +201,9 @@ pub struct StepBreakdown {
     /// All other kernels.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub other_ms: Option<f64>,
+    /// Steps that were profiled after the run: the device's time is divided by the shares of their kernels.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sampled_steps: Option<u64>,
     /// Time between steps in which the device waits for the host.
     pub host_gap_ms: f64,
 }
@@ -422,6 +424,7 @@ pub(super) mod tests {
                 attention_ms: Some(1.0),
                 gemm_ms: Some(2.5),
                 other_ms: Some(0.5),
+                sampled_steps: Some(3),
                 host_gap_ms: 0.0625,
             }),
             execution: Some(ExecutionInfo {
@@ -561,6 +564,7 @@ pub(super) mod tests {
                     "attention_ms",
                     "gemm_ms",
                     "other_ms",
+                    "sampled_steps",
                     "host_gap_ms",
                 ],
             ),

@@ -281,6 +281,12 @@ impl LatheSection {
                 let percent = if total > 0.0 { ms / total * 100.0 } else { 0.0 };
                 writeln!(out, "  {name:<19} {ms:.4} ({percent:.1} %)")?;
             }
+            if let Some(sampled) = step.sampled_steps {
+                writeln!(
+                    out,
+                    "  (the device's time by the kernels' shares in {sampled} steps sampled after the run)"
+                )?;
+            }
         }
         if let Some(e) = &self.execution {
             let how = match e.graph_launches_per_decode_step {

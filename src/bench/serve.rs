@@ -5,10 +5,11 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use lathe_codegen::work::KernelClass;
 use lathe_runtime::sampling::SamplingParams;
 use lathe_runtime::scheduler::{
     Clock, ConfigError, Engine, EngineConfig, EngineError, FinishReason, Finished, Policy,
-    Progress, Request, StepStats, Totals,
+    Progress, Request, StepGroup, StepStats, Totals,
 };
 use lathe_runtime::step::{Capacity, Executor};
 use rand::rngs::StdRng;
@@ -20,6 +21,7 @@ use super::report::{
     Incomplete, InflightBatchingStats, IterationStats, KvCacheStats, KvOccupancy, LatheSection,
     StepBreakdown,
 };
+use super::step_shares::ClassTimes;
 
 /// How requests are put on the engine.
 #[derive(Debug, Clone, PartialEq)]
@@ -100,6 +102,10 @@ pub struct Served {
     pub iterations: Vec<IterationStats>,
     /// Sums over all iterations.
     pub totals: Totals,
+    /// What kinds of steps there were, those that took longest first.
+    pub groups: Vec<StepGroup>,
+    /// The device's time by kind of kernel, once it was sampled.
+    pub classes: Option<ClassTimes>,
     /// Set when the run did not reach its end.
     pub incomplete: Option<Incomplete>,
 }
@@ -117,12 +123,18 @@ impl Served {
         });
         if self.totals.steps > 0 {
             let per_step = |ns: u64| ns as f64 * 1e-6 / self.totals.steps as f64;
+            let class_ms = |kinds: &[KernelClass]| {
+                let classes = self.classes?;
+                let ns: f64 = kinds.iter().map(|&kind| classes.of(kind)).sum();
+                Some(ns * 1e-6 / self.totals.steps as f64)
+            };
             section.step_breakdown = Some(StepBreakdown {
                 steps: self.totals.steps,
                 device_ms: per_step(self.totals.device_ns),
-                attention_ms: None,
-                gemm_ms: None,
-                other_ms: None,
+                attention_ms: class_ms(&[KernelClass::Attention]),
+                gemm_ms: class_ms(&[KernelClass::Gemm]),
+                other_ms: class_ms(&[KernelClass::Pointwise, KernelClass::Other]),
+                sampled_steps: self.classes.map(|classes| classes.profiled),
                 host_gap_ms: per_step(self.totals.host_gap_ns),
             });
         }
@@ -319,6 +331,8 @@ impl<'e> Run<'e> {
                 .map(|step| iteration(step, &capacity))
                 .collect(),
             totals: *self.engine.totals(),
+            groups: self.engine.groups().by_time(),
+            classes: None,
             records: self.records,
             unfinished: self.unfinished,
             incomplete,

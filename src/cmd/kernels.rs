@@ -16,11 +16,11 @@ use lathe_runtime::step::StepKind;
 use lathe_runtime::weights::{Checkpoint, WeightsError};
 use lathe_runtime::{cpu, cuda};
 
+use super::config_file::ConfigFile;
 use crate::bench::files::write_atomically;
 use crate::bench::kernels::{KernelsReport, Profiled, StepPoint};
 use crate::cli::GlobalOptions;
-use crate::config::{Given, Options, Resolved};
-use crate::frontend::resolve;
+use crate::config::{Given, Options, Resolved, Run};
 use crate::model::{CompiledModel, Target, WeightChoice};
 
 /// Time each kernel of a compiled model: GB/s, TFLOP/s, per cent of the ceilings measured in the same run, and
@@ -45,13 +45,8 @@ pub struct Kernels {
     /// Write the table as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// YAML file of options; wins over the command line
-    #[arg(
-        long = "extra_llm_api_options",
-        visible_alias = "config",
-        value_name = "FILE"
-    )]
-    config: Option<PathBuf>,
+    #[command(flatten)]
+    config: ConfigFile,
 }
 
 fn positive(text: &str) -> Result<usize, String> {
@@ -71,8 +66,11 @@ impl Kernels {
             ),
             ..Options::default()
         };
-        let resolved = resolve(flags, self.config.as_deref())?;
+        let resolved = self.config.resolve(flags)?;
         let mut model = CompiledModel::compile(global, &resolved)?;
+        for line in model.remarks(&resolved, Run::Kernels) {
+            tracing::warn!("{line}");
+        }
         model.require_cache()?;
         let points = self.points(&model)?;
         let options = load_options(&points, resolved.attn_page_size.value as usize);
@@ -81,6 +79,8 @@ impl Kernels {
         tracing::info!("measuring the ceilings of {}", model.target.name());
         let ceilings = ceilings(&model)?;
         let mut executor = model.load(weights, options)?;
+        // Autotuning, too: the kernels are those of a benchmark.
+        model.warm_up(&mut *executor)?;
         let capacity = executor.capacity();
         let mut profiles = Vec::with_capacity(points.len());
         for point in &points {

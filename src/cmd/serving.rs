@@ -1,5 +1,7 @@
 //! `throughput` and `latency` on the continuous-batching engine.
 
+use std::time::Duration;
+
 use lathe_codegen::Plan;
 use lathe_passes::egraph::cost::{CostPoint, DeviceModel};
 use lathe_passes::predict::predict;
@@ -17,6 +19,7 @@ use crate::bench::report::{ExecutionInfo, LatheSection, Report, WorldInfo};
 use crate::bench::schedule::{Free, StepCost, choose};
 use crate::bench::serve::{Load, Served, latency_config, serve};
 use crate::bench::sizing::{Sizes, SizingInput, sizes};
+use crate::bench::step_shares::class_times;
 use crate::bench::tuning::{TuningError, TuningInput};
 use crate::bench::warnings::{RunLimits, warnings};
 use crate::config::{Resolved, Run};
@@ -67,7 +70,7 @@ impl ServingJob<'_> {
         model.warm_up(&mut *executor)?;
         let task = Task::begin("benchmark");
         let n = self.dataset.requests.len();
-        let served = serve(
+        let mut served = serve(
             &mut *executor,
             limits.config,
             self.dataset,
@@ -76,8 +79,17 @@ impl ServingJob<'_> {
             &mut |finished| task.advance(finished, n),
         )?;
         let done = served.records.len();
-        let seconds = task.end(&format!("{done} of {n} requests")).as_secs_f64();
+        let elapsed = task.end(&format!("{done} of {n} requests"));
         let execution = executor.execution().map(Into::into);
+        if served.incomplete.is_none() {
+            // The result is known: a failure here must not cost it.
+            let budget = (elapsed / 20).max(Duration::from_secs(1));
+            match class_times(&mut *executor, &served.groups, budget) {
+                Ok(classes) => served.classes = classes,
+                Err(error) => tracing::warn!("kernels were not sampled: {error}"),
+            }
+        }
+        let seconds = elapsed.as_secs_f64();
         self.report(model, stats, &limits, &served, execution, seconds)
     }
 

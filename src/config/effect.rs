@@ -16,6 +16,8 @@ pub enum Run {
     Generate,
     /// Against a reference.
     Verify,
+    /// Single steps, timed by kernel.
+    Kernels,
 }
 
 impl Resolved {
@@ -48,11 +50,16 @@ impl Resolved {
         );
         let only = |whys: &[(Run, &'static str)]| whys.iter().find(|w| w.0 == run).map(|w| w.1);
         const ONE_BATCH: &str = "all prompts are one batch";
+        const STEPS: &str = "single steps are timed";
         const ONE_PAGE: &str = "each sequence has one page of its full length";
         idle(
             "runtime",
             &self.runtime.source,
-            only(&[(Run::Generate, ONE_BATCH), (Run::Verify, ONE_BATCH)]),
+            only(&[
+                (Run::Generate, ONE_BATCH),
+                (Run::Verify, ONE_BATCH),
+                (Run::Kernels, STEPS),
+            ]),
         );
         idle(
             "free_mem_ratio",
@@ -61,6 +68,7 @@ impl Resolved {
                 (Run::StaticBatches, ONE_PAGE),
                 (Run::Generate, ONE_PAGE),
                 (Run::Verify, ONE_PAGE),
+                (Run::Kernels, STEPS),
             ]),
         );
         idle(
@@ -75,6 +83,7 @@ impl Resolved {
                 (Run::Latency, "one request runs at a time"),
                 (Run::Generate, ONE_BATCH),
                 (Run::Verify, "the reference is one batch"),
+                (Run::Kernels, "--batch says which steps are timed"),
             ]),
         );
         idle(
@@ -85,6 +94,7 @@ impl Resolved {
                 (Run::StaticBatches, "long prompts are always cut"),
                 (Run::Generate, "long prompts are always cut"),
                 (Run::Verify, "long prompts are always cut"),
+                (Run::Kernels, STEPS),
             ]),
         );
         idle(

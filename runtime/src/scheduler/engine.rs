@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::batcher::Batcher;
+use super::groups::StepGroups;
 use super::policy::Policy;
 use super::request::{FinishReason, Finished, Request, RequestError, TokenEvent};
 use super::sequence::Handle;
@@ -135,6 +136,7 @@ pub struct Engine<'e> {
     finished: Vec<Finished>,
     steps: Vec<StepStats>,
     totals: Totals,
+    groups: StepGroups,
 }
 
 impl<'e> Engine<'e> {
@@ -190,6 +192,7 @@ impl<'e> Engine<'e> {
             finished: Vec::new(),
             steps: Vec::new(),
             totals: Totals::default(),
+            groups: StepGroups::default(),
         })
     }
 
@@ -320,6 +323,7 @@ impl<'e> Engine<'e> {
         self.hand_out(&samples, &output, step, now_ns);
         stats.finished = self.finished.len() - n_finished;
         self.totals.add(&stats);
+        self.groups.add(&stats);
         if self.config.log_steps {
             self.steps.push(stats);
         }
@@ -390,6 +394,11 @@ impl<'e> Engine<'e> {
     /// Sums over all steps that were read.
     pub fn totals(&self) -> &Totals {
         &self.totals
+    }
+
+    /// The steps that were read, those of about the same size together.
+    pub fn groups(&self) -> &StepGroups {
+        &self.groups
     }
 
     /// Limits of the device.

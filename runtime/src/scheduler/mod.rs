@@ -8,6 +8,7 @@
 mod batcher;
 mod engine;
 mod forecast;
+mod groups;
 mod pages;
 mod policy;
 mod request;
@@ -19,6 +20,7 @@ mod stats;
 mod tests;
 
 pub use engine::{ConfigError, Engine, EngineConfig, EngineError, Progress};
+pub use groups::{StepGroup, StepGroups};
 pub use pages::{PagePool, pages_for};
 pub use policy::Policy;
 pub use request::{FinishReason, Finished, Request, RequestError, TokenEvent};
