@@ -230,6 +230,11 @@ impl Program {
 }
 
 impl Plan {
+    /// Where the program of a kind is among the programs.
+    pub fn position(&self, kind: ProgramKind) -> Option<usize> {
+        self.programs.iter().position(|p| p.kind == kind)
+    }
+
     /// The program of a kind.
     pub fn program(&self, kind: ProgramKind) -> Option<&Program> {
         self.programs.iter().find(|p| p.kind == kind)

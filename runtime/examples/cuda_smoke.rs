@@ -583,11 +583,7 @@ fn cublaslt(smoke: &Smoke) -> Outcome {
             .map(operand)
             .collect::<Result<Vec<_>, CudaError>>()?;
         check_fits(&smoke.device, &[], "")?;
-        let mut gemm = lt.gemm(GemmShape {
-            m: m as u64,
-            n: n as u64,
-            k: k as u64,
-        })?;
+        let mut gemm = lt.gemm(GemmShape { m, n, k })?;
         // SAFETY: all operands have the shape's sizes and live in the arena.
         let us = unsafe { gemm.tune(&smoke.stream, &operands, 7)? };
         let (tflops, gbs) = (

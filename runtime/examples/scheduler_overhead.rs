@@ -4,38 +4,10 @@
 #![allow(clippy::print_stdout)] // Printing is what an example is for.
 
 use lathe_runtime::sampling::SamplingParams;
-use lathe_runtime::scheduler::{Clock, Engine, EngineConfig, Policy, Progress, Request};
-use lathe_runtime::step::{Capacity, Executor, StepBatch, StepError, StepOutput};
-
-/// Answers every sampled row with the same token.
-struct NoDevice {
-    capacity: Capacity,
-    rows: std::collections::VecDeque<usize>,
-}
-
-impl Executor for NoDevice {
-    fn capacity(&self) -> Capacity {
-        self.capacity
-    }
-
-    fn step(&mut self, batch: &StepBatch, _logits: bool) -> Result<StepOutput, StepError> {
-        self.submit(batch)?;
-        self.collect()
-    }
-
-    fn submit(&mut self, batch: &StepBatch) -> Result<(), StepError> {
-        self.rows.push_back(batch.rows.len());
-        Ok(())
-    }
-
-    fn collect(&mut self) -> Result<StepOutput, StepError> {
-        let rows = self.rows.pop_front().unwrap_or(0);
-        Ok(StepOutput {
-            next: vec![1; rows],
-            ..StepOutput::default()
-        })
-    }
-}
+use lathe_runtime::scheduler::{
+    Clock, Engine, EngineConfig, NullDevice, Policy, Progress, Request,
+};
+use lathe_runtime::step::Capacity;
 
 fn main() {
     println!("sequences  cache    policy               plan us  whole iteration us");
@@ -64,10 +36,7 @@ fn measure(sequences: usize, isl: usize, osl: usize, policy: Policy, limited: bo
         pages: sequences * full,
         vocab: 128_256,
     };
-    let mut device = NoDevice {
-        capacity,
-        rows: Default::default(),
-    };
+    let mut device = NullDevice::new(capacity, |_| {});
     let config = EngineConfig {
         policy,
         stream: true,

@@ -48,6 +48,11 @@ impl LoadOptions {
         }
     }
 
+    /// Pages of the longest sequence: columns of the block table.
+    pub fn max_pages(&self) -> usize {
+        self.max_seq_len.div_ceil(self.page_size.max(1))
+    }
+
     /// The largest values of the symbols in a general step.
     pub fn general_env(&self) -> SymEnv {
         SymEnv::new(&[

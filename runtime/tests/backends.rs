@@ -1,60 +1,24 @@
 //! What the four values of `compile_backend` promise of kernels and launches, held by the lowered
 //! programs: no GPU is needed.
 
+mod common;
+
+use common::{UNFUSED, h100, models, plan};
 use lathe_codegen::cuda::{
     Choices, CudaOptions, CudaProgram, Sampling, Sizes, Variant, gemm_keys, lower_gemms,
     lower_program, lower_tuned,
 };
-use lathe_codegen::{Plan, Program, ProgramKind, Programs, lower};
-use lathe_ir::import::{HfConfig, ImportOptions, import};
+use lathe_codegen::{Plan, Program, ProgramKind};
 use lathe_ir::{DType, Op};
-use lathe_passes::egraph::cost::DeviceModel;
-use lathe_passes::pipeline::{PassConfig, compile};
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
-
-fn fixtures() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures")
-}
-
-fn plan(folder: &Path, dtype: DType, fuse: bool) -> Plan {
-    let config = HfConfig::from_file(&folder.join("config.json")).unwrap();
-    let options = ImportOptions {
-        dtype,
-        max_seq_len: None,
-    };
-    let model = import(&config, &options).unwrap();
-    let disabled: &[&str] = if fuse { &[] } else { &["fuse"] };
-    let passes = PassConfig::new(DeviceModel::H100)
-        .disable(disabled)
-        .unwrap();
-    let compiled = compile(&model.graph, &passes).unwrap();
-    let programs = Programs {
-        decode: compiled.decode.as_ref(),
-        general: compiled.general.as_ref(),
-        full: None,
-    };
-    lower(&folder.display().to_string(), dtype, &programs).unwrap()
-}
 
 fn options(per_op: bool) -> CudaOptions {
-    CudaOptions {
-        pdl: true,
-        sms: 132,
-        page_size: 64,
-        max_pages: 64,
-        plain: false,
-        per_op,
-    }
+    CudaOptions { per_op, ..h100() }
 }
 
 fn sizes(program: &Program, rows: usize) -> Sizes {
     match program.kind {
-        ProgramKind::Decode => Sizes {
-            t: rows,
-            b: rows,
-            r: rows,
-        },
+        ProgramKind::Decode => Sizes::decode(rows),
         _ => Sizes {
             t: rows,
             b: 4,
@@ -71,16 +35,13 @@ fn lowered(plan: &Plan, program: &Program, rows: usize, per_op: bool) -> CudaPro
 
 #[test]
 fn torch_simple_launches_each_op_once() {
-    let golden = std::fs::read_dir(fixtures().join("golden")).unwrap();
-    let mut folders: Vec<PathBuf> = golden.map(|f| f.unwrap().path()).collect();
-    folders.sort();
-    assert!(folders.len() >= 14, "{folders:?}");
-    folders.push(fixtures().join("configs/llama-3.2-1b"));
-    folders.push(fixtures().join("configs/llama-3.1-8b"));
+    let mut names = models("golden");
+    assert!(names.len() >= 14, "{names:?}");
+    names.extend(["configs/llama-3.2-1b", "configs/llama-3.1-8b"].map(str::to_owned));
     let mut wrong = BTreeSet::new();
-    for folder in folders {
+    for name in names {
         for dtype in [DType::F32, DType::BF16] {
-            let plan = plan(&folder, dtype, false);
+            let plan = plan(&name, dtype, UNFUSED);
             for program in &plan.programs {
                 let fused = |s: &lathe_codegen::plan::Step| {
                     matches!(s.op, Op::Gemm(_) | Op::AttnQkv(_) | Op::AddRms { .. })
@@ -122,7 +83,7 @@ fn torch_simple_launches_each_op_once() {
 #[test]
 fn fused_backends_have_few_kernels_a_layer() {
     for config in ["llama-3.2-1b", "llama-3.1-8b"] {
-        let plan = plan(&fixtures().join("configs").join(config), DType::BF16, true);
+        let plan = plan(&format!("configs/{config}"), DType::BF16, &[]);
         for program in &plan.programs {
             for (rows, most) in [(1, 6), (4, 6), (8, 8), (64, 8), (512, 8), (2048, 8)] {
                 let cuda = lowered(&plan, program, rows, false);
@@ -141,7 +102,7 @@ fn fused_backends_have_few_kernels_a_layer() {
 /// A choice changes the kernels of its GEMMs and no others, and keeps what a load has planned.
 #[test]
 fn lowering_honours_choices() {
-    let plan = plan(&fixtures().join("configs/llama-3.2-1b"), DType::BF16, true);
+    let plan = plan("configs/llama-3.2-1b", DType::BF16, &[]);
     for (kind, rows) in [
         (ProgramKind::Decode, 2),
         (ProgramKind::Decode, 16),
@@ -220,7 +181,7 @@ fn lowering_honours_choices() {
 /// The library's GEMM stands beside an own kernel and only where it computes the same.
 #[test]
 fn library_gemms_have_a_kernel_beside_them() {
-    let plan = plan(&fixtures().join("configs/llama-3.2-1b"), DType::BF16, true);
+    let plan = plan("configs/llama-3.2-1b", DType::BF16, &[]);
     let program = plan.program(ProgramKind::General).unwrap();
     let sizes = sizes(program, 384);
     let keys = gemm_keys(&plan, program, sizes, Sampling::GreedyOnly, options(false)).unwrap();

@@ -1,43 +1,19 @@
 //! Bytes and operations of launches against numbers by hand, and the probes of the ceilings through NVRTC.
 
-use lathe_codegen::cuda::{
-    CudaOptions, CudaProgram, Probe, Sampling, Sizes, lower_program, probe_kernel,
-};
+mod common;
+
+use common::{h100, plan};
+use lathe_codegen::ProgramKind;
+use lathe_codegen::cuda::{CudaProgram, Probe, Sampling, Sizes, lower_program, probe_kernel};
 use lathe_codegen::work::{KernelClass, Span, Work, WorkShape};
-use lathe_codegen::{ProgramKind, Programs, lower};
 use lathe_ir::DType;
-use lathe_ir::import::{HfConfig, ImportOptions, import};
-use lathe_passes::egraph::cost::DeviceModel;
-use lathe_passes::pipeline::{PassConfig, compile};
 use lathe_runtime::cuda::library::{self, Library};
 use lathe_runtime::cuda::nvrtc::{Source, compile_all};
-use std::path::Path;
 
 fn lowered(kind: ProgramKind, sizes: Sizes) -> CudaProgram {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../tests/fixtures/configs/llama-3.1-8b/config.json");
-    let options = ImportOptions {
-        dtype: DType::BF16,
-        max_seq_len: None,
-    };
-    let model = import(&HfConfig::from_file(&path).unwrap(), &options).unwrap();
-    let compiled = compile(&model.graph, &PassConfig::new(DeviceModel::H100)).unwrap();
-    let programs = Programs {
-        decode: compiled.decode.as_ref(),
-        general: compiled.general.as_ref(),
-        full: None,
-    };
-    let plan = lower("8b", DType::BF16, &programs).unwrap();
-    let options = CudaOptions {
-        pdl: true,
-        sms: 132,
-        page_size: 64,
-        max_pages: 64,
-        plain: false,
-        per_op: false,
-    };
+    let plan = plan("configs/llama-3.1-8b", DType::BF16, &[]);
     let program = plan.program(kind).unwrap();
-    lower_program(&plan, program, sizes, Sampling::GreedyOnly, options).unwrap()
+    lower_program(&plan, program, sizes, Sampling::GreedyOnly, h100()).unwrap()
 }
 
 fn gemm(p: &CudaProgram, n: usize, k: usize) -> Vec<Work> {

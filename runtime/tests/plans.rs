@@ -1,55 +1,19 @@
 //! What the plans of the golden families launch in a decode step, and what they no longer compute
 //! in it.
 
-use lathe_codegen::{Operand, Plan, Program, ProgramKind, Programs, lower};
-use lathe_ir::import::{HfConfig, ImportOptions, import};
+mod common;
+
+use common::{UNFUSED, models, plan, top};
+use lathe_codegen::{Operand, Plan, Program, ProgramKind};
 use lathe_ir::{DType, Op};
 use lathe_passes::chains;
-use lathe_passes::egraph::cost::DeviceModel;
-use lathe_passes::pipeline::{PassConfig, compile};
 use std::fmt::Write;
-use std::path::{Path, PathBuf};
 
 /// All families of which there is a golden model.
-const GOLDENS: [&str; 14] = [
-    "llama-rope3-tied",
-    "llama-mha-bias",
-    "llama-linear",
-    "mistral-window",
-    "qwen2",
-    "qwen3",
-    "phi3",
-    "gemma",
-    "gemma2",
-    "gemma3",
-    "gpt2",
-    "gpt-neox",
-    "falcon",
-    "phi",
-];
-
-fn top() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
-}
-
-fn plan(golden: &str, off: &[&str]) -> Plan {
-    let folder = top().join("tests/fixtures/golden").join(golden);
-    let config = HfConfig::from_file(&folder).expect("a configuration");
-    let options = ImportOptions {
-        dtype: DType::BF16,
-        max_seq_len: None,
-    };
-    let model = import(&config, &options).expect("imports");
-    let passes = PassConfig::new(DeviceModel::H100)
-        .disable(off)
-        .expect("passes");
-    let compiled = compile(&model.graph, &passes).expect("compiles");
-    let programs = Programs {
-        decode: compiled.decode.as_ref(),
-        general: compiled.general.as_ref(),
-        full: None,
-    };
-    lower(golden, DType::BF16, &programs).expect("lowers")
+fn goldens() -> Vec<String> {
+    let all = models("golden");
+    assert!(all.len() >= 14, "{all:?}");
+    all
 }
 
 fn decode(plan: &Plan) -> &Program {
@@ -61,14 +25,15 @@ fn decode(plan: &Plan) -> &Program {
 fn kernels_of_a_layer() {
     let mut table =
         String::from("| family | unfused | without chains | all |\n|---|---|---|---|\n");
-    for golden in GOLDENS {
-        let steps = |off: &[&str]| decode(&plan(golden, off)).steps_of_layer(1);
-        let (all, single, unfused) = (steps(&[]), steps(&[chains::NAME]), steps(&["fuse"]));
+    for golden in goldens() {
+        let steps = |off: &[&str]| decode(&plan(&golden, DType::BF16, off)).steps_of_layer(1);
+        let (all, single, unfused) = (steps(&[]), steps(&[chains::NAME]), steps(UNFUSED));
         assert!(
             all <= single && single <= unfused,
             "{golden}: {all}, {single}, {unfused}"
         );
-        let _ = writeln!(table, "| {golden} | {unfused} | {single} | {all} |");
+        let family = golden.trim_start_matches("golden/");
+        let _ = writeln!(table, "| {family} | {unfused} | {single} | {all} |");
     }
     let text = std::fs::read_to_string(top().join("ARCHITECTURE.md")).expect("the document");
     assert!(
@@ -79,9 +44,9 @@ fn kernels_of_a_layer() {
 
 #[test]
 fn nothing_that_depends_on_weights_alone_is_left_in_a_step() {
-    for golden in GOLDENS {
-        for off in [&[][..], &["fuse"]] {
-            let plan = plan(golden, off);
+    for golden in goldens() {
+        for off in [&[][..], UNFUSED] {
+            let plan = plan(&golden, DType::BF16, off);
             for program in &plan.programs {
                 for step in &program.steps {
                     let varies = |o: &Operand| {
@@ -104,7 +69,7 @@ fn nothing_that_depends_on_weights_alone_is_left_in_a_step() {
                 let arithmetic = matches!(step.op, Op::Cast(_) | Op::Binary(_));
                 assert!(arithmetic, "{golden}: {} is computed", step.op.name());
             }
-            let offset = golden.starts_with("gemma");
+            let offset = golden.starts_with("golden/gemma");
             assert!(
                 !offset || computed > 0,
                 "{golden} adds 1 to the weights of its norms"

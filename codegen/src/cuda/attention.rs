@@ -2,7 +2,7 @@
 //! plain kernel for element types and head sizes that those do not take.
 
 use super::CudaError;
-use super::context::{Context, Geometry};
+use super::context::{Context, Geometry, SHARED};
 use super::launch::{Arg, MapArg, MapSwizzle, Meta, Ref};
 use super::source::{Body, Defines, literal};
 use crate::plan::ProgramKind;
@@ -11,8 +11,6 @@ use lathe_ir::{AttnSpec, DType, Op, QkvSpec, Real, RopeSpec};
 
 /// Fewest sequences of a general step whose decode rows get the decode kernel.
 const RAGGED_SEQUENCES: usize = 16;
-/// Shared memory that a block may have.
-const SHARED: usize = 232_448;
 
 /// One attention over keys and values that are in the cache.
 struct Heads {

@@ -8,7 +8,10 @@ use super::launch::{
 use super::source::{Body, Defines, Kernels};
 use crate::plan::{Operand, Plan, Program, Step, ValueId};
 use crate::work::Work;
-use lathe_ir::{DType, Op, Sym, SymEnv, TensorType};
+use lathe_ir::{DType, Op, SymEnv, TensorType};
+
+/// Shared memory that a block may have on Hopper.
+pub(super) const SHARED: usize = 232_448;
 
 /// A program being lowered.
 pub(super) struct Context<'a> {
@@ -57,12 +60,6 @@ impl<'a> Context<'a> {
         options: CudaOptions,
         choices: &'a Choices,
     ) -> Context<'a> {
-        let env = SymEnv::new(&[
-            (Sym::B, sizes.b as i64),
-            (Sym::S, 0),
-            (Sym::T, sizes.t as i64),
-            (Sym::R, sizes.r as i64),
-        ]);
         Context {
             plan,
             program,
@@ -70,7 +67,7 @@ impl<'a> Context<'a> {
             choices,
             sizes,
             sampling,
-            env,
+            env: sizes.env(),
             kernels: Kernels::default(),
             launches: Vec::new(),
             workspaces: Vec::new(),

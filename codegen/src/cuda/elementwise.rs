@@ -12,9 +12,6 @@ pub(super) fn step(cx: &mut Context<'_>) -> Result<(), CudaError> {
     let step = cx.step();
     let out = cx.result_type(0)?;
     let dims = cx.extents(out);
-    if dims.len() > 6 {
-        return Err(cx.refuse(format!("{} axes, the kernel takes 6", dims.len())));
-    }
     let operands = match step.op {
         Op::Angles | Op::SwiGlu | Op::Binary(_) => 2,
         Op::Where => 3,
@@ -25,7 +22,7 @@ pub(super) fn step(cx: &mut Context<'_>) -> Result<(), CudaError> {
     let mut names = Vec::new();
     let mut types = Vec::new();
     let mut args = Vec::new();
-    let mut geo = Geo::new(&dims);
+    let mut geo = Geo::of(cx, &dims)?;
     for i in 0..operands {
         if let Operand::Const { value, dtype } = step.operands[i] {
             names.push(constant(value.get(), dtype));

@@ -302,6 +302,11 @@ pub(super) fn epilogue_name(e: Epilogue) -> &'static str {
     }
 }
 
+/// The end of the name of a tensor-core kernel with this `EPI`.
+pub(super) fn epilogue_label(epi: &str) -> String {
+    epi["EPI_".len()..].to_lowercase()
+}
+
 /// `EPI` of the tensor-core kernels.
 pub(super) fn epilogue_macro(g: &Gemm) -> &'static str {
     match (g.epilogue, g.bias.is_some()) {

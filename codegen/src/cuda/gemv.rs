@@ -1,7 +1,7 @@
 //! The weight-streaming GEMV of at most 4 rows: specialisation and geometry of `gemv.cu`.
 
 use super::choice::GemmKey;
-use super::context::{Context, Geometry};
+use super::context::{Context, Geometry, SHARED};
 use super::gemm::{Gemm, epilogue_name};
 use super::launch::{Arg, Ref};
 use super::source::{Body, literal};
@@ -13,8 +13,6 @@ pub(super) const ROWS: usize = 4;
 const WARPS: usize = 8;
 /// Rows of a group.
 const R: usize = 2;
-/// Shared memory that a block may have.
-const SHARED: usize = 232_448;
 /// Shared memory with which no two blocks share a multiprocessor.
 const ALONE: usize = 116_000;
 /// Bytes a warp brings into L2 of the weights that the next kernel reads first.

@@ -4,7 +4,7 @@
 use super::source::KernelSource;
 use crate::plan::{Plan, Program, ProgramKind, ValueId};
 use crate::work::Work;
-use lathe_ir::Real;
+use lathe_ir::{Real, Sym, SymEnv};
 
 /// Arrays that describe a step, written by the host before it. All are i32 unless noted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -175,6 +175,23 @@ pub struct Sizes {
     pub b: usize,
     /// Sampled rows.
     pub r: usize,
+}
+
+impl Sizes {
+    /// Of a decode step of `n` sequences.
+    pub fn decode(n: usize) -> Sizes {
+        Sizes { t: n, b: n, r: n }
+    }
+
+    /// The values of the symbols. There are no whole sequences: S is 0.
+    pub fn env(self) -> SymEnv {
+        SymEnv::new(&[
+            (Sym::B, self.b as i64),
+            (Sym::S, 0),
+            (Sym::T, self.t as i64),
+            (Sym::R, self.r as i64),
+        ])
+    }
 }
 
 /// How next tokens are chosen in a step.

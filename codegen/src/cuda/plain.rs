@@ -36,6 +36,17 @@ impl Geo {
         geo
     }
 
+    /// The geometry of a step with these extents.
+    ///
+    /// # Errors
+    /// The kernel does not take so many axes.
+    pub(super) fn of(cx: &Context<'_>, dims: &[i64]) -> Result<Geo, CudaError> {
+        match dims.len() {
+            0..=6 => Ok(Geo::new(dims)),
+            n => Err(cx.refuse(format!("{n} axes, the kernel takes 6"))),
+        }
+    }
+
     pub(super) fn words(&self) -> Vec<i64> {
         let [a, b, c] = &self.inputs;
         let arrays = [&self.dims, a, b, c, &self.out, &self.reduced];
@@ -131,10 +142,7 @@ fn copy(
     offset: i64,
     to: Option<(&[i64], i64)>,
 ) -> Result<(), CudaError> {
-    if dims.len() > 6 {
-        return Err(cx.refuse(format!("{} axes, the kernel takes 6", dims.len())));
-    }
-    let mut geo = Geo::new(dims);
+    let mut geo = Geo::of(cx, dims)?;
     geo.inputs[0][..dims.len()].copy_from_slice(from);
     geo.offsets[0] = offset;
     if let Some((strides, offset)) = to {
@@ -173,12 +181,9 @@ fn concat(cx: &mut Context<'_>, axis: usize) -> Result<(), CudaError> {
     let (a, b) = (cx.tensor(0)?, cx.tensor(1)?);
     let out = cx.result_type(0)?;
     let dims = cx.extents(out);
-    if dims.len() > 6 {
-        return Err(cx.refuse(format!("{} axes, the kernel takes 6", dims.len())));
-    }
     let (first, second) = (cx.extents(a), cx.extents(b));
     let (from_a, from_b) = (dense(&first), dense(&second));
-    let mut geo = Geo::new(&dims);
+    let mut geo = Geo::of(cx, &dims)?;
     geo.inputs[0][..dims.len()].copy_from_slice(&from_a);
     geo.inputs[1][..dims.len()].copy_from_slice(&from_b);
     geo.reduced[0] = first[axis];
@@ -226,10 +231,7 @@ fn reduce(cx: &mut Context<'_>, f: ReduceFn, axis: usize) -> Result<(), CudaErro
     let mut dims = cx.extents(x);
     let mut strides = dense(&dims);
     let (extent, stride) = (dims.remove(axis), strides.remove(axis));
-    if dims.len() > 6 {
-        return Err(cx.refuse(format!("{} axes, the kernel takes 6", dims.len())));
-    }
-    let mut geo = Geo::new(&dims);
+    let mut geo = Geo::of(cx, &dims)?;
     geo.inputs[0][..dims.len()].copy_from_slice(&strides);
     geo.reduced[5] = extent;
     geo.inputs[1][5] = stride;

@@ -2,16 +2,14 @@
 //! `gemm_skinny.cu`.
 
 use super::choice::{GemmKey, Variant};
-use super::context::{Context, Geometry, matrix_map};
-use super::gemm::{Gemm, epilogue_macro};
+use super::context::{Context, Geometry, SHARED, matrix_map};
+use super::gemm::{Gemm, epilogue_label, epilogue_macro};
 use super::launch::{Arg, Ref};
 use super::source::Body;
 use lathe_ir::Epilogue;
 
 /// Most rows.
 pub(super) const ROWS: usize = 128;
-/// Shared memory that a block may have.
-const SHARED: usize = 232_448;
 
 /// Geometry of a variant by the formulas at the top of `gemm_skinny.cu`.
 pub(super) struct Shape {
@@ -111,11 +109,7 @@ pub(super) fn launch(cx: &mut Context<'_>, g: &Gemm, s: &Shape, warpgroups: usiz
         .def("EPI", epi)
         .def("OUT_F32", 0)
         .def("EVICT_FIRST", 1);
-    let label = format!(
-        "t{}_w{warpgroups}p{panels}_{}",
-        s.nt,
-        epi["EPI_".len()..].to_lowercase()
-    );
+    let label = format!("t{}_w{warpgroups}p{panels}_{}", s.nt, epilogue_label(epi));
     let out = g.features() as i32;
     let args = vec![
         matrix_map(g.w.clone(), g.n, g.k, s.rows, 64),

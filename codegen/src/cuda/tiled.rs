@@ -2,14 +2,12 @@
 //! geometry of `gemm.cu`.
 
 use super::choice::{GemmKey, Variant};
-use super::context::{Context, Geometry, matrix_map};
-use super::gemm::{Gemm, epilogue_macro};
+use super::context::{Context, Geometry, SHARED, matrix_map};
+use super::gemm::{Gemm, epilogue_label, epilogue_macro};
 use super::launch::{Arg, Ref};
 use super::source::Body;
 use lathe_ir::Epilogue;
 
-/// Shared memory that a block may have.
-const SHARED: usize = 232_448;
 /// Cluster rows walked together before the next columns.
 const GROUP_M: usize = 8;
 /// Columns that a tile can have.
@@ -146,7 +144,7 @@ pub(super) fn launch(cx: &mut Context<'_>, g: &Gemm, s: &Shape) {
         "{}x{}_c{along_m}x{along_n}_{}",
         s.rows,
         s.cols,
-        epi["EPI_".len()..].to_lowercase()
+        epilogue_label(epi)
     );
     let defines = cx
         .defines(g.dtype)

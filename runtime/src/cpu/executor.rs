@@ -259,9 +259,7 @@ impl<E: Elem> CpuExecutor<E> {
     ) -> Result<R, X> {
         let at = self
             .plan
-            .programs
-            .iter()
-            .position(|p| p.kind == kind)
+            .position(kind)
             .ok_or_else(|| StepError::Device(format!("the plan has no {} program", kind.name())))?;
         let mut caches = std::mem::take(&mut self.caches);
         let mut scratch = std::mem::take(&mut self.scratch);

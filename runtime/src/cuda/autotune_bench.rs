@@ -7,6 +7,7 @@ use super::cubin_cache::CubinCache;
 use super::cublaslt::{CublasLt, GemmShape};
 use super::driver::Stream;
 use super::graph::Graph;
+use super::noise::{fill_repeated, noise};
 use super::prepare::{Modules, Resolver};
 use super::programs::{Key, keys};
 use super::resident::Resident;
@@ -57,7 +58,7 @@ pub(super) fn places(
     let mut order = Vec::new();
     let mut places = BTreeMap::new();
     for kind in [ProgramKind::Decode, ProgramKind::General] {
-        let Some(program) = plan.programs.iter().position(|p| p.kind == kind) else {
+        let Some(program) = plan.position(kind) else {
             continue;
         };
         let buckets: BTreeSet<Key> = keys(kind, options, decode);
@@ -91,7 +92,7 @@ pub(super) struct GpuBench<'a> {
     pub(super) library: Option<&'a CublasLt>,
     pub(super) places: BTreeMap<GemmKey, Place>,
     /// Random numbers with which activations are filled.
-    noise: Vec<bf16>,
+    noise: Vec<u8>,
 }
 
 impl<'a> GpuBench<'a> {
@@ -103,13 +104,7 @@ impl<'a> GpuBench<'a> {
         modules: &'a mut Modules,
         places: BTreeMap<GemmKey, Place>,
     ) -> Result<GpuBench<'a>, CudaError> {
-        let mut state = 1u32;
-        let mut random = || {
-            // A linear congruential generator: the numbers need only look random to the wires.
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            bf16::from_f32((state >> 8) as f32 / (1 << 23) as f32 - 1.0)
-        };
-        let mut bench = GpuBench {
+        let bench = GpuBench {
             stream,
             plan,
             kernels,
@@ -118,30 +113,17 @@ impl<'a> GpuBench<'a> {
             cache: None,
             library: None,
             places,
-            noise: (0..1 << 20).map(|_| random()).collect(),
+            noise: noise(1 << 20),
         };
-        // Zeros would draw less power and run faster.
         bench.fill()?;
         Ok(bench)
     }
 
     /// Fills all activations with the same random numbers.
-    fn fill(&mut self) -> Result<(), CudaError> {
+    fn fill(&self) -> Result<(), CudaError> {
         let (base, bytes) = self.resident.activations();
-        let noise: Vec<u8> = self.noise.iter().flat_map(|v| v.to_le_bytes()).collect();
-        let mut done = noise.len().min(bytes);
-        // SAFETY: within the arena of the activations, which nothing else uses now; source and
-        // destination of each copy are apart; the wait keeps `noise` alive long enough.
-        unsafe {
-            self.stream.copy_to_device(base, &noise[..done])?;
-            while done < bytes {
-                let more = done.min(bytes - done);
-                self.stream
-                    .copy_on_device(base + done as DevicePtr, base, more)?;
-                done += more;
-            }
-        }
-        self.stream.synchronize()
+        // SAFETY: the arena of the activations, which nothing else uses now.
+        unsafe { fill_repeated(self.stream, base, bytes, &self.noise) }
     }
 
     /// Leaves the activations as a load does.
@@ -292,7 +274,7 @@ impl Bench for GpuBench<'_> {
         let Some(library) = self.library.filter(|_| key.is_library_gemm()) else {
             return Vec::new();
         };
-        let [m, n, k] = [key.m, key.n, key.k].map(|v| v as u64);
+        let GemmKey { m, n, k, .. } = *key;
         let count = library
             .gemm(GemmShape { m, n, k })
             .map_or(0, |gemm| gemm.algorithms());

@@ -79,10 +79,7 @@ impl DecodeBuckets {
 pub(super) fn all_decode(most: usize) -> Vec<Sizes> {
     let mut sizes: Vec<usize> = (1..=most).map(decode).collect();
     sizes.dedup();
-    sizes
-        .into_iter()
-        .map(|n| Sizes { t: n, b: n, r: n })
-        .collect()
+    sizes.into_iter().map(Sizes::decode).collect()
 }
 
 /// Buckets of general steps with the most sequences and sampled rows.

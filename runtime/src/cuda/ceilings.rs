@@ -3,15 +3,16 @@
 use lathe_codegen::cuda::{Probe, probe_kernel};
 use lathe_codegen::work::gemm_flops;
 
-use super::cubin_cache::{CubinCache, DEFAULT_LIMIT};
+use super::cubin_cache::CubinCache;
 use super::cublaslt::GemmShape;
 use super::driver::{Device, Function, Stream};
 use super::graph::Graph;
 use super::launch::{Args, LaunchConfig, launch};
 use super::memory::{Arena, aligned};
+use super::noise::{fill_repeated, noise};
 use super::prepare::Modules;
 use super::timing::{time_graph, time_runs};
-use super::yardstick::{Yardstick, fill_random, in_turn};
+use super::yardstick::{PATTERN, Yardstick, in_turn};
 use super::{CudaError, DevicePtr};
 use crate::profile::Ceilings;
 
@@ -38,7 +39,7 @@ pub fn ceilings(ordinal: usize) -> Result<Ceilings, CudaError> {
     let hint = "other programs use the GPU";
     let mut arena = Arena::new(&device, "streams", bytes + aligned(4), hint)?;
     let (src, sink) = (arena.alloc(bytes)?, arena.alloc(4)?);
-    let cache = CubinCache::open(CubinCache::default_dir(None), DEFAULT_LIMIT).ok();
+    let cache = CubinCache::if_usable(None)?;
     let probes = [Probe::Empty, Probe::EmptyPdl, Probe::Read, Probe::Copy];
     let sources = probes.map(probe_kernel);
     let modules = Modules::default().get(&device, cache.as_ref(), &sources)?;
@@ -65,7 +66,7 @@ pub fn ceilings(ordinal: usize) -> Result<Ceilings, CudaError> {
     let gap = |function: &Function, pdl| {
         let config = LaunchConfig {
             pdl,
-            ..LaunchConfig::linear(132, 128)
+            ..LaunchConfig::linear(device.properties().sm_count, 128)
         };
         let args = args(0, src);
         let graph = Graph::capture(&stream, |stream| {
@@ -105,22 +106,19 @@ fn matrix_rate(stream: &Stream) -> Result<f64, CudaError> {
         WEIGHTS * aligned(2 * weight),
         hint,
     )?;
+    let pattern = noise(PATTERN);
     let weights = (0..WEIGHTS)
         .map(|_| {
             let at = arena.alloc(2 * weight)?;
             // SAFETY: the range was just cut off.
-            unsafe { fill_random(stream, at, weight)? };
+            unsafe { fill_repeated(stream, at, 2 * weight, &pattern)? };
             Ok(at)
         })
         .collect::<Result<Vec<_>, CudaError>>()?;
     let yardstick = Yardstick::new(stream, most(|s| s.0 * s.2), most(|s| s.0 * s.1))?;
     let mut best: f64 = 0.0;
     for (m, n, k) in SHAPES {
-        let shape = GemmShape {
-            m: m as u64,
-            n: n as u64,
-            k: k as u64,
-        };
+        let shape = GemmShape { m, n, k };
         // SAFETY: all memory has the largest sizes and lives to the end of this function.
         let graphs = unsafe { yardstick.graphs(stream, shape, &weights, 2)? };
         let graphs: Vec<&Graph> = graphs.iter().collect();

@@ -5,15 +5,13 @@
 //! reader sees all or nothing; a checksum finds what a crash or a disk did to them, and such files are rebuilt. The
 //! folder is kept under a size by removing the files that were used longest ago.
 
-use std::hash::{DefaultHasher, Hash, Hasher};
-use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
 use super::CudaError;
+use super::disk::{TEMPORARY, fingerprint, replace};
 use super::nvrtc::{self, ARCH, Compiled, KernelResources, Source};
 
 /// Bytes that the folder may hold by default.
@@ -60,6 +58,22 @@ impl CubinCache {
             source,
         })?;
         Ok(CubinCache { dir, limit, nvrtc })
+    }
+
+    /// The cache in `dir`, by default the user's; none, with a warning, if the folder cannot be made.
+    ///
+    /// # Errors
+    /// NVRTC is absent.
+    pub fn if_usable(dir: Option<PathBuf>) -> Result<Option<Self>, CudaError> {
+        let dir = dir.unwrap_or_else(|| Self::default_dir(None));
+        match Self::open(dir, DEFAULT_LIMIT) {
+            Ok(cache) => Ok(Some(cache)),
+            Err(CudaError::Io { path, source }) => {
+                tracing::warn!("{}: no kernel cache: {source}", path.display());
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Where the cache lies: in the workspace if there is one, else in the user's cache folder.
@@ -148,7 +162,6 @@ impl CubinCache {
     }
 
     fn put(&self, source: &Source, compiled: &Compiled) -> std::io::Result<()> {
-        static COUNTER: AtomicU64 = AtomicU64::new(0);
         let header = Header {
             format: FORMAT,
             name: source.name.clone(),
@@ -161,23 +174,9 @@ impl CubinCache {
             log: compiled.log.clone(),
             resources: compiled.resources.clone(),
         };
-        let unique = COUNTER.fetch_add(1, Ordering::Relaxed);
-        let temporary = self.dir.join(format!(
-            "{:016x}.{}.{unique}.tmp",
-            self.key(source).0,
-            std::process::id()
-        ));
-        let write = || -> std::io::Result<()> {
-            let mut file = std::fs::File::create(&temporary)?;
-            file.write_all(serde_json::to_string(&header)?.as_bytes())?;
-            file.write_all(b"\n")?;
-            file.write_all(&compiled.cubin)?;
-            drop(file);
-            std::fs::rename(&temporary, self.path(source))
-        };
-        write().inspect_err(|_| {
-            let _ = std::fs::remove_file(&temporary);
-        })?;
+        let line = serde_json::to_string(&header)?;
+        let parts = [line.as_bytes(), b"\n", &compiled.cubin];
+        replace(&self.path(source), &parts)?;
         self.trim()
     }
 
@@ -192,7 +191,7 @@ impl CubinCache {
             let modified = meta.modified().unwrap_or(SystemTime::UNIX_EPOCH);
             match path.extension().and_then(|e| e.to_str()) {
                 Some(EXTENSION) => files.push((modified, path, meta.len())),
-                Some("tmp")
+                Some(TEMPORARY)
                     if modified
                         .elapsed()
                         .is_ok_and(|age| age > Duration::from_secs(3600)) =>
@@ -220,21 +219,11 @@ impl CubinCache {
         self.dir.join(format!("{a:016x}{b:016x}.{EXTENSION}"))
     }
 
-    /// 128 bits of source, options, version and architecture. The hasher may change with the standard library;
-    /// then old entries are simply not found.
+    /// 128 bits of source, options, version and architecture.
     fn key(&self, source: &Source) -> (u64, u64) {
         let half = |salt: u64| {
-            let mut hasher = DefaultHasher::new();
-            (
-                salt,
-                FORMAT,
-                &source.text,
-                source.all_options(),
-                self.nvrtc,
-                ARCH,
-            )
-                .hash(&mut hasher);
-            hasher.finish()
+            let options = source.all_options();
+            fingerprint(&(salt, FORMAT, &source.text, options, self.nvrtc, ARCH))
         };
         (half(0x6C61), half(0x7468))
     }

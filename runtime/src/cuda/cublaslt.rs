@@ -23,11 +23,11 @@ const MAX_ALGORITHMS: usize = 32;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct GemmShape {
     /// Rows of x and y.
-    pub m: u64,
+    pub m: usize,
     /// Rows of w, columns of y.
-    pub n: u64,
+    pub n: usize,
     /// Columns of x and w.
-    pub k: u64,
+    pub k: usize,
 }
 
 /// Operands of a GEMM on the device, aligned to 16 bytes.
@@ -86,8 +86,9 @@ impl CublasLt {
             sys::cudaDataType_t::CUDA_R_32F,
         );
         // cuBLAS is column-major: our row-major y is its yᵀ = w · xᵀ, with w stored as its transpose.
-        let layout =
-            |rows, cols| result::create_matrix_layout(bf16, rows, cols, rows as i64).map(Layout);
+        let layout = |rows: usize, cols: usize| {
+            result::create_matrix_layout(bf16, rows as u64, cols as u64, rows as i64).map(Layout)
+        };
         let a = layout(shape.k, shape.n).during(what)?;
         let b = layout(shape.k, shape.m).during(what)?;
         let d = layout(shape.n, shape.m).during(what)?;

@@ -6,13 +6,13 @@
 
 use super::autotune::Tuned;
 use super::buckets::DecodeBuckets;
-use super::cubin_cache::{CubinCache, DEFAULT_LIMIT};
+use super::cubin_cache::CubinCache;
 use super::driver::{Device, Event, Function, Stream};
 use super::graph::Graph;
 use super::launch::{Args, LaunchConfig, launch};
 use super::memory::Pinned;
 use super::prepare::{Modules, Prepared, Resolver};
-use super::programs::{Key, Programs, decode_sizes, key};
+use super::programs::{Key, Programs, key, sampling};
 use super::resident::Resident;
 use super::state::{MetaLayout, check};
 use super::timing::Samples;
@@ -24,7 +24,7 @@ use crate::step::{
     Capacity, Execution, Executor, StepBatch, StepError, StepKind, StepOutput, StepTime,
 };
 use half::{bf16, f16};
-use lathe_codegen::cuda::{Choices, CudaOptions, Meta, Sampling, tokens_kernel};
+use lathe_codegen::cuda::{Choices, CudaOptions, Meta, Sampling, Sizes, tokens_kernel};
 use lathe_codegen::{Plan, ProgramKind};
 use lathe_ir::DType;
 use std::collections::{BTreeMap, VecDeque};
@@ -152,23 +152,12 @@ impl CudaExecutor {
         }
         let device = Device::open(how.ordinal)?;
         let stream = device.stream()?;
-        let dir = how
-            .cache
-            .clone()
-            .unwrap_or_else(|| CubinCache::default_dir(None));
-        let cache = match CubinCache::open(dir, DEFAULT_LIMIT) {
-            Ok(cache) => Some(cache),
-            Err(CudaError::Io { path, source }) => {
-                tracing::warn!("{}: no kernel cache: {source}", path.display());
-                None
-            }
-            Err(error) => return Err(error),
-        };
+        let cache = CubinCache::if_usable(how.cache.clone())?;
         let kernels = CudaOptions {
             pdl: how.pdl,
             sms: device.properties().sm_count,
             page_size: options.page_size,
-            max_pages: options.max_seq_len.div_ceil(options.page_size.max(1)),
+            max_pages: options.max_pages(),
             plain: how.plain,
             per_op: how.per_op,
         };
@@ -227,7 +216,7 @@ impl CudaExecutor {
         self.token_kernel()?;
         if self.plan.program(ProgramKind::Decode).is_some() {
             for n in self.programs.decode.all() {
-                let sizes = decode_sizes(n);
+                let sizes = Sizes::decode(n);
                 self.ready(key(ProgramKind::Decode, sizes, Sampling::GreedyOnly))?;
             }
         }
@@ -278,8 +267,7 @@ impl CudaExecutor {
             return Ok(());
         }
         let (kind, sizes, _) = key;
-        let at = self.plan.programs.iter().position(|p| p.kind == kind);
-        let at = at.ok_or(CudaError::NoStepProgram)?;
+        let at = self.plan.position(kind).ok_or(CudaError::NoStepProgram)?;
         let program = &self.plan.programs[at];
         let lowered = self
             .programs
@@ -327,18 +315,13 @@ impl CudaExecutor {
 
     /// The program and bucket for a batch.
     fn choose(&self, batch: &StepBatch, logits: bool) -> Key {
-        let greedy = batch.samplers.iter().all(|s| s.params.is_greedy());
-        let sampling = match (greedy, logits) {
-            (false, _) => Sampling::Params,
-            (true, true) => Sampling::Greedy,
-            (true, false) => Sampling::GreedyOnly,
-        };
+        let sampling = sampling(batch, logits);
         let decode = batch.kind() == StepKind::Decode
             && self.plan.program(ProgramKind::Decode).is_some()
             // The decode kernel takes the last position of every sequence.
             && batch.positions.iter().zip(&batch.kv_lens).all(|(p, l)| p + 1 == *l);
         if decode {
-            let sizes = decode_sizes(self.programs.decode.of(batch.sequences()));
+            let sizes = Sizes::decode(self.programs.decode.of(batch.sequences()));
             key(ProgramKind::Decode, sizes, sampling)
         } else {
             let (t, b) = (batch.tokens_len(), batch.sequences());

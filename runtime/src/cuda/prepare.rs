@@ -159,7 +159,7 @@ impl Resolver<'_> {
     }
 
     fn library_call(&self, g: &LibraryGemm, library: &CublasLt) -> Result<Call, CudaError> {
-        let [m, n, k] = [g.m, g.n, g.k].map(|v| v as u64);
+        let LibraryGemm { m, n, k, .. } = *g;
         let mut gemm = library.gemm(GemmShape { m, n, k })?;
         gemm.choose(g.algorithm)?;
         Ok(Call::Library {

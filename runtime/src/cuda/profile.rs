@@ -1,6 +1,6 @@
 //! How long the kernels of a step take on their own, and cuBLASLt beside the GEMMs.
 
-use lathe_codegen::cuda::{Launch, Sampling};
+use lathe_codegen::cuda::{Launch, Sampling, Sizes};
 use lathe_codegen::work::WorkShape;
 use lathe_codegen::{Operand, Program, ProgramKind};
 use lathe_ir::DType;
@@ -9,7 +9,7 @@ use super::cublaslt::GemmShape;
 use super::executor::{CudaExecutor, device_error};
 use super::graph::Graph;
 use super::prepare::Prepared;
-use super::programs::{decode_sizes, key};
+use super::programs::key;
 use super::timing::time_graph;
 use super::yardstick::{Yardstick, in_turn};
 use super::{CudaError, DevicePtr};
@@ -39,7 +39,7 @@ impl CudaExecutor {
             whole.push(self.finish()?.time.device * 1e6);
         }
         let kind = key.0;
-        let at = self.plan.programs.iter().position(|p| p.kind == kind);
+        let at = self.plan.position(kind);
         let at = at.ok_or_else(|| device_error(CudaError::NoStepProgram))?;
         let prepared = &self.prepared[&key];
         let graph = prepared.graph.is_some();
@@ -120,11 +120,7 @@ impl CudaExecutor {
                     .iter()
                     .filter_map(|&i| self.weight(program, &prepared.lowered.launches[i]))
                     .collect();
-                let shape = GemmShape {
-                    m: m as u64,
-                    n: n as u64,
-                    k: k as u64,
-                };
+                let shape = GemmShape { m, n, k };
                 if weights.len() == count {
                     // SAFETY: the weights are those of a GEMM of this shape and `self` keeps them; x and y have the
                     // sizes of the largest product of the program.
@@ -164,7 +160,7 @@ impl CudaExecutor {
     /// # Errors
     /// A kernel does not compile.
     pub fn decode_launches(&mut self, sequences: usize) -> Result<(usize, bool), CudaError> {
-        let sizes = decode_sizes(self.programs.decode.of(sequences));
+        let sizes = Sizes::decode(self.programs.decode.of(sequences));
         let key = key(ProgramKind::Decode, sizes, Sampling::GreedyOnly);
         self.ready(key)?;
         let p = &self.prepared[&key];

@@ -4,6 +4,7 @@
 use super::CudaError;
 use super::buckets::{self, DecodeBuckets};
 use crate::load::LoadOptions;
+use crate::step::StepBatch;
 use lathe_codegen::cuda::{
     Choices, CudaOptions, CudaProgram, KernelSource, Sampling, Sizes, Workspace, lower_tuned,
 };
@@ -26,9 +27,14 @@ pub(super) fn key(kind: ProgramKind, sizes: Sizes, sampling: Sampling) -> Key {
     (kind, sizes, sampling)
 }
 
-/// The sizes of a decode step of `n` rows.
-pub(super) fn decode_sizes(n: usize) -> Sizes {
-    Sizes { t: n, b: n, r: n }
+/// How the tokens of a batch are chosen, and whether logits are wanted beside them.
+pub(super) fn sampling(batch: &StepBatch, logits: bool) -> Sampling {
+    let greedy = batch.samplers.iter().all(|s| s.params.is_greedy());
+    match (greedy, logits) {
+        (false, _) => Sampling::Params,
+        (true, true) => Sampling::Greedy,
+        (true, false) => Sampling::GreedyOnly,
+    }
 }
 
 /// Lowered programs that no step has used yet.
@@ -138,7 +144,7 @@ pub fn steps(kind: ProgramKind, options: &LoadOptions) -> Vec<(Sizes, Sampling)>
 fn all_sizes(kind: ProgramKind, options: &LoadOptions, decode: &DecodeBuckets) -> Vec<Sizes> {
     let rows = options.max_rows.max(options.max_sequences);
     match kind {
-        ProgramKind::Decode => decode.all().into_iter().map(decode_sizes).collect(),
+        ProgramKind::Decode => decode.all().into_iter().map(Sizes::decode).collect(),
         ProgramKind::General => {
             let mut sizes = buckets::all_general(options.max_tokens, options.max_sequences, rows);
             // Kernels change with the number of sampled rows too.
@@ -195,7 +201,7 @@ mod tests {
             let mut steps = BTreeSet::new();
             for sampling in [Sampling::GreedyOnly, Sampling::Params] {
                 for b in 1..=options.max_sequences {
-                    let sizes = decode_sizes(programs.decode.of(b));
+                    let sizes = Sizes::decode(programs.decode.of(b));
                     steps.insert(key(ProgramKind::Decode, sizes, sampling));
                     for t in (b..=options.max_tokens).step_by(61) {
                         for r in 0..=b {

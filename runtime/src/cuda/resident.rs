@@ -15,7 +15,7 @@ use crate::load::{LoadOptions, Loadable, rope_tables};
 use crate::progress::{self, Unit};
 use lathe_codegen::cuda::{CudaOptions, Sizes};
 use lathe_codegen::{Plan, Program, ProgramKind};
-use lathe_ir::{Sym, SymEnv};
+use lathe_ir::SymEnv;
 use std::collections::BTreeMap;
 
 /// The buckets of the largest steps.
@@ -26,25 +26,19 @@ struct Largest {
 
 impl Largest {
     fn new(o: &LoadOptions, decode: &DecodeBuckets) -> Largest {
-        let n = decode.of(o.max_sequences);
         let rows = o.max_rows.max(o.max_sequences);
         Largest {
-            decode: Sizes { t: n, b: n, r: n },
+            decode: Sizes::decode(decode.of(o.max_sequences)),
             general: buckets::general(o.max_tokens, o.max_sequences, rows),
         }
     }
 
     /// The largest values of a program's symbols.
     fn env(&self, kind: ProgramKind) -> SymEnv {
-        let s = match kind {
-            ProgramKind::Decode => self.decode,
-            _ => self.general,
-        };
-        SymEnv::new(&[
-            (Sym::T, s.t as i64),
-            (Sym::B, s.b as i64),
-            (Sym::R, s.r as i64),
-        ])
+        match kind {
+            ProgramKind::Decode => self.decode.env(),
+            _ => self.general.env(),
+        }
     }
 }
 
@@ -70,7 +64,7 @@ impl MemoryPlan {
     fn new(plan: &Plan, options: &LoadOptions, programs: &Programs, waves: &[Waves]) -> MemoryPlan {
         let workspaces = programs.workspaces();
         let largest = Largest::new(options, &programs.decode);
-        let max_pages = options.max_seq_len.div_ceil(options.page_size.max(1));
+        let max_pages = options.max_pages();
         let meta = [largest.decode, largest.general]
             .map(|s| MetaLayout::new(s, max_pages).bytes())
             .into_iter()

@@ -1,10 +1,11 @@
 //! The self-test of a GPU: each step's launches on the operands that the CPU had, with everything else
 //! poisoned, compared in all of memory.
 
-use super::cubin_cache::{CubinCache, DEFAULT_LIMIT};
+use super::cubin_cache::CubinCache;
 use super::driver::{Device, Stream};
 use super::memory::{Arena, aligned, bytes_of};
 use super::prepare::{Addresses, Modules, Ready, Resolver};
+use super::programs::{Key, key, sampling};
 use super::selftest_memory::{Image, Output, Work};
 use super::state::MetaLayout;
 use super::{CudaError, DevicePtr, buckets};
@@ -15,11 +16,9 @@ use crate::selftest::compare::{Reference, compare, numbers, rms, tolerance};
 use crate::selftest::cpu::{append_tolerance, batch_env, load, place, step_dtype};
 use crate::selftest::{Case, Outcome, POISON, Report, SelftestError, Subject, extents};
 use half::bf16;
-use lathe_codegen::cuda::{
-    CudaOptions, CudaProgram, KernelSource, Ref, Sampling, Sizes, lower_program,
-};
+use lathe_codegen::cuda::{CudaOptions, CudaProgram, KernelSource, Ref, Sizes, lower_program};
 use lathe_codegen::{Operand, Program, ProgramKind, Step, ValueId};
-use lathe_ir::{DType, Op, Sym, SymEnv};
+use lathe_ir::{DType, Op, SymEnv};
 use std::collections::BTreeMap;
 
 /// Compares a GPU with the CPU.
@@ -55,22 +54,13 @@ struct Running<'a> {
 }
 
 /// The bucket of a case and how its tokens are chosen.
-fn bucket(case: &Case) -> (Sizes, Sampling) {
+fn bucket(case: &Case) -> Key {
     let b = &case.batch;
     let sizes = match case.kind {
-        ProgramKind::Decode => {
-            let n = buckets::decode(b.sequences());
-            Sizes { t: n, b: n, r: n }
-        }
+        ProgramKind::Decode => Sizes::decode(buckets::decode(b.sequences())),
         _ => buckets::general(b.tokens_len(), b.sequences(), b.rows.len()),
     };
-    let greedy = b.samplers.iter().all(|s| s.params.is_greedy());
-    let sampling = match greedy {
-        false => Sampling::Params,
-        true if case.logits || sizes.r > 4 => Sampling::Greedy,
-        true => Sampling::GreedyOnly,
-    };
-    (sizes, sampling)
+    key(case.kind, sizes, sampling(b, case.logits))
 }
 
 /// The families of a step's launches, in order, each once.
@@ -100,10 +90,9 @@ impl CudaSelftest {
         cubins: Option<std::path::PathBuf>,
     ) -> Result<CudaSelftest, CudaError> {
         let device = Device::open(ordinal)?;
-        let dir = cubins.unwrap_or_else(|| CubinCache::default_dir(None));
         Ok(CudaSelftest {
             modules: Modules::default(),
-            cache: CubinCache::open(dir, DEFAULT_LIMIT).ok(),
+            cache: CubinCache::if_usable(cubins)?,
             stream: device.stream()?,
             filter,
         })
@@ -115,7 +104,7 @@ impl CudaSelftest {
             pdl: true,
             sms: self.stream.device().properties().sm_count,
             page_size: o.page_size,
-            max_pages: o.max_seq_len.div_ceil(o.page_size.max(1)),
+            max_pages: o.max_pages(),
             plain: false,
             per_op: subject.per_op,
         }
@@ -125,7 +114,7 @@ impl CudaSelftest {
     fn lower(&self, subject: &Subject, case: &Case) -> Result<Option<CudaProgram>, CudaError> {
         let program = subject.plan.program(case.kind);
         let program = program.ok_or(CudaError::NoStepProgram)?;
-        let (sizes, sampling) = bucket(case);
+        let (_, sizes, sampling) = bucket(case);
         let options = self.options(subject);
         let lowered = lower_program(&subject.plan, program, sizes, sampling, options)?;
         let wanted = |at: usize| {
@@ -277,11 +266,7 @@ impl CudaSelftest {
         let program = program.ok_or(CudaError::NoStepProgram)?;
         let device = self.stream.device().clone();
         let sizes = lowered.sizes;
-        let bucket = SymEnv::new(&[
-            (Sym::T, sizes.t as i64),
-            (Sym::B, sizes.b as i64),
-            (Sym::R, sizes.r as i64),
-        ]);
+        let bucket = sizes.env();
         let meta = MetaLayout::new(sizes, self.options(subject).max_pages);
         let image = Image::new(&device, program, &bucket, &meta, &case.batch)?;
         let work = Work::new(&self.stream, &lowered.workspaces)?;

@@ -6,6 +6,7 @@ use super::autotune_bench::{GpuBench, places};
 use super::buckets::DecodeBuckets;
 use super::cubin_cache::CubinCache;
 use super::cublaslt::{CublasLt, WORKSPACE_BYTES};
+use super::disk::fingerprint;
 use super::driver::{Device, Stream};
 use super::memory::Arena;
 use super::nvrtc;
@@ -16,7 +17,6 @@ use crate::load::LoadOptions;
 use lathe_codegen::Plan;
 use lathe_codegen::cuda::{Choices, CudaOptions, gemm_text};
 use std::fmt;
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::Duration;
 
 /// Time after which the remaining shapes are left to the heuristics.
@@ -58,8 +58,6 @@ impl Tuner {
             false => None,
         };
         let properties = device.properties();
-        let mut hasher = DefaultHasher::new();
-        gemm_text().hash(&mut hasher);
         let context = format!(
             "{}, {} multiprocessors, driver {}, NVRTC {:?}, cuBLASLt {:?}, kernels {:016x}",
             properties.name,
@@ -67,7 +65,7 @@ impl Tuner {
             properties.driver_version,
             nvrtc::version()?,
             library.as_ref().map(|l| l.0.version()),
-            hasher.finish()
+            fingerprint(&gemm_text())
         );
         let folder = cubins.map_or_else(std::env::temp_dir, |c| c.dir().to_owned());
         Ok(Tuner {

@@ -1,11 +1,10 @@
 //! Tuned choices on disk, beside the compiled kernels: one file for each GPU, toolchain and text of
 //! the kernels. A file that is damaged or of another format is ignored and written anew.
 
+use super::disk::{fingerprint, replace};
 use lathe_codegen::cuda::{GemmKey, Variant};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::hash::{DefaultHasher, Hash, Hasher};
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// Changes with the format of the files and with how times are taken.
@@ -42,9 +41,10 @@ pub(super) struct TuningCache {
 impl TuningCache {
     /// Reads the file of a context, which names everything that times depend on.
     pub(super) fn open(folder: &Path, context: &str) -> TuningCache {
-        let mut hasher = DefaultHasher::new();
-        (FORMAT, context).hash(&mut hasher);
-        let path = folder.join(format!("tuning-{:016x}.json", hasher.finish()));
+        let path = folder.join(format!(
+            "tuning-{:016x}.json",
+            fingerprint(&(FORMAT, context))
+        ));
         let entries = match std::fs::read(&path) {
             Ok(bytes) => decode(&bytes, context).unwrap_or_else(|| {
                 tracing::warn!("{}: damaged, tuned anew", path.display());
@@ -83,20 +83,11 @@ impl TuningCache {
         let file = File {
             format: FORMAT,
             context: self.context.clone(),
-            checksum: checksum(&entries),
+            checksum: fingerprint(&entries),
             entries,
         };
-        let temporary = self
-            .path
-            .with_extension(format!("{}.tmp", std::process::id()));
-        let write = || -> std::io::Result<()> {
-            let mut out = std::fs::File::create(&temporary)?;
-            out.write_all(&serde_json::to_vec_pretty(&file)?)?;
-            drop(out);
-            std::fs::rename(&temporary, &self.path)
-        };
+        let write = || replace(&self.path, &[&serde_json::to_vec_pretty(&file)?]);
         if let Err(error) = write() {
-            let _ = std::fs::remove_file(&temporary);
             tracing::warn!(
                 "{}: cannot keep tuned kernels: {error}",
                 self.path.display()
@@ -109,7 +100,7 @@ fn decode(bytes: &[u8], context: &str) -> Option<BTreeMap<String, Entry>> {
     let file: File = serde_json::from_slice(bytes).ok()?;
     let is_same = file.format == FORMAT
         && file.context == context
-        && file.checksum == checksum(&file.entries);
+        && file.checksum == fingerprint(&file.entries);
     if !is_same {
         return None;
     }
@@ -124,13 +115,6 @@ fn decode(bytes: &[u8], context: &str) -> Option<BTreeMap<String, Entry>> {
             Some((key, entry))
         })
         .collect()
-}
-
-/// Finds damage. The hasher may change with the standard library; then files are tuned anew.
-fn checksum(entries: &BTreeMap<String, (String, u64, u64)>) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    entries.hash(&mut hasher);
-    hasher.finish()
 }
 
 #[cfg(test)]

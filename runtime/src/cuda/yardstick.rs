@@ -1,21 +1,20 @@
 //! cuBLASLt beside our own GEMMs: the same shape and weights, random activations, launches captured in graphs.
 
-use half::bf16;
-
 use super::cublaslt::{CublasLt, Gemm, GemmOperands, GemmShape, WORKSPACE_BYTES};
 use super::driver::Stream;
 use super::graph::Graph;
-use super::memory::{Arena, aligned, bytes_of, check_fits};
+use super::memory::{Arena, aligned, check_fits};
+use super::noise::{fill_repeated, noise};
 use super::timing::{Timer, time_graph};
 use super::{CudaError, DevicePtr};
 use crate::profile::median;
 
 /// Weights that an algorithm is ranked with, together: several times the L2.
-const RANKED_BYTES: u64 = 256 << 20;
+const RANKED_BYTES: usize = 256 << 20;
 /// Algorithms that are timed again, in turn with ours.
 const FINALISTS: usize = 3;
 /// Random values that are repeated to fill memory.
-const PATTERN: usize = 4 << 20;
+pub(super) const PATTERN: usize = 4 << 20;
 
 /// The library with memory for its operands.
 pub(super) struct Yardstick {
@@ -41,7 +40,7 @@ impl Yardstick {
         let lt = CublasLt::new(arena.alloc(parts[0])?)?;
         let (x_at, y_at) = (arena.alloc(parts[1])?, arena.alloc(parts[2])?);
         // SAFETY: the range is the arena's, which nothing uses yet.
-        unsafe { fill_random(stream, x_at, x)? };
+        unsafe { fill_repeated(stream, x_at, 2 * x, &noise(PATTERN.min(x)))? };
         Ok(Yardstick {
             lt,
             x: x_at,
@@ -72,7 +71,7 @@ impl Yardstick {
             y: self.y,
         };
         let all: Vec<GemmOperands> = weights.iter().map(of).collect();
-        let enough = RANKED_BYTES.div_ceil(2 * shape.n * shape.k).clamp(2, 8) as usize;
+        let enough = RANKED_BYTES.div_ceil(2 * shape.n * shape.k).clamp(2, 8);
         let few: Vec<GemmOperands> = all.iter().cycle().take(enough).copied().collect();
         let mut ranked: Vec<(f64, usize)> = Vec::new();
         let mut refusal = None;
@@ -124,35 +123,6 @@ unsafe fn capture(
                 .try_for_each(|o| unsafe { gemm.run_with(stream, o, None, algorithm) })
         })
     })
-}
-
-/// Fills memory with bf16 values between -1 and 1.
-///
-/// # Safety
-/// `dst` has `count` elements on the device that nothing else uses.
-///
-/// # Errors
-/// The device fails.
-pub(super) unsafe fn fill_random(
-    stream: &Stream,
-    dst: DevicePtr,
-    count: usize,
-) -> Result<(), CudaError> {
-    let mut state = 0x2545_f491u32;
-    let pattern: Vec<u16> = (0..PATTERN.min(count))
-        .map(|_| {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            bf16::from_f32((state >> 8) as f32 / (1 << 23) as f32 - 1.0).to_bits()
-        })
-        .collect();
-    let mut at = 0;
-    while at < count {
-        let part = &pattern[..pattern.len().min(count - at)];
-        // SAFETY: the part lies within the range; the pattern lives until the wait below.
-        unsafe { stream.copy_to_device(dst + 2 * at as DevicePtr, bytes_of(part))? };
-        at += part.len();
-    }
-    stream.synchronize()
 }
 
 /// Median microseconds of one replay of each graph, timed in turn so that a change of clocks meets all alike.

@@ -9,6 +9,7 @@ mod batcher;
 mod engine;
 mod forecast;
 mod groups;
+mod null;
 mod pages;
 mod policy;
 mod request;
@@ -21,6 +22,7 @@ mod tests;
 
 pub use engine::{ConfigError, Engine, EngineConfig, EngineError, Progress};
 pub use groups::{StepGroup, StepGroups};
+pub use null::NullDevice;
 pub use pages::{PagePool, pages_for};
 pub use policy::Policy;
 pub use request::{FinishReason, Finished, Request, RequestError, TokenEvent};

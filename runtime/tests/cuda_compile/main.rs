@@ -8,10 +8,13 @@
 //! `INSTA_UPDATE=always LD_LIBRARY_PATH=target/nvrtc/nvidia/cu13/lib cargo test -p lathe-runtime --test cuda_compile`
 //! brings the snapshots up to date, for review.
 
+#[path = "../common/mod.rs"]
+mod common;
 mod order;
 mod plans;
 mod sass;
 
+use common::models;
 use lathe_codegen::ProgramKind;
 use lathe_codegen::cuda::KernelSource;
 use lathe_ir::DType;
@@ -19,7 +22,7 @@ use lathe_runtime::cuda::cubin_cache::{CubinCache, DEFAULT_LIMIT};
 use lathe_runtime::cuda::library::{self, Library};
 use lathe_runtime::cuda::nvrtc::{Compiled, Source, compile_all, version};
 use lathe_runtime::load::LoadOptions;
-use plans::{Spelling, candidates, kernels, limits, models, plan, programs};
+use plans::{Spelling, candidates, kernels, limits, plan, programs};
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::Path;
@@ -233,15 +236,23 @@ fn resources_are_as_they_were() {
     });
 }
 
+/// The disassembler, if there is one and something to disassemble; says so if not.
+fn disassembler() -> Option<sass::Disassembler> {
+    if !has_nvrtc() {
+        return None;
+    }
+    let found = sass::Disassembler::find();
+    if found.is_none() {
+        assert!(!required(), "nvdisasm was not found: run `make nvrtc`");
+        eprintln!("skipped: nvdisasm was not found (`make nvrtc` installs it)");
+    }
+    found
+}
+
 /// Loads, waits and matrix products of the hot kernels come in the intended order.
 #[test]
 fn the_machine_code_keeps_the_order() {
-    if !has_nvrtc() {
-        return;
-    }
-    let Some(disassembler) = sass::Disassembler::find() else {
-        assert!(!required(), "nvdisasm was not found: run `make nvrtc`");
-        eprintln!("skipped: nvdisasm was not found (`make nvrtc` installs it)");
+    let Some(disassembler) = disassembler() else {
         return;
     };
     let (mut bad, mut checks) = (Vec::new(), BTreeMap::<&str, usize>::new());
@@ -279,12 +290,7 @@ fn the_machine_code_keeps_the_order() {
 /// The checks find what they are for: sources in which the compiler is known to lose the order.
 #[test]
 fn lost_orders_are_found() {
-    if !has_nvrtc() {
-        return;
-    }
-    let Some(disassembler) = sass::Disassembler::find() else {
-        assert!(!required(), "nvdisasm was not found: run `make nvrtc`");
-        eprintln!("skipped: nvdisasm was not found (`make nvrtc` installs it)");
+    let Some(disassembler) = disassembler() else {
         return;
     };
     let dir = tempfile::tempdir().unwrap();

@@ -1,20 +1,14 @@
 //! The plans of the fixtures and everything that they are lowered to.
 
+use crate::common::{self, UNFUSED, h100};
 use lathe_codegen::cuda::{
     Choices, CudaOptions, CudaProgram, KernelSource, Sampling, Sizes, Variant, gemm_keys,
     lower_gemms, lower_program,
 };
-use lathe_codegen::{Plan, ProgramKind, Programs, lower};
+use lathe_codegen::{Plan, ProgramKind};
 use lathe_ir::DType;
-use lathe_ir::import::{HfConfig, ImportOptions, import};
-use lathe_passes::egraph::cost::DeviceModel;
-use lathe_passes::pipeline::{PassConfig, compile};
 use lathe_runtime::cuda::steps;
 use lathe_runtime::load::LoadOptions;
-use std::path::{Path, PathBuf};
-
-/// Multiprocessors of an H100 SXM and of an H200.
-const SMS: u32 = 132;
 
 /// How a plan is spelled: `torch-compile` and `torch-opt` fuse; `torch-simple` and `torch-cudagraph` do
 /// not, and run every operation as one kernel. With and without graphs the kernels are the same.
@@ -24,49 +18,25 @@ pub(crate) enum Spelling {
     Unfused,
 }
 
-fn fixtures() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures")
-}
-
-/// The models in a folder of the fixtures, `golden/NAME` or `configs/NAME`, sorted.
-pub(crate) fn models(folder: &str) -> Vec<String> {
-    let mut names: Vec<String> = std::fs::read_dir(fixtures().join(folder))
-        .unwrap()
-        .map(|entry| format!("{folder}/{}", entry.unwrap().file_name().display()))
-        .collect();
-    names.sort();
-    names
+impl Spelling {
+    fn off(self) -> &'static [&'static str] {
+        match self {
+            Spelling::Fused => &[],
+            Spelling::Unfused => UNFUSED,
+        }
+    }
 }
 
 pub(crate) fn plan(name: &str, dtype: DType, spelling: Spelling) -> Plan {
-    let config = HfConfig::from_file(&fixtures().join(name).join("config.json")).unwrap();
-    let options = ImportOptions {
-        dtype,
-        max_seq_len: None,
-    };
-    let model = import(&config, &options).unwrap();
-    let passes = PassConfig::new(DeviceModel::H100);
-    let disabled: &[&str] = match spelling {
-        Spelling::Fused => &[],
-        Spelling::Unfused => &["fuse"],
-    };
-    let compiled = compile(&model.graph, &passes.disable(disabled).unwrap()).unwrap();
-    let programs = Programs {
-        decode: compiled.decode.as_ref(),
-        general: compiled.general.as_ref(),
-        full: None,
-    };
-    lower(name, dtype, &programs).unwrap()
+    common::plan(name, dtype, spelling.off())
 }
 
 fn options(limits: &LoadOptions, spelling: Spelling) -> CudaOptions {
     CudaOptions {
-        pdl: true,
-        sms: SMS,
         page_size: limits.page_size,
-        max_pages: limits.max_seq_len / limits.page_size,
-        plain: false,
+        max_pages: limits.max_pages(),
         per_op: spelling == Spelling::Unfused,
+        ..h100()
     }
 }
 
@@ -141,15 +111,16 @@ pub(crate) fn candidates(name: &str, rows: &[usize]) -> Vec<KernelSource> {
     let plan = plan(name, DType::BF16, Spelling::Fused);
     let program = plan.program(ProgramKind::General).unwrap();
     let options = options(&limits(512, 2048), Spelling::Fused);
+    let sms = options.sms as usize;
     let mut all = Vec::new();
     for &t in rows {
         let sizes = Sizes { t, b: 4, r: 4 };
         let keys = gemm_keys(&plan, program, sizes, Sampling::Greedy, options).unwrap();
         for (key, steps) in keys {
-            let mut variants = Variant::candidates(&key, SMS as usize);
+            let mut variants = Variant::candidates(&key, sms);
             let greediest = GREEDIEST.iter().map(|v| v.parse::<Variant>().unwrap());
             // Not every tile takes every GEMM.
-            variants.extend(greediest.filter(|v| v.check(&key, SMS as usize).is_ok()));
+            variants.extend(greediest.filter(|v| v.check(&key, sms).is_ok()));
             for variant in variants {
                 let mut choices = Choices::default();
                 choices.insert(key, variant);
