@@ -1,10 +1,12 @@
 //! The four values of `compile_backend` compute the same: every golden family on the CPU, prompts
 //! and decode steps, in float32.
 
-use std::path::{Path, PathBuf};
+mod common;
 
-use lathe::config::{CompileBackend, Options, Resolved, parse};
-use lathe::model::{CompiledModel, WeightChoice};
+use common::{compiled, goldens};
+
+use lathe::config::CompileBackend;
+use lathe::model::WeightChoice;
 use lathe_runtime::load::LoadOptions;
 use lathe_runtime::sampling::SamplingParams;
 use lathe_runtime::step::{Executor, RowSampler, StepBatch};
@@ -15,27 +17,6 @@ const BACKENDS: [&str; 4] = [
     "torch-compile",
     "torch-opt",
 ];
-
-fn families() -> Vec<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden");
-    let mut folders: Vec<PathBuf> = std::fs::read_dir(root)
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-        .collect();
-    folders.sort();
-    folders
-}
-
-fn compiled(folder: &Path, backend: &str) -> CompiledModel {
-    let arguments = [
-        "lathe", "--device", "cpu", "--dtype", "float32", "doctor", "--model",
-    ];
-    let arguments = arguments.iter().map(Into::into).chain([folder.into()]);
-    let cli = lathe::cli::parse(arguments).unwrap();
-    let yaml = parse("b.yaml", &format!("compile_backend: {backend}")).unwrap();
-    let resolved = Resolved::new(Options::default(), yaml);
-    CompiledModel::compile(&cli.global, &resolved).unwrap()
-}
 
 /// Logits of two prompts of unequal length and of two decode steps after them, with the tokens.
 fn outputs(executor: &mut dyn Executor) -> (Vec<f32>, Vec<i32>) {
@@ -90,11 +71,11 @@ fn backends_agree() {
         pages: 8,
     };
     let mut n_run = 0;
-    for folder in families() {
+    for folder in goldens() {
         let name = folder.file_name().unwrap().to_string_lossy().into_owned();
         let mut reference: Option<(Vec<f32>, Vec<i32>)> = None;
         for backend in BACKENDS {
-            let mut model = compiled(&folder, backend);
+            let mut model = compiled(&folder, &format!("compile_backend: {backend}"));
             assert_eq!(model.backend, backend.parse::<CompileBackend>().unwrap());
             // The device refuses other heads with a reason of its own.
             if model.plan.caches.iter().any(|c| c.head_dim % 16 != 0) {

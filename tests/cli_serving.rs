@@ -1,15 +1,12 @@
 //! `throughput` and `latency` on the CPU device with tiny models, as a user runs them.
 
+mod common;
+
+use common::{golden, write_dataset};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
-
-fn golden(family: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/fixtures/golden")
-        .join(family)
-}
 
 fn lathe(family: &str, arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_lathe"))
@@ -37,25 +34,6 @@ fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-/// `n` requests with prompts of 1 to 14 tokens and outputs of 1 to 13.
-fn write_dataset(folder: &Path, n: usize) -> PathBuf {
-    let path = folder.join("d.jsonl");
-    let lines: Vec<String> = (0..n)
-        .map(|i| {
-            let ids: Vec<String> = (0..1 + i * 5 % 14)
-                .map(|t| ((i * 31 + t * 7) % 90).to_string())
-                .collect();
-            let osl = 1 + i * 3 % 13;
-            format!(
-                "{{\"task_id\":{i},\"input_ids\":[{}],\"output_tokens\":{osl}}}\n",
-                ids.join(",")
-            )
-        })
-        .collect();
-    std::fs::write(&path, lines.concat()).unwrap();
-    path
-}
-
 struct Files {
     folder: tempfile::TempDir,
     dataset: PathBuf,
@@ -64,7 +42,8 @@ struct Files {
 impl Files {
     fn new(n: usize) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let dataset = write_dataset(folder.path(), n);
+        let dataset = folder.path().join("d.jsonl");
+        write_dataset(&dataset, n);
         Self { folder, dataset }
     }
 

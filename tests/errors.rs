@@ -1,13 +1,15 @@
 //! What goes wrong, as a user meets it: one line that names the file, what was found and what to do,
 //! the right exit code, and never a panic.
 
-use std::path::{Path, PathBuf};
+mod common;
+
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 
 fn golden() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden/llama-rope3-tied")
+    common::golden("llama-rope3-tied")
 }
 
 /// A folder with a checkpoint, a dataset and other files to break.
@@ -52,8 +54,8 @@ impl Case {
         (output.status.code(), stderr.trim_end().to_string())
     }
 
-    /// The only line of a benchmark on the CPU that fails.
-    fn throughput(&self, more: &[&str]) -> String {
+    /// A benchmark of the model on the CPU.
+    fn benchmark(&self, dataset: &str, more: &[&str]) -> (Option<i32>, String) {
         let fixed = [
             "-m",
             "m",
@@ -61,9 +63,14 @@ impl Case {
             "cpu",
             "throughput",
             "--dataset",
-            "d.jsonl",
+            dataset,
         ];
-        let (code, error) = self.run(&[&fixed[..], more].concat());
+        self.run(&[&fixed[..], more].concat())
+    }
+
+    /// The only line of a benchmark that fails.
+    fn throughput(&self, more: &[&str]) -> String {
+        let (code, error) = self.benchmark("d.jsonl", more);
         assert_eq!(code, Some(1), "{error}");
         assert!(
             error.starts_with("error: ") && !error.contains('\n'),
@@ -76,15 +83,7 @@ impl Case {
 #[test]
 fn the_intact_case_runs() {
     let case = Case::new();
-    let (code, error) = case.run(&[
-        "-m",
-        "m",
-        "--device",
-        "cpu",
-        "throughput",
-        "--dataset",
-        "d.jsonl",
-    ]);
+    let (code, error) = case.benchmark("d.jsonl", &[]);
     assert_eq!((code, error.as_str()), (Some(0), ""));
 }
 
@@ -230,16 +229,7 @@ fn the_dataset() {
         ),
     );
     let lathe = |dataset: &str, more: &[&str]| {
-        let fixed = [
-            "-m",
-            "m",
-            "--device",
-            "cpu",
-            "throughput",
-            "--dataset",
-            dataset,
-        ];
-        let (code, error) = case.run(&[&fixed[..], more].concat());
+        let (code, error) = case.benchmark(dataset, more);
         assert_eq!(code, Some(1), "{error}");
         error
     };

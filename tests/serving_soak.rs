@@ -1,9 +1,8 @@
 //! A long run, outside CI: `cargo test --release --test serving_soak -- --ignored --nocapture`.
 
-use std::path::Path;
+mod common;
 
-use lathe::config::{Options, Resolved};
-use lathe::model::{CompiledModel, WeightChoice};
+use lathe::model::WeightChoice;
 use lathe_runtime::load::LoadOptions;
 use lathe_runtime::sampling::SamplingParams;
 use lathe_runtime::scheduler::{Clock, Engine, EngineConfig, Policy, Progress, Request};
@@ -27,15 +26,7 @@ fn resident() -> usize {
 fn a_hundred_thousand_requests() {
     const REQUESTS: u64 = 100_000;
     const IN_FLIGHT: usize = 200;
-    let folder =
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden/llama-rope3-tied");
-    let arguments = [
-        "lathe", "--device", "cpu", "--dtype", "float32", "doctor", "--model",
-    ];
-    let arguments = arguments.iter().map(Into::into).chain([folder.into()]);
-    let cli = lathe::cli::parse(arguments).unwrap();
-    let resolved = Resolved::new(Options::default(), Options::default());
-    let mut model = CompiledModel::compile(&cli.global, &resolved).unwrap();
+    let mut model = common::compiled(&common::golden("llama-rope3-tied"), "");
     let options = LoadOptions {
         max_tokens: 128,
         max_rows: 64,

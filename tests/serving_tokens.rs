@@ -1,38 +1,19 @@
 //! In float32 on the CPU a token depends on its sequence alone: however the scheduler batches, cuts,
 //! pages, pre-empts and overlaps, every family gives the tokens of one-by-one execution, bit for bit.
 
-use std::path::{Path, PathBuf};
+mod common;
+
+use common::{compiled, golden, goldens};
 use std::sync::atomic::AtomicBool;
 
 use lathe::bench::dataset::{Dataset, Request};
 use lathe::bench::serve::{Load, Served, serve};
-use lathe::config::{Options, Resolved};
 use lathe::model::{CompiledModel, WeightChoice};
 use lathe_runtime::load::LoadOptions;
 use lathe_runtime::sampling::SamplingParams;
 use lathe_runtime::scheduler::{
     Clock, Engine, EngineConfig, FinishReason, Finished, Policy, Progress, RequestError,
 };
-
-fn families() -> Vec<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden");
-    let mut folders: Vec<PathBuf> = std::fs::read_dir(root)
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-        .collect();
-    folders.sort();
-    folders
-}
-
-fn compiled(folder: &Path) -> CompiledModel {
-    let arguments = [
-        "lathe", "--device", "cpu", "--dtype", "float32", "doctor", "--model",
-    ];
-    let arguments = arguments.iter().map(Into::into).chain([folder.into()]);
-    let cli = lathe::cli::parse(arguments).unwrap();
-    let resolved = Resolved::new(Options::default(), Options::default());
-    CompiledModel::compile(&cli.global, &resolved).unwrap()
-}
 
 /// Prompts of 1 to 14 tokens, outputs of 1 to 18: more than a window, and not multiples of a page.
 fn dataset() -> Dataset {
@@ -104,9 +85,9 @@ fn tokens_do_not_depend_on_the_schedule() {
         ..roomy
     };
     let mut n_run = 0;
-    for folder in families() {
+    for folder in goldens() {
         let name = folder.file_name().unwrap().to_string_lossy().into_owned();
-        let mut model = compiled(&folder);
+        let mut model = compiled(&folder, "");
         n_run += 1;
         let alone = run(&mut model, 1, roomy, |_| {});
         let lengths: Vec<usize> = tokens(&alone).iter().map(|tokens| tokens.len()).collect();
@@ -136,8 +117,7 @@ fn tokens_do_not_depend_on_the_schedule() {
 fn requests_keep_their_own_ways() {
     use lathe_runtime::scheduler::Request;
 
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden/qwen3");
-    let mut model = compiled(&folder);
+    let mut model = compiled(&golden("qwen3"), "");
     let options = LoadOptions {
         max_tokens: 24,
         max_rows: 8,

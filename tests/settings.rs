@@ -1,16 +1,14 @@
 //! Each key of the YAML file, by what it changes when a model is compiled and run.
 
-use std::path::{Path, PathBuf};
+mod common;
+
+use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
 use serde_json::{Value, json};
 
-const MODEL: &str = "llama-rope3-tied";
-
 fn golden() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/fixtures/golden")
-        .join(MODEL)
+    common::golden("llama-rope3-tied")
 }
 
 /// A folder with a dataset, a YAML file and what runs leave behind.
@@ -44,19 +42,13 @@ impl Ran {
 }
 
 impl Bench {
-    /// 24 requests with prompts of 1 to 14 tokens and outputs of 1 to 13.
+    /// With 24 requests.
     fn new() -> Bench {
         let bench = Bench {
             folder: tempfile::tempdir().unwrap(),
             model: golden(),
         };
-        let line = |i: usize| {
-            let ids: Vec<usize> = (0..1 + i * 5 % 14).map(|t| (i * 31 + t * 7) % 90).collect();
-            let request = json!({"task_id": i, "input_ids": ids, "output_tokens": 1 + i * 3 % 13});
-            format!("{request}\n")
-        };
-        let lines: String = (0..24).map(line).collect();
-        std::fs::write(bench.path("d.jsonl"), lines).unwrap();
+        common::write_dataset(&bench.path("d.jsonl"), 24);
         bench
     }
 
@@ -405,28 +397,7 @@ fn transforms_switch_and_set() {
 #[test]
 fn the_example_of_the_documentation_runs() {
     let bench = Bench::new();
-    let yaml = "\
-# Compilation backend
-compile_backend: torch-opt
-
-# Runtime engine
-runtime: trtllm
-
-# Model loading
-skip_loading_weights: false
-
-# Fraction of free memory to use for kv-caches
-free_mem_ratio: 0.8
-
-# CUDA Graph optimization
-cuda_graph_batch_sizes: [1, 2, 4, 8, 16, 32, 64, 128, 256]
-
-# Attention backend
-attn_backend: flashinfer
-
-# Sequence configuration
-max_batch_size: 256
-";
+    let yaml = include_str!("fixtures/autodeploy.yaml");
     let ran = bench.throughput(yaml);
     assert_eq!(ran.tokens, bench.throughput("").tokens);
     assert_eq!(ran.report["world_info"]["kv_cache_percentage"], 0.8);

@@ -1,30 +1,10 @@
 //! The goldens through the optimised plan and its cache on the CPU device, as a user checks them.
 
-use std::path::{Path, PathBuf};
+mod common;
+
+use common::{golden, goldens};
+use std::path::Path;
 use std::process::{Command, Output};
-
-const GOLDENS: [&str; 14] = [
-    "llama-rope3-tied",
-    "llama-mha-bias",
-    "llama-linear",
-    "mistral-window",
-    "qwen2",
-    "qwen3",
-    "phi3",
-    "gemma",
-    "gemma2",
-    "gemma3",
-    "gpt2",
-    "gpt-neox",
-    "falcon",
-    "phi",
-];
-
-fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/fixtures/golden")
-        .join(name)
-}
 
 fn verify(model: &Path, dtype: &str, more: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_lathe"))
@@ -50,14 +30,14 @@ fn passes(model: &Path, dtype: &str, more: &[&str]) -> String {
 
 #[test]
 fn float32_in_both_spellings() {
-    for name in GOLDENS {
+    for golden in goldens() {
         let old = tempfile::tempdir().expect("a folder");
         for file in ["model.safetensors", "golden.safetensors"] {
-            std::fs::copy(golden(name).join(file), old.path().join(file)).expect("copied");
+            std::fs::copy(golden.join(file), old.path().join(file)).expect("copied");
         }
-        let config = golden(name).join("config.old.json");
+        let config = golden.join("config.old.json");
         std::fs::copy(config, old.path().join("config.json")).expect("copied");
-        for folder in [golden(name), old.path().to_path_buf()] {
+        for folder in [golden, old.path().to_path_buf()] {
             let out = passes(&folder, "float32", &[]);
             assert!(out.contains("greedy tokens       all 48 equal"), "{out}");
         }
@@ -66,8 +46,8 @@ fn float32_in_both_spellings() {
 
 #[test]
 fn bfloat16_is_as_near_as_the_reference() {
-    for name in GOLDENS {
-        passes(&golden(name), "bfloat16", &[]);
+    for golden in goldens() {
+        passes(&golden, "bfloat16", &[]);
     }
 }
 

@@ -4,6 +4,9 @@ use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use anyhow::Context;
+use serde::Serialize;
+use serde_json::Serializer;
+use serde_json::ser::PrettyFormatter;
 
 /// Writes a file through a temporary one beside it, so that a reader never sees half of it and a failure
 /// (a full disk) leaves what was there before. Something that is no regular file, such as /dev/stdout, is
@@ -18,6 +21,15 @@ pub fn write_atomically(
         _ => write_beside(path, write),
     };
     outcome.with_context(|| format!("{} cannot be written", path.display()))
+}
+
+/// Writes a value as JSON, as [`write_atomically`] does, each level indented by `indent`.
+pub fn write_json(path: &Path, indent: &[u8], value: &impl Serialize) -> anyhow::Result<()> {
+    write_atomically(path, |sink| {
+        let formatter = PrettyFormatter::with_indent(indent);
+        value.serialize(&mut Serializer::with_formatter(&mut *sink, formatter))?;
+        sink.write_all(b"\n")
+    })
 }
 
 fn write_directly(

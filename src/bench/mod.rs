@@ -14,6 +14,6 @@ pub mod schedule;
 pub mod serve;
 pub mod sizing;
 pub mod step_shares;
-mod table;
+pub(crate) mod table;
 pub mod tuning;
 pub mod warnings;

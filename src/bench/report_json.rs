@@ -6,13 +6,16 @@ use lathe_runtime::text::TextTokenizer;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::files::write_atomically;
+use super::files::{write_atomically, write_json};
 use super::metrics::RequestRecord;
 use super::report::Report;
 
+/// As in trtllm-bench's files.
+const INDENT: &[u8] = b"    ";
+
 /// `--report_json`: the report with trtllm-bench's keys.
 pub fn write_report_json(path: &Path, report: &Report) -> anyhow::Result<()> {
-    write_pretty(path, report)
+    write_json(path, INDENT, report)
 }
 
 /// One element of `--request_json`. Times in nanoseconds, rates in tokens a nanosecond, as trtllm-bench
@@ -53,7 +56,7 @@ pub fn write_request_json(
         .iter()
         .map(|record| request_entry(record, tokenizer))
         .collect::<anyhow::Result<Vec<_>>>()?;
-    write_pretty(path, &entries)
+    write_json(path, INDENT, &entries)
 }
 
 fn request_entry(
@@ -103,7 +106,7 @@ pub fn write_output_json(
         };
         outputs.insert(record.id.to_string(), output);
     }
-    write_pretty(path, &outputs)
+    write_json(path, INDENT, &outputs)
 }
 
 /// State of the engine after one iteration; the keys are those of TensorRT-LLM's iteration statistics.
@@ -171,16 +174,6 @@ pub fn write_iteration_log(path: &Path, iterations: &[IterationStats]) -> anyhow
             sink.write_all(b"\n")?;
         }
         Ok(())
-    })
-}
-
-fn write_pretty(path: &Path, value: &impl Serialize) -> anyhow::Result<()> {
-    write_atomically(path, |sink| {
-        let formatter = serde_json::ser::PrettyFormatter::with_indent(b"    ");
-        value.serialize(&mut serde_json::Serializer::with_formatter(
-            &mut *sink, formatter,
-        ))?;
-        sink.write_all(b"\n")
     })
 }
 

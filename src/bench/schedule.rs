@@ -5,12 +5,10 @@
 //! cache that holds 240 of them take three rounds, through one that holds 256 two. The scheduler itself
 //! is fast enough to be asked.
 
-use std::collections::VecDeque;
-
 use lathe_passes::egraph::cost::DeviceModel;
 use lathe_runtime::sampling::SamplingParams;
-use lathe_runtime::scheduler::{Clock, Engine, EngineConfig, Progress, Request};
-use lathe_runtime::step::{Capacity, Executor, StepBatch, StepError, StepOutput};
+use lathe_runtime::scheduler::{Clock, Engine, EngineConfig, NullDevice, Progress, Request};
+use lathe_runtime::step::Capacity;
 
 use super::dataset::Dataset;
 
@@ -57,40 +55,6 @@ impl StepCost {
     }
 }
 
-/// A device that computes nothing.
-struct Trial {
-    capacity: Capacity,
-    cost: StepCost,
-    rows: VecDeque<usize>,
-    seconds: f64,
-}
-
-impl Executor for Trial {
-    fn capacity(&self) -> Capacity {
-        self.capacity
-    }
-
-    fn step(&mut self, batch: &StepBatch, _logits: bool) -> Result<StepOutput, StepError> {
-        self.submit(batch)?;
-        self.collect()
-    }
-
-    fn submit(&mut self, batch: &StepBatch) -> Result<(), StepError> {
-        let cached = batch.kv_lens.iter().map(|&n| n as u64).sum();
-        self.seconds += self.cost.of(batch.tokens_len(), cached);
-        self.rows.push_back(batch.rows.len());
-        Ok(())
-    }
-
-    fn collect(&mut self) -> Result<StepOutput, StepError> {
-        let rows = self.rows.pop_front().unwrap_or(0);
-        Ok(StepOutput {
-            next: vec![0; rows],
-            ..StepOutput::default()
-        })
-    }
-}
-
 /// Seconds that the dataset takes when every request runs to its length; nothing if the configuration
 /// does not fit the capacity. Requests that cannot run are left out.
 pub fn predicted_seconds(
@@ -104,12 +68,11 @@ pub fn predicted_seconds(
         .ok()
         .filter(|&limit| limit > 0)
         .unwrap_or(usize::MAX);
-    let mut device = Trial {
-        capacity,
-        cost,
-        rows: VecDeque::new(),
-        seconds: 0.0,
-    };
+    let mut seconds = 0.0;
+    let mut device = NullDevice::new(capacity, |batch| {
+        let cached = batch.kv_lens.iter().map(|&n| n as u64).sum();
+        seconds += cost.of(batch.tokens_len(), cached);
+    });
     let config = EngineConfig {
         stream: false,
         log_steps: false,
@@ -139,7 +102,7 @@ pub fn predicted_seconds(
         engine.take_finished();
     }
     drop(engine);
-    Some(device.seconds)
+    Some(seconds)
 }
 
 /// Sizes that a trial prefers.
@@ -328,30 +291,6 @@ mod tests {
             roomy.is_none_or(|c| c.seconds > 0.97 * c.before),
             "{roomy:?}"
         );
-    }
-
-    /// The table in BENCHMARKS.md: `cargo test --release --lib schedule::tests::table -- --ignored --nocapture`.
-    #[test]
-    #[ignore = "prints a table"]
-    fn table() {
-        let cases = [
-            (512, 1000, 1000, 256, 2048),
-            (384, 128, 2048, 256, 2048),
-            (512, 2048, 128, 256, 4096),
-            (2048, 128, 128, 2048, 4096),
-        ];
-        for (n, isl, osl, batch, tokens) in cases {
-            let (config, capacity) = limits(batch, tokens, isl + osl as usize, 7744);
-            let data = dataset(n, isl, osl);
-            let rate = |seconds: f64| n as f64 * f64::from(osl) / seconds;
-            let seconds = predicted_seconds(&data, config, capacity, -1, cost()).unwrap();
-            let choice = choose(&data, config, capacity, -1, cost(), BOTH)
-                .map(|c| (c.max_batch_size, c.max_num_tokens, rate(c.seconds)));
-            println!(
-                "{isl}/{osl} n {n}: {batch} {tokens} {:.0}, {choice:?}",
-                rate(seconds)
-            );
-        }
     }
 
     /// For the record: what the scheduler makes of the standard workloads, in output tokens a second.

@@ -2,7 +2,7 @@
 
 /// Which side of a column its cells stand on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Align {
+pub(crate) enum Align {
     /// The left one.
     Left,
     /// The right one.
@@ -10,7 +10,7 @@ pub(super) enum Align {
 }
 
 /// Rows as lines of text with two spaces between columns; no spaces at the end of a line.
-pub(super) fn table(rows: &[Vec<String>], align: impl Fn(usize) -> Align) -> String {
+pub(crate) fn table(rows: &[Vec<String>], align: impl Fn(usize) -> Align) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| {
         let cells = rows.iter().filter_map(|row| row.get(column));
@@ -34,7 +34,7 @@ pub(super) fn table(rows: &[Vec<String>], align: impl Fn(usize) -> Align) -> Str
 }
 
 /// A number with about three significant digits and no exponent.
-pub(super) fn number(value: f64) -> String {
+pub(crate) fn number(value: f64) -> String {
     match value.abs() {
         v if v >= 100.0 => format!("{value:.0}"),
         v if v >= 10.0 => format!("{value:.1}"),

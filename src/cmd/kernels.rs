@@ -17,7 +17,7 @@ use lathe_runtime::weights::{Checkpoint, WeightsError};
 use lathe_runtime::{cpu, cuda};
 
 use super::config_file::ConfigFile;
-use crate::bench::files::write_atomically;
+use crate::bench::files::write_json;
 use crate::bench::kernels::{KernelsReport, Profiled, StepPoint};
 use crate::cli::GlobalOptions;
 use crate::config::{Given, Options, Resolved, Run};
@@ -108,10 +108,7 @@ impl Kernels {
         write!(out, "{report}")?;
         out.flush()?;
         if let Some(path) = &self.json {
-            write_atomically(path, |sink| {
-                serde_json::to_writer_pretty(&mut *sink, &report)?;
-                sink.write_all(b"\n")
-            })?;
+            write_json(path, b"  ", &report)?;
         }
         Ok(())
     }

@@ -1,6 +1,5 @@
 //! `selftest`: every kernel family of this machine's device against another implementation.
 
-use anyhow::Context;
 use clap::Args;
 use lathe_codegen::cuda::FAMILIES;
 use lathe_runtime::cuda::cubin_cache::CubinCache;
@@ -11,6 +10,8 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::time::Instant;
 
+use crate::bench::files::write_json;
+use crate::bench::table::{Align, table};
 use crate::cli::GlobalOptions;
 use crate::errors::usage_error;
 use crate::model::Target;
@@ -61,8 +62,7 @@ impl Selftest {
         let name = target.name();
         let seconds = start.elapsed().as_secs_f64();
         if let Some(path) = &self.json {
-            let text = serde_json::to_string_pretty(&self.to_json(&name, &report, &uncovered))?;
-            std::fs::write(path, text + "\n").with_context(|| path.display().to_string())?;
+            write_json(path, b"  ", &self.to_json(&name, &report, &uncovered))?;
         }
         if report.rows.is_empty() {
             let filter = self.filter.as_deref().unwrap_or("");
@@ -184,13 +184,16 @@ impl Selftest {
 
 fn print(report: &Report, uncovered: &[&str]) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
-    let names = report.rows.keys().map(|(name, _)| name.len());
-    let width = names.max().unwrap_or(0).max("family".len());
-    writeln!(
-        out,
-        "{:<width$}  type  {:>6}  {:>6}  {:>11}  {:>9}  verdict",
-        "family", "cases", "failed", "worst error", "tolerance"
-    )?;
+    let head = [
+        "family",
+        "type",
+        "cases",
+        "failed",
+        "worst error",
+        "tolerance",
+        "verdict",
+    ];
+    let mut rows = vec![head.map(str::to_owned).to_vec()];
     for ((family, dtype), row) in &report.rows {
         let (error, tolerance) = match row.worst.tolerance == 0.0 {
             true => ("equal".to_owned(), String::new()),
@@ -200,14 +203,21 @@ fn print(report: &Report, uncovered: &[&str]) -> anyhow::Result<()> {
             ),
         };
         let verdict = if row.failed == 0 { "ok" } else { "FAILED" };
-        writeln!(
-            out,
-            "{family:<width$}  {:<4}  {:>6}  {:>6}  {error:>11}  {tolerance:>9}  {verdict}",
-            dtype.name(),
-            row.cases,
-            row.failed
-        )?;
+        rows.push(vec![
+            family.clone(),
+            dtype.name().to_owned(),
+            row.cases.to_string(),
+            row.failed.to_string(),
+            error,
+            tolerance,
+            verdict.to_owned(),
+        ]);
     }
+    let align = |column| match column {
+        0 | 1 | 6 => Align::Left,
+        _ => Align::Right,
+    };
+    write!(out, "{}", table(&rows, align))?;
     for f in &report.failures {
         writeln!(out, "FAILED {}: {}: {}", f.family, f.place, f.what)?;
     }

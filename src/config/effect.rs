@@ -123,6 +123,7 @@ impl Resolved {
 
 #[cfg(test)]
 mod tests {
+    use super::super::keys::example;
     use super::super::{KEYS, Options, parse};
     use super::*;
 
@@ -170,18 +171,7 @@ mod tests {
     #[test]
     fn on_the_engine_and_a_gpu_only_sharding_is_idle() {
         for (key, ..) in KEYS {
-            let value = match *key {
-                "compile_backend" => "opt",
-                "runtime" => "trtllm",
-                "free_mem_ratio" => "0.5",
-                "cuda_graph_batch_sizes" => "[1]",
-                "attn_backend" => "torch",
-                "kv_cache_dtype" => "auto",
-                "model_kwargs" | "transforms" => "{}",
-                "max_batch_size" | "max_seq_len" | "max_num_tokens" | "attn_page_size" => "5",
-                _ => "true",
-            };
-            let lines = idle(&format!("{key}: {value}"), Run::Serving, false);
+            let lines = idle(&format!("{key}: {}", example(key)), Run::Serving, false);
             assert_eq!(
                 lines.len(),
                 usize::from(*key == "simple_shard_only"),

@@ -119,9 +119,33 @@ fn distance(a: &str, b: &str) -> usize {
     rows[a.len()][b.len()]
 }
 
+/// A value that a key takes.
+#[cfg(test)]
+pub(super) fn example(key: &str) -> &'static str {
+    match key {
+        "compile_backend" => "opt",
+        "runtime" => "trtllm",
+        "free_mem_ratio" => "0.5",
+        "cuda_graph_batch_sizes" => "[1]",
+        "attn_backend" => "torch",
+        "kv_cache_dtype" => "auto",
+        "model_kwargs" | "transforms" => "{}",
+        "max_batch_size" | "max_seq_len" | "max_num_tokens" | "attn_page_size" => "5",
+        _ => "true",
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use super::super::parse;
     use super::*;
+
+    #[test]
+    fn every_documented_key_is_accepted() {
+        for (key, ..) in KEYS {
+            parse("c.yaml", &format!("{key}: {}", example(key))).unwrap();
+        }
+    }
 
     #[test]
     fn misspelt_keys() {
