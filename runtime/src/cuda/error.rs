@@ -83,8 +83,7 @@ pub enum CudaError {
         bytes: usize,
     },
     /// A kernel does not compile.
-    #[error("kernel {} does not compile: {} (source: {}, log: {})", .0.kernel, .0.first_line,
-        .0.source_path.display(), .0.log_path.display())]
+    #[error("kernel {} does not compile: {} ({})", .0.kernel, .0.reason, .0.kept)]
     Compile(Box<CompileFailure>),
     /// An NVRTC call failed for another reason than the source.
     #[error("NVRTC: {what}: {code}")]
@@ -140,10 +139,12 @@ impl From<WeightsError> for CudaError {
 pub struct CompileFailure {
     /// The kernel's module.
     pub kernel: String,
-    /// The first error of the log.
-    pub first_line: String,
+    /// The first error of the log, and how many follow.
+    pub reason: String,
     /// The whole log.
     pub log: String,
+    /// Where source and log lie, or why they could not be written.
+    pub kept: String,
     /// The file that the source was written to.
     pub source_path: PathBuf,
     /// The file that the log was written to.

@@ -218,21 +218,38 @@ fn failed(source: &Source, log: String, code: result::NvrtcError, dir: &Path) ->
     let written = std::fs::create_dir_all(dir)
         .and_then(|()| std::fs::write(&source_path, &source.text))
         .and_then(|()| std::fs::write(&log_path, &log));
-    if let Err(error) = written {
-        tracing::warn!(
-            "{}: cannot keep the source of a failed compile: {error}",
+    let kept = match written {
+        Ok(()) => format!(
+            "source: {}, log: {}",
+            source_path.display(),
+            log_path.display()
+        ),
+        Err(error) => format!(
+            "source and log cannot be kept in {}: {error}",
             dir.display()
-        );
-    }
-    let first_line = log
-        .lines()
-        .find(|l| l.contains("error"))
-        .map_or_else(|| code.to_string(), str::to_owned);
-    let kernel = source.name.clone();
+        ),
+    };
+    // Not the lines that close a log: "2 errors detected in the compilation", "aborted due to errors".
+    let is_error = |line: &&str| {
+        line.contains("error")
+            && !line.contains("errors detected")
+            && !line.contains("due to error")
+            && !line.contains("error detected")
+    };
+    let mut errors = log.lines().filter(is_error);
+    let first = errors
+        .next()
+        .map_or_else(|| code.to_string(), |line| line.trim().to_owned());
+    let reason = match errors.count() {
+        0 => first,
+        1 => format!("{first}, and 1 more error"),
+        more => format!("{first}, and {more} more errors"),
+    };
     CudaError::Compile(Box::new(CompileFailure {
-        kernel,
-        first_line,
+        kernel: source.name.clone(),
+        reason,
         log,
+        kept,
         source_path,
         log_path,
     }))
@@ -316,22 +333,38 @@ pub fn parse_resources(log: &str) -> Vec<KernelResources> {
     kernels
 }
 
-/// The folder for sources that fail to compile: `failed` in the workspace or in the cache.
-pub fn failed_dir(cache_dir: &Path) -> PathBuf {
-    cache_dir.join("failed")
+/// The folder for sources that fail to compile: beside the cache's entries, without a cache among temporary files.
+pub fn failed_dir(cache: Option<&CubinCache>) -> PathBuf {
+    cache
+        .map_or_else(
+            || std::env::temp_dir().join("lathe"),
+            |c| c.dir().to_owned(),
+        )
+        .join("failed")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Whether NVRTC is there; says so if not.
+    /// Whether NVRTC is there; says so if not, and fails where it has to be there.
     fn has_nvrtc() -> bool {
         let found = library::ensure(Library::Nvrtc);
         if let Err(error) = &found {
+            assert!(std::env::var_os("LATHE_REQUIRE_NVRTC").is_none(), "{error}");
             eprintln!("skipped: {error}");
         }
         found.is_ok()
+    }
+
+    /// The failure and its message, which is one line.
+    fn failure(error: CudaError) -> (Box<CompileFailure>, String) {
+        let message = error.to_string();
+        assert_eq!(message.lines().count(), 1, "{message}");
+        let CudaError::Compile(failure) = error else {
+            panic!("{message}")
+        };
+        (failure, message)
     }
 
     #[test]
@@ -426,32 +459,72 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_compile_keeps_source_and_log() {
+    fn a_failed_compile_says_why_and_where_its_source_lies() {
         if !has_nvrtc() {
             return;
         }
         let dir = tempfile::tempdir().unwrap();
-        let source = Source::new(
+        let cache = CubinCache::open(dir.path().join("cubins"), 1 << 20).unwrap();
+        let good = Source::new("good", "extern \"C\" __global__ void good() {}");
+        let bad = Source::new(
             "bad/kernel",
-            "extern \"C\" __global__ void k() { undeclared = 1; }",
+            "extern \"C\" __global__ void k(int* x) {\n  *x = undeclared;\n  *x = missing();\n}",
         );
-        let error = compile(&source, dir.path()).unwrap_err();
-        let message = error.to_string();
+        let sources = [good, bad.clone()];
+        // What fails is not cached: the second time it fails in the same way.
+        for _ in 0..2 {
+            let failed = failed_dir(Some(&cache));
+            let mut outcomes = compile_all(&sources, Some(&cache), &failed, 2, &|_| {});
+            let (failure, message) = failure(outcomes.pop().unwrap().unwrap_err());
+            assert!(outcomes.pop().unwrap().is_ok(), "the others are not lost");
+            let source_path = dir.path().join("cubins/failed/bad_kernel.cu");
+            let log_path = source_path.with_extension("log");
+            assert_eq!(
+                message,
+                format!(
+                    "kernel bad/kernel does not compile: bad/kernel.cu(2): error: identifier \"undeclared\" is undefined, \
+                     and 1 more error (source: {}, log: {})",
+                    source_path.display(),
+                    log_path.display()
+                )
+            );
+            assert_eq!(std::fs::read_to_string(&source_path).unwrap(), bad.text);
+            let log = std::fs::read_to_string(&log_path).unwrap();
+            assert!(
+                log.contains("undeclared") && log.contains("missing"),
+                "{log}"
+            );
+            assert_eq!(failure.log, log);
+            std::fs::remove_dir_all(&failed).unwrap();
+        }
+    }
+
+    /// Needs no NVRTC: a log of ptxas, one without any error, and a folder that cannot be made.
+    #[test]
+    fn a_failure_names_the_first_error_and_what_was_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let source = Source::new("k", "text");
+        let told = |log: &str, dir: &Path| {
+            let code = result::NvrtcError(sys::nvrtcResult::NVRTC_ERROR_COMPILATION);
+            failure(failed(&source, log.to_owned(), code, dir)).1
+        };
+        let log = "ptxas info : 0 bytes gmem\nptxas k.ptx, line 7; error   : Arguments mismatch\n\
+                   ptxas fatal   : Ptx assembly aborted due to errors\n";
+        let message = told(log, dir.path());
         assert!(
-            message.contains("undeclared") && !message.contains('\n'),
+            message.contains("line 7; error   : Arguments mismatch"),
             "{message}"
         );
-        let CudaError::Compile(failure) = error else {
-            panic!("{message}")
-        };
-        assert_eq!(
-            std::fs::read_to_string(&failure.source_path).unwrap(),
-            source.text
-        );
         assert!(
-            std::fs::read_to_string(&failure.log_path)
-                .unwrap()
-                .contains("undeclared")
+            message.contains(&dir.path().join("k.cu").display().to_string()),
+            "{message}"
+        );
+        assert!(told("", dir.path()).contains("NVRTC_ERROR_COMPILATION"));
+        let taken = dir.path().join("k.cu/failed");
+        let message = told(log, &taken);
+        assert!(
+            message.contains("cannot be kept in") && message.contains("Not a directory"),
+            "{message}"
         );
     }
 }

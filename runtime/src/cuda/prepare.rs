@@ -231,8 +231,7 @@ impl Modules {
             }
         }
         let threads = std::thread::available_parallelism().map_or(4, |n| n.get());
-        let temp = std::env::temp_dir();
-        let failed = super::nvrtc::failed_dir(cache.map_or(temp.as_path(), |c| c.dir()));
+        let failed = super::nvrtc::failed_dir(cache);
         let total = wanted.len() as u64;
         let tell = |n: usize| progress::advance("compile kernels", Unit::Items, n as u64, total);
         let compiled = super::nvrtc::compile_all(&wanted, cache, &failed, threads, &tell);

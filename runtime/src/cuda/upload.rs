@@ -7,7 +7,6 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
@@ -277,8 +276,7 @@ struct Generator {
 impl Generator {
     fn new(device: &Device, cache: Option<&CubinCache>) -> Result<Self, CudaError> {
         let source = Source::new(KERNEL, SOURCE);
-        let failed =
-            nvrtc::failed_dir(cache.map_or(Path::new(&std::env::temp_dir()), CubinCache::dir));
+        let failed = nvrtc::failed_dir(cache);
         let compiled = match cache {
             Some(cache) => cache.get_or_compile(&source, &failed)?,
             None => nvrtc::compile(&source, &failed)?,
