@@ -5,6 +5,7 @@ mod common;
 
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -85,6 +86,50 @@ fn the_intact_case_runs() {
     let case = Case::new();
     let (code, error) = case.benchmark("d.jsonl", &[]);
     assert_eq!((code, error.as_str()), (Some(0), ""));
+}
+
+/// A mistyped extent is refused, or compiles as fast as any other.
+#[test]
+fn extents_in_the_billions() {
+    let case = Case::new();
+    let text = std::fs::read_to_string(case.path("m/config.json")).unwrap();
+    let config: Value = serde_json::from_str(&text).unwrap();
+    let compile = |changes: Value| {
+        let mut config = config.clone();
+        for (key, value) in changes.as_object().unwrap() {
+            config[key] = value.clone();
+        }
+        case.write("m/config.json", &config.to_string());
+        let start = Instant::now();
+        let outcome = case.run(&["-m", "m", "compile", "--target", "h100"]);
+        // It takes well under a second; what depends on the extent would take minutes.
+        assert!(start.elapsed() < Duration::from_secs(20), "{changes}");
+        outcome
+    };
+    for (key, value, expected) in [
+        ("vocab_size", 4_000_000_000_u64, "at most 2147483647"),
+        ("intermediate_size", 1 << 62, "at most 2147483647"),
+        ("num_hidden_layers", 2_000_000_000, "at most 4096 layers"),
+        ("head_dim", 2_000_000_000, "at most 65536 features a head"),
+        ("num_attention_heads", 2_000_000_000, "536870912 of all"),
+    ] {
+        let (code, error) = compile(json!({"head_dim": 16, key: value}));
+        assert_eq!(code, Some(1), "{error}");
+        assert!(
+            error.starts_with("error: m/config.json: '") && error.contains(expected),
+            "{error}"
+        );
+        assert_eq!(error.lines().count(), 1, "{error}");
+    }
+    for changes in [
+        json!({"vocab_size": 2_000_000_000}),
+        json!({"intermediate_size": 2_000_000_000}),
+        json!({"max_position_embeddings": 2_000_000_000}),
+        json!({"hidden_size": 2_000_000_000, "head_dim": 16}),
+    ] {
+        let (code, error) = compile(changes);
+        assert_eq!((code, error.as_str()), (Some(0), ""));
+    }
 }
 
 #[test]

@@ -8,6 +8,8 @@ use std::ops::Range;
 
 /// Most segments of one recipe; values of more pieces are computed.
 const MAX_SEGMENTS: usize = 4096;
+/// Most pieces on the way to a recipe.
+const MAX_RUNS: usize = 1 << 20;
 
 /// Which values depend on weights and constants alone and can be computed once: float tensors of
 /// known extents. Leaves count as such if they are weights.
@@ -107,11 +109,48 @@ struct View {
     transpose: bool,
     /// Extents of the rows' indices.
     shape: Vec<usize>,
-    /// The row of the tensor for each row, in row-major order.
-    rows: Vec<usize>,
+    /// The rows of the tensor that they are, in row-major order, as maximal runs: extents may be billions.
+    rows: Vec<Range<usize>>,
     /// Columns of the tensor; a vector has one, and no axis for it.
     cols: Range<usize>,
     vector: bool,
+}
+
+impl View {
+    fn len(&self) -> usize {
+        self.rows.iter().map(ExactSizeIterator::len).sum()
+    }
+
+    /// The rows at `kept` of every `period` rows; `None` if these are too many pieces.
+    fn every(&self, period: usize, kept: Range<usize>) -> Option<Vec<Range<usize>>> {
+        if kept == (0..period) {
+            return Some(self.rows.clone());
+        }
+        let len = self.len();
+        if kept.is_empty() || len / period > MAX_RUNS {
+            return kept.is_empty().then(Vec::new);
+        }
+        let mut rows: Vec<Range<usize>> = Vec::new();
+        let mut runs = self.rows.iter();
+        let (mut at, mut run) = (0, runs.next()?);
+        for start in (0..len).step_by(period) {
+            let mut wanted = start + kept.start..start + kept.end;
+            while !wanted.is_empty() {
+                while at + run.len() <= wanted.start {
+                    at += run.len();
+                    run = runs.next()?;
+                }
+                let first = run.start + (wanted.start - at);
+                let n = wanted.len().min(run.end - first);
+                match rows.last_mut() {
+                    Some(last) if last.end == first => last.end += n,
+                    _ => rows.push(first..first + n),
+                }
+                wanted.start += n;
+            }
+        }
+        Some(rows)
+    }
 }
 
 /// Reads a chain of changes of layout back to its weight.
@@ -131,7 +170,9 @@ fn view(graph: &Graph, id: NodeId) -> Option<View> {
             Some(View {
                 tensor: weight.name.clone(),
                 transpose: false,
-                rows: (0..shape.iter().product()).collect(),
+                rows: std::iter::once(0..product(&shape)?)
+                    .filter(|r| !r.is_empty())
+                    .collect(),
                 shape,
                 cols: 0..cols,
                 vector,
@@ -144,7 +185,7 @@ fn view(graph: &Graph, id: NodeId) -> Option<View> {
                 return None;
             }
             v.shape = to;
-            (v.shape.iter().product::<usize>() == v.rows.len()).then_some(v)
+            (product(&v.shape)? == v.len()).then_some(v)
         }
         Op::Slice { axis, start, end } => {
             let mut v = view(graph, node.inputs[0])?;
@@ -155,25 +196,21 @@ fn view(graph: &Graph, id: NodeId) -> Option<View> {
                 return Some(v);
             }
             let extent = *v.shape.get(axis)?;
-            let inner: usize = v.shape[axis + 1..].iter().product();
-            let inside = |i: &usize| (start..end).contains(&(i / inner.max(1) % extent));
-            v.rows = (0..v.rows.len())
-                .filter(inside)
-                .map(|i| v.rows[i])
-                .collect();
+            let inner = product(&v.shape[axis + 1..])?;
+            v.rows = v.every(extent * inner, start * inner..end * inner)?;
             v.shape[axis] = end - start;
             Some(v)
         }
         Op::Permute(p) if p[..] == [1, 0] => {
             let v = view(graph, node.inputs[0])?;
-            let (&first, &last) = (v.rows.first()?, v.rows.last()?);
-            let whole = v.rows.iter().enumerate().all(|(i, &r)| r == first + i);
-            (whole && v.shape.len() == 1 && !v.vector).then(|| View {
+            let [rows] = &v.rows[..] else { return None };
+            let (rows, cols) = (rows.clone(), v.cols);
+            (v.shape.len() == 1 && !v.vector).then(|| View {
                 tensor: v.tensor,
                 transpose: !v.transpose,
-                shape: vec![v.cols.len()],
-                rows: v.cols.collect(),
-                cols: first..last + 1,
+                shape: vec![cols.len()],
+                rows: vec![cols],
+                cols: rows,
                 vector: false,
             })
         }
@@ -181,24 +218,31 @@ fn view(graph: &Graph, id: NodeId) -> Option<View> {
     }
 }
 
+/// The product of extents, if it is no more than memory could hold.
+fn product(extents: &[usize]) -> Option<usize> {
+    extents.iter().try_fold(1usize, |p, &n| p.checked_mul(n))
+}
+
 /// Rows as segments of one checkpoint tensor, one after the other.
 fn segments(graph: &Graph, id: NodeId) -> Option<Vec<Segment>> {
     let v = view(graph, id)?;
-    let mut segments: Vec<Segment> = Vec::new();
-    for (dst_row, &row) in v.rows.iter().enumerate() {
-        match segments.last_mut() {
-            Some(s) if s.src_rows.end == row => s.src_rows.end += 1,
-            _ => segments.push(Segment {
-                tensor: v.tensor.clone(),
-                src_rows: row..row + 1,
-                src_cols: v.cols.clone(),
-                dst_row,
-                perm: RowPerm::Identity,
-                transpose: v.transpose,
-            }),
-        }
+    if v.rows.len() > MAX_SEGMENTS {
+        return None;
     }
-    (segments.len() <= MAX_SEGMENTS).then_some(segments)
+    let mut dst_row = 0;
+    let place = |rows: Range<usize>| {
+        let segment = Segment {
+            tensor: v.tensor.clone(),
+            src_cols: v.cols.clone(),
+            dst_row,
+            perm: RowPerm::Identity,
+            transpose: v.transpose,
+            src_rows: rows,
+        };
+        dst_row += segment.src_rows.len();
+        segment
+    };
+    Some(v.rows.into_iter().map(place).collect())
 }
 
 /// Segments of a pack with their places and permutations; `None` if a permutation would go across
@@ -361,5 +405,79 @@ mod tests {
             .add(Op::Binary(lathe_ir::BinaryFn::Add), &[f, x.unwrap()], &at)
             .unwrap();
         assert!(!fixed(&g)[sum.index()]);
+    }
+
+    /// A slice of a slice, against its meaning row by row.
+    #[test]
+    fn slices_keep_the_rows_that_they_name() {
+        for (outer, extent, inner) in [(1, 5, 1), (3, 4, 2), (2, 6, 3), (5, 1, 4)] {
+            let every_row = 7..7 + outer * extent * inner;
+            let whole = View {
+                tensor: "w".into(),
+                transpose: false,
+                shape: vec![outer, extent, inner],
+                rows: vec![every_row],
+                cols: 0..1,
+                vector: false,
+            };
+            for start in 0..=extent {
+                for end in start..=extent {
+                    let kept = |row: &usize| (start..end).contains(&((row - 7) / inner % extent));
+                    let expected: Vec<usize> = whole.rows[0].clone().filter(kept).collect();
+                    let rows = whole
+                        .every(extent * inner, start * inner..end * inner)
+                        .unwrap();
+                    assert!(rows.windows(2).all(|w| w[0].end != w[1].start), "{rows:?}");
+                    assert_eq!(rows.iter().cloned().flatten().collect::<Vec<_>>(), expected);
+                    // And once more, of what is left of each outer index.
+                    let (left, view) = (
+                        (end - start) * inner,
+                        View {
+                            rows,
+                            ..whole_like(&whole)
+                        },
+                    );
+                    if left > 1 {
+                        let rows = view.every(left, 1..left).unwrap();
+                        let expected = expected.chunks(left).flat_map(|c| &c[1..]).copied();
+                        assert_eq!(
+                            rows.into_iter().flatten().collect::<Vec<_>>(),
+                            expected.collect::<Vec<_>>()
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    fn whole_like(v: &View) -> View {
+        View {
+            tensor: v.tensor.clone(),
+            shape: v.shape.clone(),
+            rows: v.rows.clone(),
+            cols: v.cols.clone(),
+            ..*v
+        }
+    }
+
+    /// Recipes are ranges: billions of rows take no time and no memory.
+    #[test]
+    fn extents_may_be_billions() {
+        let mut g = Graph::new("wide");
+        let at = Prov::global("w");
+        let n = i64::from(i32::MAX) / 16 * 16;
+        let [gate, up] = ["gate", "up"].map(|name| weight(&mut g, name, &[n, 8]));
+        let packed = g.add(Op::Pack(PackKind::GateUp), &[gate, up], &at).unwrap();
+        assert_eq!(recipe(&g, packed).unwrap().unwrap().rows as i64, 2 * n);
+        let grouped = g
+            .add(Op::Reshape(dims(&[n / 2, 2, 8])), &[gate], &at)
+            .unwrap();
+        let odd = Op::Slice {
+            axis: 1,
+            start: 1,
+            end: 2,
+        };
+        let odd = g.add(odd, &[grouped], &at).unwrap();
+        assert_eq!(recipe(&g, odd).unwrap(), None, "too many pieces");
     }
 }

@@ -9,9 +9,12 @@
 //! together the rows; a 1-D tensor of N values is `[N, 1]`, a scalar `[1, 1]`; with [`Segment::transpose`] a
 //! 2-D tensor's rows and columns change places first. All ranges of a segment are in the view's coordinates.
 
+mod cover;
+
 use std::fmt;
 use std::ops::Range;
 
+use cover::{Fault, fault};
 use serde::{Deserialize, Serialize};
 
 /// Rows of one partner in an interleaved block: both the RoPE halves and gate|up alternate by this many rows.
@@ -252,9 +255,38 @@ impl PackRecipe {
         self.segments[segment].dst_row_of(row)
     }
 
-    /// Checks every segment and that each destination row is written exactly once.
+    /// Checks every segment and that each destination row is written exactly once. Takes no longer for
+    /// more rows.
     pub fn validate(&self) -> Result<(), PackError> {
-        self.row_sources().map(drop)
+        let (rows, cols) = (self.rows, self.cols);
+        for (index, segment) in self.segments.iter().enumerate() {
+            if let Some(reason) = self.segment_misfit(segment) {
+                let tensor = segment.tensor.clone();
+                return Err(PackError::Segment {
+                    rows,
+                    cols,
+                    index,
+                    tensor,
+                    reason,
+                });
+            }
+        }
+        match fault(rows, &self.segments) {
+            None => Ok(()),
+            Some(Fault::Overlap { row, first, second }) => Err(PackError::Overlap {
+                rows,
+                cols,
+                row,
+                first: self.segments[first].tensor.clone(),
+                second: self.segments[second].tensor.clone(),
+            }),
+            Some(Fault::Uncovered { row, count }) => Err(PackError::Uncovered {
+                rows,
+                cols,
+                row,
+                count,
+            }),
+        }
     }
 
     /// The source of every destination row, in the order of the destination.
@@ -262,51 +294,17 @@ impl PackRecipe {
     /// # Errors
     /// Any error of [`PackRecipe::validate`].
     pub fn row_sources(&self) -> Result<Vec<RowSource>, PackError> {
-        const NONE: RowSource = RowSource {
-            segment: u32::MAX,
-            row: u32::MAX,
-        };
-        let (rows, cols) = (self.rows, self.cols);
-        let mut sources = vec![NONE; rows];
+        self.validate()?;
+        let mut sources = vec![RowSource { segment: 0, row: 0 }; self.rows];
         for (index, segment) in self.segments.iter().enumerate() {
-            if let Some(reason) = self.segment_misfit(segment) {
-                return Err(PackError::Segment {
-                    rows,
-                    cols,
-                    index,
-                    tensor: segment.tensor.clone(),
-                    reason,
-                });
-            }
             for row in segment.src_rows.clone() {
-                let dst = segment.dst_row_of(row);
-                let slot = &mut sources[dst];
-                if *slot != NONE {
-                    let first = self.segments[slot.segment as usize].tensor.clone();
-                    return Err(PackError::Overlap {
-                        rows,
-                        cols,
-                        row: dst,
-                        first,
-                        second: segment.tensor.clone(),
-                    });
-                }
-                *slot = RowSource {
+                sources[segment.dst_row_of(row)] = RowSource {
                     segment: index as u32,
                     row: row as u32,
                 };
             }
         }
-        let count = sources.iter().filter(|s| **s == NONE).count();
-        match sources.iter().position(|s| *s == NONE) {
-            Some(row) => Err(PackError::Uncovered {
-                rows,
-                cols,
-                row,
-                count,
-            }),
-            None => Ok(sources),
-        }
+        Ok(sources)
     }
 
     fn segment_misfit(&self, s: &Segment) -> Option<String> {

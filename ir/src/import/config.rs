@@ -17,6 +17,9 @@ pub struct HfConfig {
     root: Map<String, Value>,
 }
 
+/// Most layers of a model.
+const MAX_LAYERS: u32 = 4096;
+
 /// Keys of `rope_parameters` that are understood; an unknown one could change the positions.
 const ROPE_KEYS: [&str; 15] = [
     "rope_type",
@@ -142,7 +145,18 @@ impl HfConfig {
         }
     }
 
-    /// A positive integer.
+    /// The number of layers. Each one is imported, so a mistyped number would take all memory.
+    ///
+    /// # Errors
+    /// Absent, or none of 1 to 4096.
+    pub fn layers(&self, key: &str) -> Result<u32, ImportError> {
+        match self.size(key)? {
+            n @ ..=MAX_LAYERS => Ok(n),
+            _ => Err(self.invalid(key, &format!("at most {MAX_LAYERS} layers"))),
+        }
+    }
+
+    /// An extent: a positive integer that an index of 32 bits reaches.
     ///
     /// # Errors
     /// Absent, or something else.
@@ -151,15 +165,19 @@ impl HfConfig {
             .ok_or_else(|| self.missing(key, "a positive integer"))
     }
 
-    /// A positive integer, if written.
+    /// An extent, if written.
     ///
     /// # Errors
     /// Something else stands there.
     pub fn opt_size(&self, key: &str) -> Result<Option<u32>, ImportError> {
-        self.typed(key, "a positive integer", |v| {
-            v.as_u64()
-                .and_then(|n| u32::try_from(n).ok())
-                .filter(|&n| n > 0)
+        // Token ids are i32, and so are extents in kernels.
+        let expected = match self.get(key).and_then(Value::as_u64) {
+            Some(1..) => "at most 2147483647",
+            _ => "a positive integer",
+        };
+        self.typed(key, expected, |v| {
+            let n = i32::try_from(v.as_i64()?).ok()?;
+            u32::try_from(n).ok().filter(|&n| n > 0)
         })
     }
 

@@ -84,6 +84,11 @@ pub(crate) fn kv_heads(cfg: &HfConfig, heads: u32, optional: bool) -> Result<u32
     }
 }
 
+/// Features of a head: a table is made of their frequencies.
+const MAX_HEAD_DIM: u32 = 1 << 16;
+/// Features of all query heads; with as many of keys and of values they are still indexed by 32 bits.
+const MAX_HEAD_FEATURES: u64 = 1 << 29;
+
 /// `head_dim`, or `default`, or the heads' share of the hidden size.
 pub(crate) fn head_dim(
     cfg: &HfConfig,
@@ -91,16 +96,28 @@ pub(crate) fn head_dim(
     hidden: u32,
     heads: u32,
 ) -> Result<u32, ImportError> {
-    match cfg.opt_size("head_dim")?.or(default) {
-        Some(d) => Ok(d),
-        None if hidden.is_multiple_of(heads) => Ok(hidden / heads),
+    let head_dim = match cfg.opt_size("head_dim")?.or(default) {
+        Some(d) => d,
+        None if hidden.is_multiple_of(heads) => hidden / heads,
         None => {
             let expected = format!(
                 "a positive integer, because {heads} heads do not divide hidden size {hidden}"
             );
-            Err(cfg.missing("head_dim", &expected))
+            return Err(cfg.missing("head_dim", &expected));
         }
+    };
+    let features = u64::from(heads) * u64::from(head_dim);
+    if head_dim <= MAX_HEAD_DIM && features <= MAX_HEAD_FEATURES {
+        return Ok(head_dim);
     }
+    Err(ImportError::Invalid {
+        file: cfg.file().to_string(),
+        key: "head_dim".to_string(),
+        found: head_dim.to_string(),
+        expected: format!(
+            "at most {MAX_HEAD_DIM} features a head and {MAX_HEAD_FEATURES} of all {heads} heads"
+        ),
+    })
 }
 
 impl Decoder {
@@ -129,7 +146,7 @@ impl Decoder {
             post_norms: false,
             embed_scale: None,
             logit_cap: None,
-            windows: vec![None; cfg.size("num_hidden_layers")? as usize],
+            windows: vec![None; cfg.layers("num_hidden_layers")? as usize],
             rope: RopeTable::read(cfg, rope_at, head_dim, rope, opts)?,
             local_rope: None,
         })

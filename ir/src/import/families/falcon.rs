@@ -32,7 +32,7 @@ pub(crate) fn import(cfg: &HfConfig, opts: &ImportOptions) -> Result<Model, Impo
     cfg.only("alibi", &false.into())?;
     let hidden = cfg.size("hidden_size")?;
     let heads = cfg.size("num_attention_heads")?;
-    let layers = cfg.size("num_hidden_layers")?;
+    let layers = cfg.layers("num_hidden_layers")?;
     let new_form = cfg.bool_or("new_decoder_architecture", false)?;
     let kv_heads = if new_form {
         let n = cfg.opt_size("num_kv_heads")?.unwrap_or(heads);
@@ -52,7 +52,9 @@ pub(crate) fn import(cfg: &HfConfig, opts: &ImportOptions) -> Result<Model, Impo
     let bias = cfg.bool_or("bias", false)?;
     let sizes = Sizes {
         vocab: cfg.size("vocab_size")?,
-        intermediate: cfg.opt_size("ffn_hidden_size")?.unwrap_or(4 * hidden),
+        intermediate: cfg
+            .opt_size("ffn_hidden_size")?
+            .unwrap_or(hidden.saturating_mul(4)),
         max_position: cfg.opt_size("max_position_embeddings")?.unwrap_or(2048),
         tied: cfg.bool_or("tie_word_embeddings", true)?,
     };

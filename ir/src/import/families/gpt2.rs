@@ -26,10 +26,10 @@ pub(crate) fn import(cfg: &HfConfig, opts: &ImportOptions) -> Result<Model, Impo
     cfg.only("add_cross_attention", &false.into())?;
     let hidden = cfg.size("n_embd")?;
     let heads = cfg.size("n_head")?;
-    let layers = cfg.size("n_layer")?;
+    let layers = cfg.layers("n_layer")?;
     let sizes = Sizes {
         vocab: cfg.size("vocab_size")?,
-        intermediate: cfg.opt_size("n_inner")?.unwrap_or(4 * hidden),
+        intermediate: cfg.opt_size("n_inner")?.unwrap_or(hidden.saturating_mul(4)),
         max_position: cfg.size("n_positions")?,
         tied: cfg.bool_or("tie_word_embeddings", true)?,
     };

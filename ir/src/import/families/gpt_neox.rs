@@ -26,7 +26,7 @@ pub(crate) fn import(cfg: &HfConfig, opts: &ImportOptions) -> Result<Model, Impo
     let sizes = Sizes::read(cfg, false)?;
     let hidden = cfg.size("hidden_size")?;
     let heads = cfg.size("num_attention_heads")?;
-    let layers = cfg.size("num_hidden_layers")?;
+    let layers = cfg.layers("num_hidden_layers")?;
     let head_dim = head_dim(cfg, None, hidden, heads)?;
     let bias = cfg.bool_or("attention_bias", true)?;
     let mut attention = Attention::plain(hidden, heads, heads, head_dim);

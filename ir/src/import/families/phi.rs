@@ -19,7 +19,7 @@ pub(crate) fn import(cfg: &HfConfig, opts: &ImportOptions) -> Result<Model, Impo
     let sizes = Sizes::read(cfg, false)?;
     let hidden = cfg.size("hidden_size")?;
     let heads = cfg.size("num_attention_heads")?;
-    let layers = cfg.size("num_hidden_layers")?;
+    let layers = cfg.layers("num_hidden_layers")?;
     let eps = cfg.opt_f64("layer_norm_eps")?.unwrap_or(1e-5);
     let act = Activation::read(cfg, "hidden_act", Activation::GeluTanh)?;
     let mut attention = Attention::plain(
