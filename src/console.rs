@@ -46,6 +46,12 @@ impl Observer for Watch {
             console.advance(task, unit, done, total);
         }
     }
+
+    fn end(&self, task: &'static str) {
+        if let Some(console) = CONSOLE.get() {
+            console.end(task);
+        }
+    }
 }
 
 /// Writes log lines to stderr above the bars.
@@ -90,6 +96,8 @@ impl Console {
         let known = self.running().iter().find(|r| r.name == name).cloned();
         let Running { bar, task, .. } = known.unwrap_or_else(|| self.begin(name, false));
         if bar.length() != Some(total) {
+            // Begun, or begun again: a step of a longer task that is done in several rounds.
+            bar.set_position(0);
             bar.set_length(total);
             bar.set_style(style(match unit {
                 Unit::Bytes => BYTES,
@@ -99,6 +107,17 @@ impl Console {
         // Threads report out of order.
         bar.set_position(done.max(bar.position()));
         if done >= total && !task {
+            self.remove(&bar);
+        }
+    }
+
+    /// Ends a task that no [`Task`] stands for.
+    fn end(&self, name: &'static str) {
+        let known = self.running().iter().find(|r| r.name == name).cloned();
+        if let Some(Running {
+            bar, task: false, ..
+        }) = known
+        {
             self.remove(&bar);
         }
     }
@@ -259,6 +278,25 @@ mod tests {
         let names: Vec<&str> = console.running().iter().map(|r| r.name).collect();
         assert_eq!(names, ["benchmark"]);
         console.advance("compile kernels", Unit::Items, 1, 1);
+        drop(outer);
+        assert!(console.running().is_empty());
+    }
+
+    #[test]
+    fn a_task_in_rounds_and_another_within_it() {
+        let (console, paper) = on_paper();
+        let outer = Task::on(Some(console), "compile kernels");
+        console.advance("compile kernels", Unit::Items, 40, 40);
+        console.advance("autotune", Unit::Items, 0, 12);
+        console.advance("compile kernels", Unit::Items, 7, 300);
+        assert_eq!(outer.bar.as_ref().unwrap().position(), 7, "a new round");
+        console.advance("autotune", Unit::Items, 5, 12);
+        console.running()[1].bar.force_draw();
+        assert!(paper.0.lock().unwrap().contains("5 of 12"));
+        console.end("autotune");
+        console.end("compile kernels");
+        let names: Vec<&str> = console.running().iter().map(|r| r.name).collect();
+        assert_eq!(names, ["compile kernels"], "its task ends it");
         drop(outer);
         assert!(console.running().is_empty());
     }

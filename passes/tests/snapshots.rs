@@ -5,6 +5,7 @@ mod common;
 use common::model;
 use lathe_ir::text::print;
 use lathe_ir::{DType, Graph};
+use lathe_passes::chains::fuse_chains;
 use lathe_passes::egraph::cost::DeviceModel;
 use lathe_passes::pipeline::{PassConfig, compile_with};
 use std::fmt::Write;
@@ -68,6 +69,16 @@ fn check(name: &str) {
         let file = format!("{name}-{}-{program}", 6 + i);
         snapshot(&file, &header, graph.as_ref());
     }
+    // What no rule has fused; models that are wholly fused have none.
+    let decode = layer.decode.as_ref().expect("a decode program");
+    let chained = fuse_chains(decode).expect("types are kept");
+    if chained != *decode {
+        let header = format!(
+            "// {name}, decode step of layers {:?}, with chains\n",
+            layer.layers
+        );
+        snapshot(&format!("{name}-8-chains"), &header, Some(&chained));
+    }
 }
 
 #[test]
@@ -88,4 +99,10 @@ fn qwen3() {
 #[test]
 fn mistral_with_a_window() {
     check("mistral-window");
+}
+
+/// Norms with offsets, before and after attention and MLP, GELU, and a soft cap: much is left to chains.
+#[test]
+fn gemma2_with_chains() {
+    check("gemma2");
 }

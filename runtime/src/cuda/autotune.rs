@@ -6,6 +6,7 @@
 use super::CudaError;
 use super::timing::Samples;
 use super::tuning_cache::{Entry, TuningCache};
+use crate::progress::Counted;
 use lathe_codegen::cuda::{Choices, GemmKey, Variant};
 use std::time::{Duration, Instant};
 
@@ -79,8 +80,11 @@ pub(super) fn tune(
         .iter()
         .filter(|key| cached(cache, key, sms).is_none())
         .collect();
+    // The bar goes when this does, however that comes.
+    let mut progress = None;
     if !unknown.is_empty() {
         tracing::info!("autotune: {} of {} GEMM shapes", unknown.len(), keys.len());
+        progress = Some(Counted::begin("autotune", unknown.len()));
         let mut wanted = Vec::new();
         for key in &unknown {
             let variants = Variant::candidates(key, sms);
@@ -103,6 +107,9 @@ pub(super) fn tune(
             );
             tuned.timed += 1;
             cache.insert(key, entry);
+        }
+        if let Some(progress) = &mut progress {
+            progress.step();
         }
     }
     if tuned.timed > 0 {
@@ -332,5 +339,43 @@ mod tests {
             tune(&mut fake, &[key(320)], SMS, &mut cache, Duration::ZERO).unwrap();
         assert!(choices.is_empty());
         assert_eq!((tuned.left, fake.timed), (1, 0));
+    }
+
+    /// The only observer of this crate's tests; they run side by side, so it looks at one total.
+    #[test]
+    fn tuning_tells_how_far_it_is() {
+        use crate::progress::{Observer, Unit, observe};
+        use std::sync::Mutex;
+
+        static TOLD: Mutex<Vec<Option<u64>>> = Mutex::new(Vec::new());
+        struct Recorder;
+        impl Observer for Recorder {
+            fn advance(&self, task: &'static str, _: Unit, done: u64, total: u64) {
+                if (task, total) == ("autotune", 5) {
+                    TOLD.lock().unwrap().push(Some(done));
+                }
+            }
+            fn end(&self, task: &'static str) {
+                let mut told = TOLD.lock().unwrap();
+                if task == "autotune" && !told.is_empty() {
+                    told.push(None);
+                }
+            }
+        }
+        assert!(observe(Box::new(Recorder)));
+        let dir = tempfile::tempdir().unwrap();
+        let mut cache = TuningCache::open(dir.path(), "one GPU");
+        let keys: Vec<GemmKey> = (1..6).map(|i| key(64 * i)).collect();
+        let limit = Duration::from_secs(60);
+        let mut run = |fake: &mut Fake| tune(fake, &keys, SMS, &mut cache, limit).unwrap();
+        run(&mut Fake::default());
+        let told = TOLD.lock().unwrap().clone();
+        // The end stands for the last; ends of other tests may come before it.
+        let counted: Vec<u64> = told.iter().copied().flatten().collect();
+        assert_eq!(counted, [0, 1, 2, 3, 4]);
+        assert_eq!(told.last(), Some(&None));
+        run(&mut Fake::default());
+        let again = TOLD.lock().unwrap().iter().flatten().count();
+        assert_eq!(again, 5, "nothing is timed, so nothing is told");
     }
 }
