@@ -16,7 +16,7 @@ cd "$(dirname "$0")/.."
 lathe=${LATHE:-${CARGO_TARGET_DIR:-target}/release/lathe}
 sanitizer=${SANITIZER:-$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)}
 limit=${LIMIT:-300}
-families="attn_decode attn_plain attn_plan attn_prefill chain embed gemm gemv linear_plain norm rope_append sample skinny"
+families="attn_decode attn_plain attn_plan attn_prefill chain embed gemm gemv linear_plain norm rope_append row_sums sample skinny"
 if [ ! -x "$lathe" ] || [ ! -x "$sanitizer" ]; then
     echo "error: $lathe or $sanitizer is missing; set LATHE and SANITIZER" >&2
     exit 2

@@ -2,7 +2,7 @@
 
 use crate::lower::pack_dtype;
 use crate::pack::{PackError, PackRecipe, RowPerm, Segment};
-use lathe_ir::{Graph, NodeId, Op, PackKind, TensorType, TypeError};
+use lathe_ir::{BinaryFn, Graph, NodeId, Op, PackKind, TensorType, TypeError};
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -66,6 +66,19 @@ impl Folded {
         self.nodes.insert(key, new);
         Ok(new)
     }
+}
+
+/// The parts of a weight whose columns are multiplied: `[rows, cols]` rows of checkpoint tensors and a
+/// vector of `cols`, both of one type.
+pub(crate) fn scaled_columns(graph: &Graph, id: NodeId) -> Option<(NodeId, NodeId)> {
+    let node = graph.node(id);
+    let &[w, g] = &node.inputs[..] else {
+        return None;
+    };
+    let (wt, gt) = (graph.tensor(w)?, graph.tensor(g)?);
+    let fits = wt.rank() == 2 && gt.shape[..] == wt.shape[1..] && gt.dtype == wt.dtype;
+    let product = matches!(node.op, Op::Binary(BinaryFn::Mul));
+    (product && fits && is_layout(graph, w)).then_some((w, g))
 }
 
 /// Whether a value is read through a recipe.

@@ -1,6 +1,6 @@
 //! From graphs to a plan, one step an operation.
 
-use crate::fold::{Folded, fixed, is_layout, recipe};
+use crate::fold::{Folded, fixed, is_layout, recipe, scaled_columns};
 use crate::liveness::{assign_slots, check_slots};
 use crate::pack::{PackDType, PackError, PackRecipe};
 use crate::plan::{
@@ -303,12 +303,23 @@ impl<'a> Lowering<'a> {
         if !is_read && !is_output {
             return Ok(Operand::None);
         }
+        Ok(Operand::Weight(self.place(id)?))
+    }
+
+    /// The index of the weight that holds a value that depends on weights alone.
+    fn place(&mut self, id: NodeId) -> Result<usize, LowerError> {
         let ty = self.graph.tensor(id).expect("weights are tensors").clone();
         if let Some(recipe) = recipe(self.graph, id)? {
-            return Ok(Operand::Weight(self.stored(recipe, ty)));
+            return Ok(self.stored(recipe, ty, None));
         }
         if matches!(self.graph.node(id).op, Op::Weight { .. }) {
             return Err(self.no_kernel(id));
+        }
+        if let Some((w, by)) = scaled_columns(self.graph, id)
+            && let Some(recipe) = recipe(self.graph, w)?
+        {
+            let by = self.place(by)?;
+            return Ok(self.stored(recipe, ty, Some(by)));
         }
         // One column: a computed weight is never cut into rows.
         let recipe = PackRecipe {
@@ -319,26 +330,31 @@ impl<'a> Lowering<'a> {
         };
         let computed = self.once.import(self.graph, id)?;
         let known = self.once.weights.iter().find(|w| w.0 == computed);
-        let index = match known {
-            Some(&(_, index)) => index,
-            None => {
-                self.plan.weights.push(WeightBuffer { recipe, ty });
-                let index = self.plan.weights.len() - 1;
-                self.once.weights.push((computed, index));
-                index
-            }
-        };
-        Ok(Operand::Weight(index))
+        if let Some(&(_, index)) = known {
+            return Ok(index);
+        }
+        self.plan.weights.push(WeightBuffer {
+            recipe,
+            ty,
+            scaled_by: None,
+        });
+        let index = self.plan.weights.len() - 1;
+        self.once.weights.push((computed, index));
+        Ok(index)
     }
 
-    /// The index of a weight of this recipe. Views of one weight differ in their type alone.
-    fn stored(&mut self, recipe: PackRecipe, ty: TensorType) -> usize {
+    /// The index of a weight of this recipe and factors. Views of one weight differ in their type alone.
+    fn stored(&mut self, recipe: PackRecipe, ty: TensorType, scaled_by: Option<usize>) -> usize {
         let weights = &mut self.plan.weights;
         let known = weights
             .iter()
-            .position(|w| w.recipe == recipe && w.ty.dtype == ty.dtype);
+            .position(|w| w.recipe == recipe && w.ty.dtype == ty.dtype && w.scaled_by == scaled_by);
         known.unwrap_or_else(|| {
-            weights.push(WeightBuffer { recipe, ty });
+            weights.push(WeightBuffer {
+                recipe,
+                ty,
+                scaled_by,
+            });
             weights.len() - 1
         })
     }

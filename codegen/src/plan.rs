@@ -72,6 +72,9 @@ pub struct WeightBuffer {
     pub recipe: PackRecipe,
     /// Extents and element type.
     pub ty: TensorType,
+    /// The weight `[cols]` by which its columns are multiplied, in its place, after everything is
+    /// loaded and [`Plan::once`] has run: products in f32, rounded to the element type.
+    pub scaled_by: Option<usize>,
 }
 
 impl WeightBuffer {

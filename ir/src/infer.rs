@@ -615,6 +615,7 @@ fn gemm(prologue: Prologue, epilogue: Epilogue, inputs: &[&Type]) -> R {
     }
     match (prologue, inputs[4], inputs[5]) {
         (Prologue::None, Type::None, Type::None) => Ok(Type::Tensor(y)),
+        (Prologue::Rms { .. }, Type::None, Type::None) => Ok(Type::Tensor(y)),
         (Prologue::Rms { .. }, Type::Tensor(g), Type::None) => {
             norm_operands(x, g)?;
             Ok(Type::Tensor(y))

@@ -196,7 +196,7 @@ impl QkvSpec {
 pub enum Prologue {
     /// Nothing.
     None,
-    /// `rmsnorm(x)·gamma`.
+    /// `rmsnorm(x)·gamma`; without gamma `rmsnorm(x)`: the columns of the weight are multiplied by it.
     Rms {
         /// Added to the mean square.
         eps: Real,

@@ -404,6 +404,16 @@ fn gemm_prologues_and_epilogues() {
         ),
         &hw,
     );
+    // Without gamma the weight's columns are multiplied by it.
+    let scaled = eval(Op::Binary(BinaryFn::Mul), &[&w, &g]);
+    close(
+        &gemm(
+            Prologue::Rms { eps },
+            Epilogue::None,
+            &[&x, &scaled, &none, &none, &none, &none],
+        ),
+        &hw,
+    );
     // Feature 8b+j comes from packed rows 16b+j (gate) and 16b+8+j (up).
     let want: Vec<f64> = data(&hw)
         .chunks(32)

@@ -10,6 +10,7 @@ use crate::egraph::convert::Choice;
 use crate::egraph::extract::alternatives;
 use crate::egraph::{EGraph, Lang};
 use crate::pipeline::Terms;
+use crate::predict::weight_only;
 use crate::rule::{Rule, Stage};
 use crate::rules;
 use egg::{ENodeOrVar, Id, Language, Pattern, RecExpr, Var};
@@ -243,9 +244,10 @@ impl History<'_> {
             parts.entry(by).or_default().extend(part);
         }
         let mut ops = Vec::new();
+        let loaded = weight_only(program);
         for (node, values) in parts {
             let op = &program.node(node).op;
-            if op.is_leaf() || matches!(op, Op::Pack(_) | Op::Permute(_)) {
+            if op.is_leaf() || loaded[node.index()] || matches!(op, Op::Permute(_)) {
                 continue;
             }
             let imported: BTreeSet<NodeId> = values

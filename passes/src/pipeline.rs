@@ -217,6 +217,9 @@ pub fn compile_with(
     } else {
         cut(model)?
     };
+    // Across regions: an embedding that is the head too is read in two.
+    let mut shared = TensorAnalysis::default();
+    shared.note_shared(model);
     clock.lap("regions");
     let mut templates = Vec::new();
     let mut chosen = Vec::new();
@@ -226,7 +229,7 @@ pub fn compile_with(
             .iter()
             .filter(|r| r.template == i)
             .filter_map(|r| r.layer);
-        let mut t = Template::new(template, i, layers.collect(), config);
+        let mut t = Template::new(template, i, layers.collect(), config, &shared);
         t.run(dumps, &mut clock)?;
         chosen.push(t.choose(dumps, &mut clock));
         templates.push(t.report);
@@ -353,7 +356,8 @@ pub struct Terms {
 /// # Errors
 /// As [`compile`].
 pub fn terms_of(graph: &Graph, config: &PassConfig) -> Result<Terms, CompileError> {
-    let mut t = Template::new(graph, 0, Vec::new(), config);
+    let none = TensorAnalysis::default();
+    let mut t = Template::new(graph, 0, Vec::new(), config, &none);
     t.run(false, &mut Clock::default())?;
     Ok(t.terms)
 }
@@ -371,8 +375,14 @@ struct Template<'a> {
 }
 
 impl<'a> Template<'a> {
-    fn new(graph: &Graph, index: usize, layers: Vec<u32>, config: &'a PassConfig) -> Template<'a> {
-        let mut egraph = EGraph::new(TensorAnalysis::default());
+    fn new(
+        graph: &Graph,
+        index: usize,
+        layers: Vec<u32>,
+        config: &'a PassConfig,
+        known: &TensorAnalysis,
+    ) -> Template<'a> {
+        let mut egraph = EGraph::new(known.clone());
         let ids = add_graph(&mut egraph, graph);
         egraph.rebuild();
         let full = graph

@@ -590,7 +590,7 @@ fn main() {
             4.0 * (m * k) as f64,
             0.0,
             |_| {
-                norm::rms_norm(&x, &gamma, 1e-5, 0.0, k, &mut h).expect("shapes fit");
+                norm::rms_norm(&x, Some(&gamma), 1e-5, 0.0, k, &mut h).expect("shapes fit");
             },
         );
     }

@@ -142,8 +142,8 @@ pub fn choose(
 ) -> Option<Choice> {
     /// Least step that keeps the matrix units busy.
     const STEPS: [usize; 4] = [1024, 1280, 1536, 2048];
-    /// Least part of the time that is worth a departure from the heuristic.
-    const WORTH: f64 = 0.005;
+    /// Least part of the time that is worth a departure from the heuristic: the prediction is not better.
+    const WORTH: f64 = 0.02;
     /// A trial of so many tokens takes about 0.1 s.
     const MOST_TOKENS: u64 = 4_000_000;
     /// A smaller batch would leave the matrix units idle.

@@ -5,6 +5,7 @@ use super::choice::Choices;
 use super::launch::{
     Arg, CudaOptions, Launch, MapArg, MapSwizzle, Meta, Ref, Sampling, Sizes, Workspace,
 };
+use super::row_sums::RowSums;
 use super::source::{Body, Defines, Kernels};
 use crate::plan::{Operand, Plan, Program, Step, ValueId};
 use crate::work::Work;
@@ -25,6 +26,8 @@ pub(super) struct Context<'a> {
     pub(super) kernels: Kernels,
     pub(super) launches: Vec<Launch>,
     pub(super) workspaces: Vec<Workspace>,
+    /// Sums of squares of rows that are at hand.
+    pub(super) row_sums: RowSums,
     /// The step being lowered.
     pub(super) at: usize,
     /// The step's kernels start after their predecessors have ended.
@@ -71,6 +74,7 @@ impl<'a> Context<'a> {
             kernels: Kernels::default(),
             launches: Vec::new(),
             workspaces: Vec::new(),
+            row_sums: RowSums::default(),
             at: 0,
             serial: false,
         }

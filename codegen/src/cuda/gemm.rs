@@ -1,14 +1,14 @@
 //! Which kernel runs a GEMM step: the variant that was chosen by timing, else by the heuristics
 //! weight-streaming GEMV up to 4 rows, skinny tensor-core GEMM up to 128, tiled GEMM above; and a
-//! plain one for other element types and ragged sizes. A norm prologue that the kernel does not take
-//! becomes a launch of its own.
+//! plain one for other element types and ragged sizes. The tensor-core kernels take a norm whose gamma
+//! is in the weight as a factor a row; a norm that the kernel does not take is a launch of its own.
 
 use super::choice::{GemmKey, Variant};
 use super::context::{Context, Geometry};
 use super::launch::{Arg, LibraryGemm, Ref, Sampling};
 use super::norm::{self, Norm};
-use super::source::Body;
-use super::{CudaError, gemv, skinny, tiled};
+use super::source::{Body, literal};
+use super::{CudaError, gemv, row_sums, skinny, tiled};
 use crate::plan::Operand;
 use crate::work::{KernelClass, Work, WorkShape, gemm_flops};
 use lathe_ir::{DType, Epilogue, GemmSpec, Op, Prologue};
@@ -33,6 +33,16 @@ pub(super) struct Gemm {
     pub(super) y: Ref,
     /// The result is the index of the largest output of each row, `i32 [M]`.
     pub(super) argmax: bool,
+    /// The norm as a factor a row, of the tensor-core kernels.
+    pub(super) row_scale: Option<RowScale>,
+}
+
+/// An RMSNorm without gamma that is applied to the accumulators.
+#[derive(Clone)]
+pub(super) struct RowScale {
+    /// Sums of squares, `[M]` fixed-point numbers.
+    pub(super) sums: Ref,
+    pub(super) eps: f64,
 }
 
 impl Gemm {
@@ -50,6 +60,7 @@ impl Gemm {
         let (rows, features) = (self.m * self.k, self.m * self.features());
         let prologue = match self.prologue {
             Prologue::None => 0,
+            Prologue::Rms { .. } if self.gamma == Ref::Null => 0,
             Prologue::Rms { .. } => self.k,
             Prologue::AddRms { .. } => self.k + 2 * rows,
         };
@@ -58,10 +69,14 @@ impl Gemm {
         let out = if self.argmax { 0 } else { features };
         let elements = rows + self.n * self.k + prologue + bias + residual + out;
         let (m, n, k) = (self.m, self.n, self.k);
+        let sums = match &self.row_scale {
+            Some(_) => m * row_sums::SUM_BYTES,
+            None => 0,
+        };
         Work {
             class: KernelClass::Gemm,
             shape: WorkShape::Gemm { m, n, k },
-            bytes: (elements * self.dtype.size()) as f64,
+            bytes: (elements * self.dtype.size() + sums) as f64,
             flops: gemm_flops(m, n, k),
         }
     }
@@ -144,6 +159,7 @@ fn operands(cx: &mut Context<'_>, argmax: bool) -> Result<Gemm, CudaError> {
             cx.result(usize::from(added))?
         },
         argmax,
+        row_scale: None,
     })
 }
 
@@ -161,14 +177,21 @@ fn run(cx: &mut Context<'_>, mut g: Gemm) -> Result<(), CudaError> {
         None if gemv::takes(&g) => Some(Variant::Gemv),
         None => None,
     };
-    let fuses_norm = variant == Some(Variant::Gemv) && gemv::takes_prologue(&g);
+    let fuses_norm = match variant {
+        Some(Variant::Gemv) => gemv::takes_prologue(&g),
+        Some(Variant::Skinny { .. } | Variant::Tiled { .. }) => scale_rows(cx, &mut g),
+        _ => false,
+    };
     if g.prologue != Prologue::None && !fuses_norm {
         split_prologue(cx, &mut g)?;
     }
     let library = match (variant, key) {
         (Some(Variant::CublasLt { algorithm }), Some(key)) => {
             // The own kernel stays beside it for devices without the library.
+            let sums = cx.row_sums.clone();
             own(cx, &g, Some((&key, Variant::heuristic(&key, sms))));
+            // The library leaves no sums of squares.
+            cx.row_sums = sums;
             Some(LibraryGemm {
                 m: g.m,
                 n: g.n,
@@ -228,6 +251,45 @@ fn own(cx: &mut Context<'_>, g: &Gemm, variant: Option<(&GemmKey, Variant)>) {
     }
 }
 
+/// Makes a norm without gamma a factor a row, if it can be one.
+fn scale_rows(cx: &mut Context<'_>, g: &mut Gemm) -> bool {
+    let (Prologue::Rms { eps }, Ref::Null) = (g.prologue, &g.gamma) else {
+        return false;
+    };
+    if !row_sums::fits(g.k, g.dtype) {
+        return false;
+    }
+    let sums = row_sums::of_operand(cx, &g.x, g.m, g.k, g.dtype);
+    g.row_scale = Some(RowScale {
+        sums,
+        eps: eps.get(),
+    });
+    g.prologue = Prologue::None;
+    true
+}
+
+/// What the tensor-core kernels are told of norms: macros and three parameters, the sums of squares of
+/// the operand's rows, of the result's rows, and those to clear.
+pub(super) fn row_norms(cx: &mut Context<'_>, g: &Gemm) -> (Vec<(&'static str, String)>, [Arg; 3]) {
+    let out = match g.epilogue {
+        // No norm follows gated features.
+        Epilogue::SwiGlu => None,
+        _ => row_sums::of_result(cx, &g.y, g.m, g.n, g.dtype),
+    };
+    let (scaled, summed) = (u8::from(g.row_scale.is_some()), u8::from(out.is_some()));
+    let mut defines = vec![
+        ("ROW_SCALE", scaled.to_string()),
+        ("ROW_SUMS", summed.to_string()),
+    ];
+    if let Some(s) = &g.row_scale {
+        defines.push(("LATHE_EPS", literal(s.eps)));
+    }
+    let read = g.row_scale.as_ref().map(|s| s.sums.clone());
+    let (add, clear) = out.map(|s| (s.add, s.clear)).unzip();
+    let args = [read, add, clear].map(|r| Arg::Ptr(r.unwrap_or(Ref::Null)));
+    (defines, args)
+}
+
 /// The norm as a launch of its own; the GEMM then reads its result.
 fn split_prologue(cx: &mut Context<'_>, g: &mut Gemm) -> Result<(), CudaError> {
     let y = cx.work("normed", g.m * g.k * g.dtype.size(), None);
@@ -250,7 +312,8 @@ fn split_prologue(cx: &mut Context<'_>, g: &mut Gemm) -> Result<(), CudaError> {
             dtype: g.dtype,
         },
     )?;
-    // The GEMM's own launch counts the weights; the norm moves rows: x and y, with `delta` also that and the sum.
+    // The GEMM's own launch counts the weights; the norm moves rows: x and y, with `delta` also that and
+    // the sum.
     if let Some(launch) = cx.launches.last_mut() {
         let tensors = if g.delta == Ref::Null { 2 } else { 4 };
         let bytes = (tensors * g.m + 1) * g.k * g.dtype.size();
@@ -302,9 +365,15 @@ pub(super) fn epilogue_name(e: Epilogue) -> &'static str {
     }
 }
 
-/// The end of the name of a tensor-core kernel with this `EPI`.
-pub(super) fn epilogue_label(epi: &str) -> String {
-    epi["EPI_".len()..].to_lowercase()
+/// The end of the name of a tensor-core kernel with this `EPI` and these macros of [`row_norms`].
+pub(super) fn epilogue_label(epi: &str, norms: &[(&'static str, String)]) -> String {
+    let has = |name: &str| norms.iter().any(|(n, v)| *n == name && v == "1");
+    format!(
+        "{}{}{}",
+        if has("ROW_SCALE") { "rms_" } else { "" },
+        epi["EPI_".len()..].to_lowercase(),
+        if has("ROW_SUMS") { "_sums" } else { "" }
+    )
 }
 
 /// `EPI` of the tensor-core kernels.

@@ -127,6 +127,10 @@ pub(super) fn launch(cx: &mut Context<'_>, g: &Gemm) {
         .def("LATHE_SLOTS", s.slots)
         .def("LATHE_R", R)
         .def("LATHE_PRO", prologue)
+        .def(
+            "LATHE_NO_GAMMA",
+            u8::from(prologue == 1 && g.gamma == Ref::Null),
+        )
         .def("LATHE_EPI", epilogue);
     if let Some(eps) = eps {
         defines = defines.def("LATHE_EPS", literal(eps.get()));

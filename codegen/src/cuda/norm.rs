@@ -10,6 +10,7 @@ use lathe_ir::{DType, Op};
 pub(super) struct Norm {
     pub(super) x: Ref,
     pub(super) delta: Option<Ref>,
+    /// Null if it is 1.
     pub(super) gamma: Ref,
     pub(super) y: Ref,
     pub(super) sum: Ref,
@@ -67,8 +68,9 @@ pub(super) fn launch(cx: &mut Context<'_>, n: Norm) -> Result<(), CudaError> {
     let vectors = n.cols * n.dtype.size() / 16;
     let threads = vectors.next_multiple_of(32).clamp(32, 256);
     let label = format!(
-        "{}{}_{}",
+        "{}{}{}_{}",
         if n.delta.is_some() { "add_" } else { "" },
+        if n.gamma == Ref::Null { "plain_" } else { "" },
         n.cols,
         n.dtype
     );
@@ -76,6 +78,7 @@ pub(super) fn launch(cx: &mut Context<'_>, n: Norm) -> Result<(), CudaError> {
         .defines(n.dtype)
         .def("LATHE_K", n.cols)
         .def("LATHE_ADD", u8::from(n.delta.is_some()))
+        .def("LATHE_NO_GAMMA", u8::from(n.gamma == Ref::Null))
         .def("LATHE_EPS", literal(n.eps))
         .def("LATHE_THREADS", threads);
     let args = vec![

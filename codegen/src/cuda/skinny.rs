@@ -3,7 +3,7 @@
 
 use super::choice::{GemmKey, Variant};
 use super::context::{Context, Geometry, SHARED, matrix_map};
-use super::gemm::{Gemm, epilogue_label, epilogue_macro};
+use super::gemm::{Gemm, epilogue_label, epilogue_macro, row_norms};
 use super::launch::{Arg, Ref};
 use super::source::Body;
 use lathe_ir::Epilogue;
@@ -75,7 +75,8 @@ impl Shape {
         };
         let staging = warpgroups * staged * (features + 4) * 4;
         let slot = panels * (rows + nt) * 128 + 16;
-        let stages = ((SHARED - staging) / slot).min(10);
+        let scale = if key.norm { warpgroups * 4 * nt } else { 0 };
+        let stages = ((SHARED - staging - scale) / slot).min(10);
         let tiles = key.n.div_ceil(rows);
         let units = tiles * key.k.div_ceil(64 * panels);
         let grid = match even {
@@ -88,7 +89,7 @@ impl Shape {
             nt,
             rows,
             stages,
-            shared: stages * slot + staging,
+            shared: stages * slot + staging + scale,
             grid,
         })
     }
@@ -99,7 +100,8 @@ pub(super) fn launch(cx: &mut Context<'_>, g: &Gemm, s: &Shape, warpgroups: usiz
     let most = cx.options.sms as usize * 128 * s.nt * 4;
     let partial = cx.work("skinny.partial", most, Some(u32::MAX));
     let epi = epilogue_macro(g);
-    let defines = cx
+    let (norms, [row_sums, out_sums, next_sums]) = row_norms(cx, g);
+    let mut defines = cx
         .defines(g.dtype)
         .def("NT", s.nt)
         .def("CWG", warpgroups)
@@ -109,7 +111,11 @@ pub(super) fn launch(cx: &mut Context<'_>, g: &Gemm, s: &Shape, warpgroups: usiz
         .def("EPI", epi)
         .def("OUT_F32", 0)
         .def("EVICT_FIRST", 1);
-    let label = format!("t{}_w{warpgroups}p{panels}_{}", s.nt, epilogue_label(epi));
+    let label = epilogue_label(epi, &norms);
+    let label = format!("t{}_w{warpgroups}p{panels}_{label}", s.nt);
+    for (name, value) in norms {
+        defines = defines.def(name, value);
+    }
     let out = g.features() as i32;
     let args = vec![
         matrix_map(g.w.clone(), g.n, g.k, s.rows, 64),
@@ -119,6 +125,9 @@ pub(super) fn launch(cx: &mut Context<'_>, g: &Gemm, s: &Shape, warpgroups: usiz
         Arg::Ptr(g.residual.clone().unwrap_or(Ref::Null)),
         Arg::Ptr(partial),
         Arg::Ptr(Ref::Null),
+        row_sums,
+        out_sums,
+        next_sums,
         Arg::I32(g.m as i32),
         Arg::I32(g.n as i32),
         Arg::I32(g.k as i32),

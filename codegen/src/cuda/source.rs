@@ -28,7 +28,7 @@ impl KernelSource {
 }
 
 /// The kernel families, each a file of `kernels/`.
-pub const FAMILIES: [&str; 17] = [
+pub const FAMILIES: [&str; 18] = [
     "attn_decode",
     "attn_plain",
     "attn_plan",
@@ -43,6 +43,7 @@ pub const FAMILIES: [&str; 17] = [
     "plain",
     "rope",
     "rope_append",
+    "row_sums",
     "sample",
     "skinny",
     "tokens",
@@ -65,6 +66,7 @@ pub(super) enum Body {
     Plain,
     Rope,
     RopeAppend,
+    RowSums,
     Sample,
     Skinny,
     Tokens,
@@ -90,6 +92,7 @@ impl Body {
             Body::Probe => include_str!("kernels/probe.cu"),
             Body::Rope => include_str!("kernels/rope.cu"),
             Body::RopeAppend => include_str!("kernels/rope_append.cu"),
+            Body::RowSums => include_str!("kernels/row_sums.cu"),
             Body::Sample => include_str!("kernels/sample.cu"),
             Body::Skinny => include_str!("kernels/gemm_skinny.cu"),
             Body::Tokens => include_str!("kernels/tokens.cu"),

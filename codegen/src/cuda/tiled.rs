@@ -3,7 +3,7 @@
 
 use super::choice::{GemmKey, Variant};
 use super::context::{Context, Geometry, SHARED, matrix_map};
-use super::gemm::{Gemm, epilogue_label, epilogue_macro};
+use super::gemm::{Gemm, epilogue_label, epilogue_macro, row_norms};
 use super::launch::{Arg, Ref};
 use super::source::Body;
 use lathe_ir::Epilogue;
@@ -140,13 +140,14 @@ pub(super) fn launch(cx: &mut Context<'_>, g: &Gemm, s: &Shape) {
     let a_box = box_rows(g.m, s.rows / along_n);
     let w_box = box_rows(g.n, s.cols / along_m);
     let epi = epilogue_macro(g);
+    let (norms, [row_sums, out_sums, next_sums]) = row_norms(cx, g);
     let label = format!(
         "{}x{}_c{along_m}x{along_n}_{}",
         s.rows,
         s.cols,
-        epilogue_label(epi)
+        epilogue_label(epi, &norms)
     );
-    let defines = cx
+    let mut defines = cx
         .defines(g.dtype)
         .def("BN", s.cols)
         .def("CWG", warpgroups)
@@ -156,6 +157,9 @@ pub(super) fn launch(cx: &mut Context<'_>, g: &Gemm, s: &Shape) {
         .def("GROUP_M", GROUP_M)
         .def("EPI", epi)
         .def("OUT_F32", 0);
+    for (name, value) in norms {
+        defines = defines.def(name, value);
+    }
     let out = g.features();
     let c = matrix_map(g.y.clone(), g.m, out, 64, s.panel);
     let residual = match &g.residual {
@@ -169,6 +173,9 @@ pub(super) fn launch(cx: &mut Context<'_>, g: &Gemm, s: &Shape) {
         residual,
         Arg::Ptr(Ref::Null),
         Arg::Ptr(g.bias.clone().unwrap_or(Ref::Null)),
+        row_sums,
+        out_sums,
+        next_sums,
         Arg::I32(g.m as i32),
         Arg::I32(g.n as i32),
         Arg::I32(g.k as i32),

@@ -71,6 +71,17 @@ pub(super) fn rmsnorm<F: Float>(
     Ok(y)
 }
 
+/// Each row over its root mean square.
+fn rms_scaled<F: Float>(x: &Tensor<F>, eps: Real) -> Tensor<F> {
+    let cols = x.last().max(1);
+    let ones = vec![F::from_f64(1.0); cols];
+    let mut y = x.clone();
+    for row in y.data.chunks_exact_mut(cols) {
+        rms_row(row, &ones, eps.get(), None);
+    }
+    y
+}
+
 pub(super) fn silu<F: Float>(v: F) -> F {
     v * v.sigmoid()
 }
@@ -209,7 +220,10 @@ pub(super) fn gemm<F: Float>(
     let (sum, mut y) = match spec.prologue {
         Prologue::None => (None, linear(x, w)?),
         Prologue::Rms { eps } => {
-            let h = rmsnorm(x, required(gamma, "gamma")?, eps, None)?;
+            let h = match gamma.optional()? {
+                Some(gamma) => rmsnorm(x, gamma, eps, None)?,
+                None => rms_scaled(x, eps),
+            };
             (None, linear(&h, w)?)
         }
         Prologue::AddRms { eps } => {

@@ -536,15 +536,16 @@ impl Gen {
                 let epilogue =
                     self.rng
                         .pick(&[Epilogue::None, Epilogue::Residual, Epilogue::SwiGlu]);
-                let norm = prologue != Prologue::None;
                 let sum = matches!(prologue, Prologue::AddRms { .. });
+                // A norm alone does without gamma if the weight has it.
+                let gamma = sum || (prologue != Prologue::None && self.rng.coin());
                 let bias = self.rng.coin();
                 let ops = [
                     self.value(f, &[token, d(5)]),
                     self.value(f, &[d(16), d(5)]),
                     self.optional(bias, f, &[d(16)]),
                     self.optional(epilogue == Epilogue::Residual, f, &[token, d(16)]),
-                    self.optional(norm, f, &[d(5)]),
+                    self.optional(gamma, f, &[d(5)]),
                     self.optional(sum, f, &[token, d(5)]),
                 ];
                 let spec = GemmSpec { prologue, epilogue };

@@ -5,7 +5,8 @@ use super::EGraph;
 use super::lang::Lang;
 use super::mask::{self, Fact, Operand};
 use egg::{Analysis, DidMerge, Id};
-use lathe_ir::{Dim, Op, Prov, Sym, Type, infer};
+use lathe_ir::{Dim, Graph, Op, Prov, Sym, Type, infer};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Facts about one e-class.
 #[derive(Clone, Debug)]
@@ -25,6 +26,8 @@ pub struct Value {
     pub konst: Option<f64>,
     /// It depends on weights and constants only: computed once, at load.
     pub weight_only: bool,
+    /// It is made of a weight that other operations read as it is, such as a tied embedding.
+    pub shared: bool,
     /// What is known of it as a mask or index.
     pub fact: Option<Fact>,
     /// Where it comes from, if it was imported or stands for an imported value.
@@ -64,6 +67,28 @@ pub struct Applied {
 pub struct TensorAnalysis {
     /// Every union made by a rule, in order.
     pub log: Vec<Applied>,
+    /// Names of the weights that several operations read, one of them whole.
+    pub shared: BTreeSet<String>,
+}
+
+impl TensorAnalysis {
+    /// Notes which weights of a graph are shared. Slices are no readers of the whole: the parts of a
+    /// fused projection are laid out together again.
+    pub fn note_shared(&mut self, graph: &Graph) {
+        let users = graph.users();
+        let mut readers: BTreeMap<&str, (usize, bool)> = BTreeMap::new();
+        for id in graph.ids() {
+            if let Op::Weight { weight, .. } = &graph.node(id).op {
+                let of = readers.entry(&weight.name).or_default();
+                for &user in &users[id.index()] {
+                    of.0 += 1;
+                    of.1 |= !matches!(graph.node(user).op, Op::Slice { .. });
+                }
+            }
+        }
+        let shared = readers.iter().filter(|(_, (n, whole))| *n > 1 && *whole);
+        self.shared.extend(shared.map(|(name, _)| name.to_string()));
+    }
 }
 
 impl Data {
@@ -130,6 +155,10 @@ impl Analysis<Lang> for TensorAnalysis {
                         .all(|v| v.weight_only || v.konst.is_some() || v.ty == Type::None)
             }
         };
+        let shared = match &op {
+            Op::Weight { weight, .. } => egraph.analysis.shared.contains(&weight.name),
+            _ => weight_only && operands.iter().any(|v| v.shared),
+        };
         let fact = fact(&op, &operands, &ty);
         // A projection is named after its weight, all else after its first operand in a layer.
         let near = operands
@@ -146,6 +175,7 @@ impl Analysis<Lang> for TensorAnalysis {
             ty,
             konst,
             weight_only,
+            shared,
             fact,
             prov: None,
             near,
@@ -171,11 +201,13 @@ impl Analysis<Lang> for TensorAnalysis {
                     x.weight_only && !y.weight_only,
                 );
                 x.weight_only |= y.weight_only;
+                let shared = DidMerge(y.shared && !x.shared, x.shared && !y.shared);
+                x.shared |= y.shared;
                 // A stand-in is for readers only: no reason to look at the users again.
                 if x.near.is_none() {
                     x.near = y.near;
                 }
-                konst | fact | prov | weight
+                konst | fact | prov | weight | shared
             }
             _ => panic!("invariant: payload leaves are never united with values"),
         }

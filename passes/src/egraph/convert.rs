@@ -21,6 +21,7 @@ pub fn add_op(egraph: &mut EGraph, op: &Op, operands: &[Id]) -> Id {
 /// Adds a whole graph; returns the class of each node.
 pub fn add_graph(egraph: &mut EGraph, graph: &Graph) -> Vec<Id> {
     let mut ids: Vec<Id> = Vec::with_capacity(graph.nodes().len());
+    egraph.analysis.note_shared(graph);
     for node in graph.nodes() {
         let operands: Vec<Id> = node.inputs.iter().map(|i| ids[i.index()]).collect();
         let id = add_op(egraph, &node.op, &operands);

@@ -28,7 +28,8 @@ pub struct DeviceModel {
     pub units: f64,
     /// Seconds from the end of one kernel to the start of the next, inside a graph.
     pub launch: f64,
-    /// Most rows for which a GEMM with a norm prologue has a kernel.
+    /// Most rows whose norm every unit repeats: with more, a GEMM takes a norm only if gamma is in its
+    /// weight, as one factor a row.
     pub max_prologue_rows: i64,
 }
 
@@ -257,7 +258,16 @@ fn gemm(
         inputs.iter().map(|t| type_bytes(t, &at.env)).sum::<f64>() + type_bytes(output, &at.env);
     if spec.prologue != Prologue::None {
         if rows > at.device.max_prologue_rows as f64 {
-            return None;
+            let factors = matches!(spec.prologue, Prologue::Rms { .. }) && inputs[4] == &Type::None;
+            if !factors {
+                return None;
+            }
+            // Sums of squares of every 32 columns, written with the rows and read by every unit.
+            let sums = 4.0 * rows * k / 32.0;
+            w.bytes += sums;
+            w.cached = sums * at.device.units;
+            w.vector += rows * (2.0 * k + n);
+            return Some(w);
         }
         let rereads = if matches!(spec.prologue, Prologue::AddRms { .. }) {
             2.0

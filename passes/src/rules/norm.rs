@@ -9,7 +9,12 @@ use lathe_ir::{
 };
 
 pub(super) const RECOGNIZE: &[Rule] = &[RMSNORM, RMSNORM_UPCAST];
-pub(super) const FUSE: &[Rule] = &[ADD_RMSNORM, PROLOGUE_RMS, PROLOGUE_ADD_RMS];
+pub(super) const FUSE: &[Rule] = &[
+    ADD_RMSNORM,
+    PROLOGUE_RMS,
+    GAMMA_INTO_WEIGHT,
+    PROLOGUE_ADD_RMS,
+];
 
 const RMSNORM: Rule = Rule {
     name: "rmsnorm",
@@ -192,6 +197,75 @@ const PROLOGUE_RMS: Rule = Rule {
         q.done(&[y])
     })],
 };
+
+const GAMMA_INTO_WEIGHT: Rule = Rule {
+    name: "gamma-into-weight",
+    stage: Stage::Fuse,
+    equation: "gemm{rms}(x, w, g) => gemm{rms}(x, w * g)",
+    exactness: Exactness::Reassociates,
+    doc: "What is left of the norm is one factor a row, which the GEMM applies to its accumulators. The \
+          columns are multiplied while the weight is loaded, in its place: not if others read it as it is.",
+    lhs: &["(gemm ?p ?x ?w ?b ?res ?g ?none)"],
+    rhs: |a| {
+        let Op::Gemm(spec) = a.op("?p") else {
+            return None;
+        };
+        let (w, g) = (a.id("?w"), a.id("?g"));
+        let fixed = |v: &crate::egraph::analysis::Value| v.weight_only && !v.shared;
+        if !matches!(spec.prologue, Prologue::Rms { .. }) || a.is_none("?g") {
+            return None;
+        }
+        if !fixed(a.value(w)) || !a.value(g).weight_only {
+            return None;
+        }
+        let scaled = a.add(Op::Binary(BinaryFn::Mul), &[w, g])?;
+        if a.value(scaled).ty != a.value(w).ty {
+            return None;
+        }
+        let (x, b, res, none) = (a.id("?x"), a.id("?b"), a.id("?res"), a.none());
+        a.add(Op::Gemm(spec), &[x, scaled, b, res, none, none])
+    },
+    sample: |g| {
+        let mut q = Build::new();
+        let (dt, h, o) = (g.float(), g.dim(), g.dim());
+        let x = q.input("x", dt, &[t(), n(h)]);
+        let w = q.weight("w", dt, &[o, h]);
+        let y = rms_gemm(&mut q, x, w, h, dt);
+        q.done(&[y])
+    },
+    near_misses: &[
+        ("the weight is an embedding too", |g| {
+            let mut q = Build::new();
+            let (dt, h) = (g.float(), g.dim());
+            let x = q.input("x", dt, &[t(), n(h)]);
+            let w = q.weight("w", dt, &[8, h]);
+            let ids = q.input("ids", DType::I32, &[t()]);
+            let e = q.op(Op::Embedding, &[w, ids]);
+            let y = rms_gemm(&mut q, x, w, h, dt);
+            q.done(&[e, y])
+        }),
+        ("the weight varies", |g| {
+            let mut q = Build::new();
+            let (dt, h) = (g.float(), g.dim());
+            let x = q.input("x", dt, &[t(), n(h)]);
+            let w = q.input("w", dt, &[n(3), n(h)]);
+            let y = rms_gemm(&mut q, x, w, h, dt);
+            q.done(&[y])
+        }),
+    ],
+};
+
+fn rms_gemm(q: &mut Build, x: NodeId, w: NodeId, h: i64, dt: DType) -> NodeId {
+    let gamma = q.weight("gamma", dt, &[h]);
+    let none = q.none();
+    let spec = GemmSpec {
+        prologue: Prologue::Rms {
+            eps: Real::new(1e-5),
+        },
+        epilogue: Epilogue::None,
+    };
+    q.op(Op::Gemm(spec), &[x, w, none, none, gamma, none])
+}
 
 const PROLOGUE_ADD_RMS: Rule = Rule {
     name: "add-norm-into-gemm",

@@ -84,7 +84,7 @@ impl<'a, E: Elem> Run<'a, E> {
             Op::RmsNorm { eps } => {
                 let k = self.last(step, 0);
                 let (x, gamma) = (self.floats(step, 0)?, self.floats(step, 1)?);
-                rms_norm(x, gamma, eps.get() as f32, 0.0, k, self.out(step, 0)).map_err(fail)
+                rms_norm(x, Some(gamma), eps.get() as f32, 0.0, k, self.out(step, 0)).map_err(fail)
             }
             Op::AddRms { eps } => {
                 let k = self.last(step, 0);

@@ -2,6 +2,7 @@
 
 use super::exec::{Inputs, Run};
 use super::kernels::Elem;
+use super::kernels::pool::{SharedMut, parallel_for};
 use super::memory::{Arena, Layout, padded_head, token_bytes};
 use super::pages::PageBuffer;
 use crate::load::{LoadOptions, Loadable, RopeTables, rope_tables};
@@ -182,6 +183,7 @@ impl<E: Elem> CpuExecutor<E> {
             last: Vec::new(),
         };
         executor.compute_weights()?;
+        executor.scale_weights();
         Ok(executor)
     }
 
@@ -222,6 +224,26 @@ impl<E: Elem> CpuExecutor<E> {
             all[..bytes.len()].copy_from_slice(&bytes);
         }
         Ok(())
+    }
+
+    /// Multiplies the columns of the weights that have factors.
+    fn scale_weights(&mut self) {
+        for (i, weight) in self.plan.weights.iter().enumerate() {
+            let Some(by) = weight.scaled_by else {
+                continue;
+            };
+            let (rows, cols) = (weight.recipe.rows, weight.recipe.cols);
+            // The factors lie in another buffer; a copy tells the compiler so.
+            let factors = self.weights[by][..cols].to_vec();
+            let all = SharedMut::new(&mut self.weights[i][..rows * cols]);
+            parallel_for(rows, |row| {
+                // SAFETY: the row lies inside the weight, and the one task of its number writes it.
+                let row = unsafe { std::slice::from_raw_parts_mut(all.at(row * cols), cols) };
+                for (w, g) in row.iter_mut().zip(&factors) {
+                    *w = E::from_f32(w.to_f32() * g.to_f32());
+                }
+            });
+        }
     }
 
     fn run(

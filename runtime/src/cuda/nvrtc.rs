@@ -425,15 +425,21 @@ mod tests {
             Source::new(format!("k{i}"), text)
         };
         let mut sources: Vec<Source> = (0..4).map(source).collect();
-        let weights = lathe_codegen::cuda::random_weights::SOURCE;
-        sources.push(Source::new("random_weights", weights));
+        let plain = [
+            (
+                "random_weights",
+                lathe_codegen::cuda::random_weights::SOURCE,
+            ),
+            ("scale_columns", lathe_codegen::cuda::scale_columns::SOURCE),
+        ];
+        sources.extend(plain.map(|(name, text)| Source::new(name, text)));
         let dir = tempfile::tempdir().unwrap();
         let done = AtomicUsize::new(0);
         let count = |n| {
             done.fetch_max(n, Ordering::Relaxed);
         };
         let compiled = compile_all(&sources, None, dir.path(), 2, &count);
-        assert_eq!(done.into_inner(), 5);
+        assert_eq!(done.into_inner(), 6);
         for (source, compiled) in sources.iter().zip(compiled) {
             let compiled = compiled.unwrap();
             assert!(compiled.cubin.starts_with(b"\x7fELF"));
@@ -447,7 +453,7 @@ mod tests {
                     && resources.stack_bytes == 0,
                 "{resources:?}"
             );
-            if source.name != "random_weights" {
+            if !plain.iter().any(|(name, _)| source.name == *name) {
                 assert_eq!(
                     (resources.shared_bytes, resources.barriers),
                     (256, 1),

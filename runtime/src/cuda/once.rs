@@ -1,11 +1,15 @@
 //! What depends on weights alone: computed on the device while a model is loaded.
 
-use super::cubin_cache::CubinCache;
+use super::cubin_cache::{CubinCache, load_kernel};
 use super::driver::Stream;
+use super::launch::{Args, LaunchConfig, launch};
+use super::nvrtc::Source;
 use super::prepare::{Addresses, Modules, Resolver};
 use super::state::MetaLayout;
 use super::{CudaError, DevicePtr};
+use lathe_codegen::cuda::scale_columns::{KERNEL, SOURCE, THREADS};
 use lathe_codegen::cuda::{CudaOptions, Sampling, Sizes, lower_program};
+use lathe_codegen::pack::PackDType;
 use lathe_codegen::{Once, Plan};
 
 /// Runs the program of the weights that are computed, and puts its results where they stay.
@@ -54,5 +58,47 @@ pub(super) unsafe fn compute_weights(
         unsafe { stream.copy_on_device(addresses.weights[weight], from, bytes)? };
     }
     // The modules are unloaded when this returns.
+    stream.synchronize()
+}
+
+/// Multiplies the columns of the weights that have factors, in their places.
+///
+/// # Safety
+/// The stream has loaded and computed all weights of the plan at these addresses, and nothing else uses them.
+///
+/// # Errors
+/// The kernel does not compile or run.
+pub(super) unsafe fn scale_weights(
+    stream: &Stream,
+    plan: &Plan,
+    weights: &[DevicePtr],
+    cache: Option<&CubinCache>,
+) -> Result<(), CudaError> {
+    let scaled = || (0..plan.weights.len()).filter_map(|i| Some((i, plan.weights[i].scaled_by?)));
+    if scaled().next().is_none() {
+        return Ok(());
+    }
+    let device = stream.device();
+    let function = load_kernel(device, &Source::new(KERNEL, SOURCE), cache)?;
+    let blocks = 8 * device.properties().sm_count;
+    for (weight, by) in scaled() {
+        let recipe = &plan.weights[weight].recipe;
+        let dtype = match recipe.dtype {
+            PackDType::F32 => 0u32,
+            PackDType::Bf16 => 1,
+            PackDType::F16 => 2,
+        };
+        let (rows, cols) = (recipe.rows as u32, recipe.cols as u32);
+        let args = Args::new()
+            .ptr(weights[weight])
+            .ptr(weights[by])
+            .u32(dtype)
+            .u32(rows)
+            .u32(cols);
+        let config = LaunchConfig::linear(blocks.min(rows), THREADS);
+        // SAFETY: parameters as in scale_columns.cu; both weights have these extents by the contract.
+        unsafe { launch(stream, &function, &config, &args)? };
+    }
+    // The module is unloaded when this returns.
     stream.synchronize()
 }

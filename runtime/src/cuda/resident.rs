@@ -5,7 +5,7 @@ use super::buckets::{self, DecodeBuckets};
 use super::cubin_cache::CubinCache;
 use super::driver::Stream;
 use super::memory::{Arena, aligned, bytes_of, check_fits};
-use super::once::compute_weights;
+use super::once::{compute_weights, scale_weights};
 use super::prepare::Addresses;
 use super::programs::Programs;
 use super::state::MetaLayout;
@@ -248,6 +248,8 @@ impl Resident {
             // weights that it reads are in the stream before it.
             unsafe { compute_weights(stream, plan, once, kernels, &addresses, &slots, cache)? };
         }
+        // SAFETY: all weights are in the stream before it, and no step has run yet.
+        unsafe { scale_weights(stream, plan, &addresses.weights, cache)? };
         let largest = Largest::new(options, &programs.decode);
         let slots = plan
             .programs

@@ -235,6 +235,42 @@ impl Work {
         self.spaces.iter().map(at).collect()
     }
 
+    /// What some of the workspaces hold that are not filled once: sums may lie there that a step adds to, so
+    /// that it can run twice only with [`Self::restore`] between.
+    pub(super) fn carried(
+        &self,
+        stream: &Stream,
+        used: &[usize],
+    ) -> Result<Vec<(usize, Vec<u8>)>, CudaError> {
+        let mut found = Vec::new();
+        for &i in used {
+            let (at, w) = &self.spaces[i];
+            if w.fill.is_some() || found.iter().any(|(known, _)| known == at) {
+                continue;
+            }
+            let mut memory = vec![0; w.bytes];
+            // SAFETY: the workspace has these bytes; the wait ends the copy.
+            unsafe { stream.copy_to_host(&mut memory, self.arena.base() + *at as DevicePtr)? };
+            stream.synchronize()?;
+            found.push((*at, memory));
+        }
+        Ok(found)
+    }
+
+    /// Puts back what [`Self::carried`] has found.
+    pub(super) fn restore(
+        &self,
+        stream: &Stream,
+        carried: &[(usize, Vec<u8>)],
+    ) -> Result<(), CudaError> {
+        for (at, memory) in carried {
+            // SAFETY: as above.
+            unsafe { stream.copy_to_device(self.arena.base() + *at as DevicePtr, memory)? };
+            stream.synchronize()?;
+        }
+        Ok(())
+    }
+
     /// What is wrong with some of the workspaces after a step: a guard was written, or one that is
     /// filled once was not left as it was found.
     pub(super) fn fault(

@@ -15,11 +15,11 @@ use lathe_codegen::pack::{PackDType, PackRecipe, RowPerm, Segment};
 
 use rayon::prelude::*;
 
-use super::cubin_cache::CubinCache;
+use super::cubin_cache::{CubinCache, load_kernel};
 use super::driver::{Device, Event, Function, Stream};
 use super::launch::{Args, LaunchConfig, launch};
 use super::memory::Pinned;
-use super::nvrtc::{self, Source};
+use super::nvrtc::Source;
 use super::{CudaError, DevicePtr};
 use crate::weights::pack::Packer;
 use crate::weights::{RandomTensor, TensorData, WeightSource, WeightsError};
@@ -275,17 +275,8 @@ struct Generator {
 
 impl Generator {
     fn new(device: &Device, cache: Option<&CubinCache>) -> Result<Self, CudaError> {
-        let source = Source::new(KERNEL, SOURCE);
-        let failed = nvrtc::failed_dir(cache);
-        let compiled = match cache {
-            Some(cache) => cache.get_or_compile(&source, &failed)?,
-            None => nvrtc::compile(&source, &failed)?,
-        };
-        let function = device
-            .load_module(KERNEL, &compiled.cubin)?
-            .function(KERNEL, 0)?;
         Ok(Generator {
-            function,
+            function: load_kernel(device, &Source::new(KERNEL, SOURCE), cache)?,
             blocks: 8 * device.properties().sm_count,
         })
     }

@@ -6,7 +6,7 @@
 
 use super::{Outcome, POISON};
 use half::{bf16, f16};
-use lathe_codegen::Step;
+use lathe_codegen::{Operand, Step};
 use lathe_ir::{DType, Epilogue, Op, Prologue, ReduceFn, SymEnv};
 
 /// How large an error may be, and what is added to the scale of a row.
@@ -74,11 +74,22 @@ pub fn tolerance(
         Op::Linear | Op::Matmul => (1, 1, last(0)),
         // The normed row is rounded twice before it meets the weights; SwiGLU multiplies the error of
         // each factor by the other, which is up to four times the size of its row.
+        // Without gamma the norm may be a factor of the accumulators instead, not rounded at all.
         Op::Gemm(spec) => {
             let normed = spec.prologue != Prologue::None;
+            let factor = matches!(spec.prologue, Prologue::Rms { .. })
+                && step.operands.get(4) == Some(&Operand::None);
             match spec.epilogue {
-                Epilogue::SwiGlu => (if normed { 8 } else { 1 }, 2, 16 * last(0)),
-                _ => (if normed { 3 } else { 1 }, 1, last(0)),
+                Epilogue::SwiGlu => (
+                    if normed { 8 } else { 1 },
+                    if factor { 5 } else { 2 },
+                    16 * last(0),
+                ),
+                _ => (
+                    if normed { 3 } else { 1 },
+                    if factor { 2 } else { 1 },
+                    last(0),
+                ),
             }
         }
         // As Hugging Face's: once before and once after gamma.

@@ -139,7 +139,9 @@ fn biases_are_kept_and_no_step_waits_for_weights() {
                 None | Some(lathe_codegen::Operand::None)
             );
             let is_gemm = matches!(program.steps[l.step].op, lathe_ir::Op::Gemm(_));
-            if is_gemm && has_bias && !name.starts_with("norm") {
+            // What comes before the GEMM itself.
+            let before = name.starts_with("norm") || name.starts_with("row_sums");
+            if is_gemm && has_bias && !before {
                 assert!(name.contains("bias"), "{name} drops a bias");
             }
         }
@@ -294,9 +296,10 @@ fn lost_orders_are_found() {
         return;
     };
     let dir = tempfile::tempdir().unwrap();
+    // The head of a model with tied embeddings has a norm of its own.
     let limits = limits(8, 64);
     let all = kernels(
-        "configs/llama-3.1-8b",
+        "configs/llama-3.2-1b",
         DType::BF16,
         Spelling::Fused,
         &limits,
@@ -308,7 +311,9 @@ fn lost_orders_are_found() {
             "{} has no {from}",
             kernel.name
         );
-        let code = kernel.code().replace(from, to);
+        // Of longer rows a thread of the norm has several vectors.
+        let code = kernel.code().replace("LATHE_K 2048", "LATHE_K 4096");
+        let code = code.replace(from, to);
         let source = Source::new(kernel.name.clone(), code.clone());
         let compiled = lathe_runtime::cuda::nvrtc::compile(&source, dir.path()).unwrap();
         let instructions = disassembler.disassemble(&compiled.cubin);

@@ -124,7 +124,8 @@ fn early_and_late(
                 "the weight loads were sunk below the wait",
             );
         }
-        if !gemv || !defined("LATHE_PRO", 0) {
+        let gamma = !defined("LATHE_NO_GAMMA", 1);
+        if gamma && (!gemv || !defined("LATHE_PRO", 0)) {
             // The norm's weight and the row have as many vectors.
             let (gamma, rows) = (count(before, wide), count(behind, wide));
             out.check(

@@ -12,6 +12,8 @@
 //             tile); product <= 8; BM a multiple of 8 CLUSTER_N
 //   GROUP_M   cluster rows walked together before the next columns (L2 reuse), >= 1
 //   EPI       EPI_NONE EPI_BIAS EPI_RESIDUAL EPI_BIAS_RESIDUAL EPI_SWIGLU
+//   ROW_SCALE 1: row m's accumulators are multiplied by 1 / sqrt(mean square of row m of A + LATHE_EPS)
+//   ROW_SUMS  1: the squares of the rows of C are added up (not with EPI_SWIGLU)
 //   OUT_F32   1: f32 output by plain stores (no residual), 0: bf16
 //   LATHE_PDL 1: griddepcontrol.wait before the first dependent access, launch_dependents at start
 // Derived (the glue computes the same)
@@ -27,6 +29,9 @@
 //                  c's memory; any valid map without a residual
 //   void *c_f32    f32 output, row stride N elements (OUT_F32), else null
 //   const void *bias       bf16 [N], packed like the rows of W, or null
+//   const u64 *row_sums    ROW_SCALE: [M] sums of squares of A (prelude.cuh), complete; else null
+//   u64 *out_sums          ROW_SUMS: [M] sums of squares of C, added to; else null
+//   u64 *next_sums         ROW_SUMS: [M], set to zero for the kernel that adds next
 //   int M, N, K            N and K multiples of 8, any M >= 1; all maps zero fill out of bounds
 //   int a_box, w_box       rows of a TMA box of A and W: multiples of 8 that divide BM / CLUSTER_N and
 //                          BN / CLUSTER_M; the largest ones with no box far out of bounds, that is
@@ -124,7 +129,8 @@ DEV void load_a(u32 slot, u32 bar, const TensorMap *a, int k, int m, int rows, i
 extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), 1)
     LATHE_NAME(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap w,
          const __grid_constant__ TensorMap c, const __grid_constant__ TensorMap r, float *c_f32,
-         const char *bias, int M, int N, int K, int a_box, int w_box) {
+         const char *bias, const u64 *row_sums, u64 *out_sums, u64 *next_sums, int M, int N, int K,
+         int a_box, int w_box) {
     extern __shared__ __align__(1024) unsigned char smem[];
     const u32 base = smem_addr(smem);
     const u32 full = base + BAR_OFFSET;  // full[s], then empty[s]
@@ -221,11 +227,20 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), 1)
         };
         RingPos pos{0, 0};
         u32 store = 0;  // panels stored so far, modulo 2
+#if ROW_SUMS
+        for (int i = blockIdx.x * (128 * CWG) + threadIdx.x; i < M; i += gridDim.x * (128 * CWG))
+            next_sums[i] = 0;
+#endif
         for (int idx = first_tile; idx < tiles; idx += tile_stride) {
             Tile t = tile_at(idx, rows, cols, rank);
             const int row = t.m + 64 * wg + 16 * warp + lane / 4;
             const int out_n = EPI == EPI_SWIGLU ? t.n / 2 : t.n;
             const int col = out_n + 2 * (lane % 4);
+#if ROW_SCALE
+            // On their way while the tile is multiplied.
+            const u64 square0 = row < M ? ld_square_sum(row_sums + row) : 0;
+            const u64 square1 = row + 8 < M ? ld_square_sum(row_sums + row + 8) : 0;
+#endif
 
             float d[BN / 2];
             u32 last = 0;
@@ -250,6 +265,13 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), 1)
             wgmma_pin(d);
             release(last);
 
+#if ROW_SCALE
+            const float f0 = row_factor(square0, K, LATHE_EPS), f1 = row_factor(square1, K, LATHE_EPS);
+#else
+            constexpr float f0 = 1.0f, f1 = 1.0f;
+#endif
+            float sum0 = 0.0f, sum1 = 0.0f;  // squares of rows `row` and `row` + 8
+
 #pragma unroll
             for (int p = 0; p < PANELS; ++p) {
                 float o[PW / 2];
@@ -258,11 +280,12 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), 1)
                 for (int b = 0; b < PW / 8; ++b) {
 #pragma unroll
                     for (int e = 0; e < 4; ++e) {
+                        const float f = e < 2 ? f0 : f1;  // a constant 1 without ROW_SCALE
                         if (EPI == EPI_SWIGLU) {
                             const int s = 8 * (p * (PW / 8) + b) + e;
-                            o[4 * b + e] = silu_f32(d[s]) * d[s + 4];
+                            o[4 * b + e] = silu_f32(d[s] * f) * (d[s + 4] * f);
                         } else {
-                            o[4 * b + e] = d[4 * (p * (PW / 8) + b) + e];
+                            o[4 * b + e] = d[4 * (p * (PW / 8) + b) + e] * f;
                         }
                     }
                     const int cc = col + p * PW + 8 * b;
@@ -283,6 +306,14 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), 1)
                         o[4 * b + 1] += bf16_hi(v0);
                         o[4 * b + 2] += bf16_lo(v1);
                         o[4 * b + 3] += bf16_hi(v1);
+                    }
+                }
+                if (ROW_SUMS) {
+#pragma unroll
+                    for (int b = 0; b < PW / 8; ++b) {
+                        if (col + p * PW + 8 * b >= N) continue;  // of weights that were not fetched
+                        sum0 += o[4 * b] * o[4 * b] + o[4 * b + 1] * o[4 * b + 1];
+                        sum1 += o[4 * b + 2] * o[4 * b + 2] + o[4 * b + 3] * o[4 * b + 3];
                     }
                 }
                 if (OUT_F32) {
@@ -323,6 +354,15 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), 1)
                 }
                 store ^= 1;
             }
+#if ROW_SUMS
+#pragma unroll
+            for (int m = 1; m < 4; m *= 2) {
+                sum0 += __shfl_xor_sync(0xffffffffu, sum0, m);
+                sum1 += __shfl_xor_sync(0xffffffffu, sum1, m);
+            }
+            if (lane % 4 == 0 && row < M) add_square_sum(out_sums + row, sum0);
+            if (lane % 4 == 0 && row + 8 < M) add_square_sum(out_sums + row + 8, sum1);
+#endif
         }
         if (tid == 0) bulk_wait_read<0>();
         __syncwarp();

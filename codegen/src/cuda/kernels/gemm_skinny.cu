@@ -17,11 +17,15 @@
 //   EPI       EPI_NONE EPI_BIAS EPI_RESIDUAL EPI_BIAS_RESIDUAL EPI_SWIGLU EPI_ARGMAX
 //   OUT_F32   1: f32 output, 0: bf16
 //   EVICT_FIRST  1: weights pass through L2 with evict-first priority
+//   ROW_SCALE 1: token t's accumulators are multiplied by 1 / sqrt(mean square of its row of x + LATHE_EPS)
+//   ROW_SUMS  1: the squares of the output's rows are added up (N a multiple of 64; not with EPI_SWIGLU or
+//             EPI_ARGMAX)
 //   LATHE_PDL 1: the ring's weights are requested before griddepcontrol.wait
 // Derived (the glue computes the same)
 //   FEAT = EPI_SWIGLU ? 32 : 64       output features of a warpgroup's tile
 //   TC   = NT if NT <= 32, 32 if NT % 32 == 0, else 16   tokens staged at once
 //   smem bytes = STAGES * KP * (ROWS + NT) * 128 + CWG * TC * (FEAT + 4) * 4 + 16 * STAGES
+//                (+ CWG * 4 NT with ROW_SCALE)
 // Parameters, in order
 //   TensorMap w    bf16 {K, N}, stride {2 K},   box {64, ROWS}, 128B swizzle
 //   TensorMap x    bf16 {K, T}, stride {2 ldx}, box {64, round_up(T, 8)}, 128B swizzle
@@ -33,6 +37,9 @@
 //                           launch; every launch leaves them so
 //   u64 *best               EPI_ARGMAX: workspace, NT + 1 words, zero before the first launch; every
 //                           launch leaves them zero; else null
+//   const u64 *row_sums     ROW_SCALE: [T] sums of squares of x (prelude.cuh), complete; else null
+//   u64 *out_sums           ROW_SUMS: [T] sums of squares of the output, added to; else null
+//   u64 *next_sums          ROW_SUMS: [T], set to zero for the kernel that adds next
 //   int T, N, K, ldo, ldr   N a multiple of 8 (16 with EPI_SWIGLU), K of 8; maps zero fill
 // Launch: block 128 (CWG + 1), no cluster, grid x = min(SMs, ceil(N / ROWS) * ceil(K / BK)). All CTAs
 // must be resident together. Two launches that may overlap need separate workspaces.
@@ -64,6 +71,7 @@ constexpr int STAGING_BYTES = TC * STAGING_STRIDE * 4;
 constexpr int BATCH = NT <= 64 ? NT / 8 : NT % 64 == 0 ? 8 : 4;
 constexpr int GROUP = NT <= 64 ? 64 / NT : 1;
 constexpr int BAR_OFFSET = STAGES * STAGE_BYTES + CWG * STAGING_BYTES;
+constexpr int SCALE_OFFSET = BAR_OFFSET + 16 * STAGES;  // a factor a token, for each warpgroup
 
 // First shared unit of CTA `i`.
 DEV int unit_start(int i, int units) {
@@ -127,7 +135,7 @@ DEV void st_relaxed(float4 *p, float x, float y, float z, float w) {
 extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), MIN_CTAS)
     LATHE_NAME(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, char *out,
                 const char *bias, const char *residual, float *partial, u64 *best,
-                int T, int N, int K, int ldo, int ldr) {
+                const u64 *row_sums, u64 *out_sums, u64 *next_sums, int T, int N, int K, int ldo, int ldr) {
     extern __shared__ __align__(1024) unsigned char smem[];
     const u32 base = smem_addr(smem);
     const u32 full = base + BAR_OFFSET;  // full[s], then empty[s]
@@ -197,6 +205,14 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), MIN_CTAS)
     // Fragments of part `c` of this warpgroup: 16 bytes a thread, all threads side by side.
     float4 *parts = reinterpret_cast<float4 *>(partial) + wg * (NT / 8 * 128) + tid;
     constexpr int PART = CWG * (NT / 8) * 128;
+#if ROW_SCALE
+    float *scale = reinterpret_cast<float *>(smem + SCALE_OFFSET) + wg * NT;
+    if (int(tid) < T) scale[tid] = row_factor(ld_square_sum(row_sums + tid), K, LATHE_EPS);
+    named_sync(1 + wg, 128);
+#endif
+#if ROW_SUMS
+    if (blockIdx.x == 0 && wg == 0 && int(tid) < T) next_sums[tid] = 0;
+#endif
 
     RingPos r{0, 0};
     RingPos freed{0, 0};
@@ -279,6 +295,16 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), MIN_CTAS)
         }
 
         const int row = tile * ROWS + 64 * wg;  // first row of W of this warpgroup
+#if ROW_SCALE
+#pragma unroll
+        for (int b = 0; b < NT / 8; ++b) {
+            const float2 f = reinterpret_cast<const float2 *>(scale)[4 * b + t];
+            d[4 * b] *= f.x;
+            d[4 * b + 1] *= f.y;
+            d[4 * b + 2] *= f.x;
+            d[4 * b + 3] *= f.y;
+        }
+#endif
         if (HAS_BIAS) {
             float b0 = 0, b1 = 0;
             const u16 *bp = reinterpret_cast<const u16 *>(bias) + row + 16 * warp + g;
@@ -354,6 +380,15 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), MIN_CTAS)
                         v1.z += bf16_lo(q[3]);
                         v1.w += bf16_hi(q[3]);
                     }
+#if ROW_SUMS
+                    // Eight neighbours have this token's features in the tile, all of them or none.
+                    float ss = v0.x * v0.x + v0.y * v0.y + v0.z * v0.z + v0.w * v0.w + v1.x * v1.x +
+                               v1.y * v1.y + v1.z * v1.z + v1.w * v1.w;
+                    const u32 mask = 0xffu << (lane & ~7u);
+#pragma unroll
+                    for (int m = 1; m < 8; m *= 2) ss += __shfl_xor_sync(mask, ss, m);
+                    if (lane % 8 == 0) add_square_sum(out_sums + token, ss);
+#endif
                     if (OUT_F32) {
                         float4 *o = reinterpret_cast<float4 *>(out + 4 * (size_t(token) * ldo + n));
                         o[0] = v0;

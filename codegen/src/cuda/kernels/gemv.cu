@@ -9,6 +9,7 @@
 //                  `sum` once (spread over the CTAs), h = norm(s) * gamma. `sum` must not alias x or delta.
 //                  PRO 1 and 2 need M * ceil(K / VEC / (32 * WARPS)) <= 16 (K <= 8192 at M = 4), else norm.cu first.
 //   LATHE_EPS      f32 literal, for PRO 1, 2.
+//   LATHE_NO_GAMMA 1: h = norm(x), the weight has gamma in its columns (PRO 1); 0 (default).
 //   LATHE_GAMMA(w) f32 expression of the norm weight, default (w); Gemma: (1.0f + (w)).
 //   LATHE_NORM_F32 0 (default): h = E(E(s * rstd) * gamma), HF Llama rounding | 1: h = E(s * rstd * gamma).
 //   LATHE_EPI      0 none: y = acc | 1 bias: acc + add[n] | 2 residual: acc + add[m, n] | 3 SwiGLU over gate|up
@@ -79,6 +80,9 @@
 #endif
 #ifndef LATHE_EPS
 #define LATHE_EPS 1e-5f
+#endif
+#ifndef LATHE_NO_GAMMA
+#define LATHE_NO_GAMMA 0
 #endif
 #ifndef LATHE_GAMMA
 #define LATHE_GAMMA(w) (w)
@@ -219,12 +223,17 @@ DEV void prologue(const E* x, const E* delta, const E* gamma, E* sum, char* xs, 
     for (int i = 0; i < NV; ++i) {
       int v = tid + i * T;
       if (KV % T == 0 || v < KV) {
-        float f[VEC], g[VEC];
+        float f[VEC];
         unpack16(a[m][i], f, E());
+#if !LATHE_NO_GAMMA
+        float g[VEC];
         unpack16(gm[i], g, E());
+#endif
 #pragma unroll
         for (int e = 0; e < VEC; ++e) {
-#if LATHE_NORM_F32
+#if LATHE_NO_GAMMA
+          f[e] = f[e] * rstd;
+#elif LATHE_NORM_F32
           f[e] = f[e] * rstd * LATHE_GAMMA(g[e]);
 #else
           f[e] = round_to<E>(f[e] * rstd) * LATHE_GAMMA(g[e]);
@@ -306,7 +315,7 @@ LATHE_NAME(const E* w, const E* x, const E* delta, const E* gamma, const E* add,
 #endif
 
   uint4 gm[NV];
-#if LATHE_PRO != 0
+#if LATHE_PRO != 0 && !LATHE_NO_GAMMA
 #pragma unroll
   for (int i = 0; i < NV; ++i) {
     int v = tid + i * T;

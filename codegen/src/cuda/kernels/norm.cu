@@ -2,7 +2,7 @@
 // Called by: plans whose linears do not take the norm as a prologue (M > 4), and the final norm.
 //
 // Defines: LATHE_K row length (multiple of VEC); LATHE_ADD 0|1; LATHE_EPS; LATHE_GAMMA(w) (default (w));
-//   LATHE_NORM_F32 as in gemv.cu; LATHE_THREADS block size (default 256).
+//   LATHE_NORM_F32, LATHE_NO_GAMMA as in gemv.cu; LATHE_THREADS block size (default 256).
 // Parameters: const E* x [M,K], const E* delta [M,K], const E* gamma [K], E* y [M,K], E* sum [M,K], i32 rows.
 //   `sum` may alias x or delta here (a row is read and written by one CTA, each element by one thread).
 // Geometry: grid = rows, block = THREADS, smem 0. HF rounding: y = E(E(s * rstd) * gamma).
@@ -11,6 +11,9 @@
 #endif
 #ifndef LATHE_EPS
 #define LATHE_EPS 1e-5f
+#endif
+#ifndef LATHE_NO_GAMMA
+#define LATHE_NO_GAMMA 0
 #endif
 #ifndef LATHE_GAMMA
 #define LATHE_GAMMA(w) (w)
@@ -32,7 +35,7 @@ LATHE_NAME(const E* x, const E* delta, const E* gamma, E* y, E* sum, i32 rows) {
   pdl_launch();
   uint4 gm[NV], a[NV];
 #pragma unroll
-  for (int i = 0; i < NV; ++i)
+  for (int i = 0; i < NV && !LATHE_NO_GAMMA; ++i)
     if (tid + i * T < KV) gm[i] = ld16(gamma + (tid + i * T) * VEC);
   pdl_wait();
   float ss = 0.0f;
@@ -67,12 +70,17 @@ LATHE_NAME(const E* x, const E* delta, const E* gamma, E* y, E* sum, i32 rows) {
   for (int i = 0; i < NV; ++i) {
     const int v = tid + i * T;
     if (v < KV) {
-      float f[VEC], g[VEC];
+      float f[VEC];
       unpack16(a[i], f, E());
+#if !LATHE_NO_GAMMA
+      float g[VEC];
       unpack16(gm[i], g, E());
+#endif
 #pragma unroll
       for (int e = 0; e < VEC; ++e) {
-#if LATHE_NORM_F32
+#if LATHE_NO_GAMMA
+        f[e] = f[e] * rstd;
+#elif LATHE_NORM_F32
         f[e] = f[e] * rstd * LATHE_GAMMA(g[e]);
 #else
         f[e] = round_to<E>(f[e] * rstd) * LATHE_GAMMA(g[e]);

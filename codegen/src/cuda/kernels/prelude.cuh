@@ -136,6 +136,26 @@ DEV float ld_cg(const float* p) {
 DEV uint4 ld16(const void* p) { return *reinterpret_cast<const uint4*>(p); }
 DEV void st16(void* p, uint4 v) { *reinterpret_cast<uint4*>(p) = v; }
 
+// ---- row norms -----------------------------------------------------------------------------------------------
+// A GEMM whose weight has gamma in its columns takes an RMSNorm as one factor a row, applied to its accumulators.
+// The kernel that writes the rows adds up their squares, tile by tile, in fixed point: integers give the same sum
+// in any order. 2^-20 is far below eps times the row length, and sums end at 1.7e13.
+#define SQUARE_ONE 1048576.0f
+DEV u64 square_sum(float ss) { return __float2ull_rn(ss * SQUARE_ONE); }
+DEV void add_square_sum(u64* sum, float ss) {
+  asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(sum), "l"(square_sum(ss)) : "memory");
+}
+// A sum that an earlier kernel left; through L2, where the additions were made.
+DEV u64 ld_square_sum(const u64* sum) {
+  u64 v;
+  asm volatile("ld.global.cg.u64 %0, [%1];" : "=l"(v) : "l"(sum) : "memory");
+  return v;
+}
+// 1 / sqrt(mean square + eps) of a row of `k` elements.
+DEV float row_factor(u64 sum, int k, float eps) {
+  return rsqrtf(__ull2float_rn(sum) * (1.0f / SQUARE_ONE) / float(k) + eps);
+}
+
 // ---- shared memory, asynchronous copies ----------------------------------------------------------------------
 DEV u32 smem_addr(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 // 16 bytes global -> shared through L2; `bytes` = 16 copies, 0 fills zeros without reading.

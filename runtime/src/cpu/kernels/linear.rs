@@ -66,7 +66,7 @@ pub struct LinearArgs<'a, E> {
     pub delta: Option<&'a [E]>,
     /// `[M, K]`, output of `AddRmsNorm`.
     pub sum: Option<&'a mut [E]>,
-    /// `[K]`, for the norms.
+    /// `[K]`, for the norms; `RmsNorm` does without it.
     pub gamma: Option<&'a [E]>,
     /// `[N, K]`.
     pub w: &'a [E],
@@ -133,7 +133,7 @@ pub fn linear<E: Elem>(spec: &LinearSpec, args: LinearArgs<'_, E>) -> Result<(),
     match spec.prologue {
         Prologue::None => product(m, n, k, x, w, &emit),
         Prologue::RmsNorm { eps } => norm::with_scratch(m * k, |h| {
-            norm::rms_norm(x, gamma.unwrap_or(&[]), eps, spec.weight_offset, k, h)?;
+            norm::rms_norm(x, gamma, eps, spec.weight_offset, k, h)?;
             product(m, n, k, h, w, &emit);
             Ok(())
         })?,

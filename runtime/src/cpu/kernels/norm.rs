@@ -9,7 +9,7 @@ use super::{Elem, KernelError, check_len, whole_rows};
 /// Elements below which rows are not shared out over threads.
 const PARALLEL_ELEMENTS: usize = 32 << 10;
 
-/// h = x · rsqrt(mean(x²) + eps) · (gamma + offset), per row.
+/// h = x · rsqrt(mean(x²) + eps) · (gamma + offset), per row; without gamma that factor is 1.
 ///
 /// Rounds as the Hugging Face modules do: with `offset` 0 (Llama) the normalised value is rounded to the storage
 /// type before it meets gamma; with another offset (Gemma) only the result is rounded.
@@ -19,14 +19,16 @@ const PARALLEL_ELEMENTS: usize = 32 << 10;
 /// Lengths that do not match.
 pub fn rms_norm<E: Elem>(
     x: &[E],
-    gamma: &[E],
+    gamma: Option<&[E]>,
     eps: f32,
     offset: f32,
     k: usize,
     h: &mut [E],
 ) -> Result<(), KernelError> {
     const NAME: &str = "rms_norm";
-    check_len(NAME, "gamma", gamma, k)?;
+    if let Some(gamma) = gamma {
+        check_len(NAME, "gamma", gamma, k)?;
+    }
     check_len(NAME, "x", x, whole_rows(x.len(), k))?;
     check_len(NAME, "h", h, x.len())?;
     rms_rows(Rows {
@@ -67,7 +69,7 @@ pub fn add_rms_norm<E: Elem>(
     rms_rows(Rows {
         x,
         delta: Some(delta),
-        gamma,
+        gamma: Some(gamma),
         eps,
         offset,
         k,
@@ -119,7 +121,7 @@ pub fn layer_norm<E: Elem>(
 struct Rows<'a, E> {
     x: &'a [E],
     delta: Option<&'a [E]>,
-    gamma: &'a [E],
+    gamma: Option<&'a [E]>,
     eps: f32,
     offset: f32,
     k: usize,
@@ -213,6 +215,16 @@ impl<E: Elem> Kernel for RmsRows<'_, '_, E> {
                     square_sum += v * v;
                 }
                 let rstd = 1.0 / (square_sum / k as f32 + eps).sqrt();
+                let Some(gamma) = gamma else {
+                    for i in (0..whole).step_by(S::LANES) {
+                        let v = S::mul(E::load::<S>(source.add(i)), S::splat(rstd));
+                        E::store::<S>(out.add(i), v);
+                    }
+                    for i in whole..k {
+                        *out.add(i) = E::from_f32((*source.add(i)).to_f32() * rstd);
+                    }
+                    continue;
+                };
                 if offset == 0.0 {
                     for i in (0..whole).step_by(S::LANES) {
                         let v = E::round::<S>(S::mul(E::load::<S>(source.add(i)), S::splat(rstd)));

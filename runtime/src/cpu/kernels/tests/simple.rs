@@ -48,7 +48,7 @@ fn norms_match_the_reference() {
                 // Two roundings with offset 0.
                 let relative = 2.5 * epsilon::<E>();
                 let mut h = poisoned(m * k);
-                norm::rms_norm(&x, &gamma, 1e-5, offset, k, &mut h).unwrap();
+                norm::rms_norm(&x, Some(&gamma), 1e-5, offset, k, &mut h).unwrap();
                 assert_close(&what, &h, &rms(&wide(&x)), relative, 2e-6);
                 let (mut sum, mut h) = (poisoned(m * k), poisoned(m * k));
                 norm::add_rms_norm(&x, &d, &gamma, 1e-5, offset, k, &mut sum, &mut h).unwrap();
@@ -74,7 +74,7 @@ fn llama_norm_rounds_twice() {
     let rstd = 1.0 / square.sqrt();
     each_isa(|_| {
         let mut h = poisoned::<bf16>(4);
-        norm::rms_norm(&x, &gamma, 0.0, 0.0, 4, &mut h).unwrap();
+        norm::rms_norm(&x, Some(&gamma), 0.0, 0.0, 4, &mut h).unwrap();
         for (h, x) in h.iter().zip(&x) {
             let want = bf16::from_f32(bf16::from_f32(x.to_f32() * rstd).to_f32() * 1.4921875);
             assert_eq!(*h, want);
