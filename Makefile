@@ -1,6 +1,8 @@
 # make demo   a real model on this machine's CPU: download, build, chat, benchmark
 # make test   what CI runs: format, lints, tests, documentation
-# make nits   the quick part of it
+# make rules  the first part of it, what a change of a rule changes: samples, file tests and snapshots of all families
+# make bless  accepts that
+# make nits   format and lints
 # make nvrtc  CUDA's run-time compiler and disassembler from PyPI, so that `make test` compiles every generated
 #             kernel and looks at its machine code; needs no GPU
 
@@ -9,15 +11,25 @@ PYTHON ?= python3
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 NVRTC := $(TARGET)/nvrtc
 
-.PHONY: demo test nits nvrtc
+# Snapshots that differ fail; `INSTA_UPDATE=always` takes them.
+export INSTA_UPDATE ?= no
+
+.PHONY: demo test rules bless nits nvrtc
 .DEFAULT_GOAL := test
 
 demo:
 	CARGO="$(CARGO)" PYTHON="$(PYTHON)" TARGET="$(TARGET)" bash scripts/demo.sh
 
-test: nits
-	INSTA_UPDATE=no LD_LIBRARY_PATH="$(abspath $(NVRTC))/nvidia/cu13/lib$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH}" $(CARGO) test --workspace
+test: rules nits
+	LD_LIBRARY_PATH="$(abspath $(NVRTC))/nvidia/cu13/lib$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH}" $(CARGO) test --workspace
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --quiet
+
+# Of the whole workspace, so that it builds nothing that the rest of `make test` builds otherwise.
+rules:
+	$(CARGO) test --workspace --no-fail-fast --test rules --test file_tests --test snapshots
+
+bless:
+	LATHE_BLESS=1 INSTA_UPDATE=always $(MAKE) rules
 
 nits:
 	$(CARGO) fmt --all --check

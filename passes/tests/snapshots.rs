@@ -1,4 +1,4 @@
-//! The layer of each golden model after every stage, for review. `INSTA_UPDATE=always` blesses.
+//! The layer of each golden model after every stage, for review. `make bless` accepts changes.
 
 mod common;
 
@@ -22,13 +22,16 @@ fn micros(picoseconds: Option<u64>) -> String {
     )
 }
 
-fn snapshot(name: &str, header: &str, graph: Option<&Graph>) {
+/// Compares one snapshot; insta prints how it differs. Returns whether it is as it was, so that a test
+/// goes on and shows all that a change of a rule leads to.
+fn snapshot(name: &str, header: &str, graph: Option<&Graph>) -> bool {
     let text = graph.map_or("no executable form yet\n".to_string(), print);
     let mut settings = insta::Settings::clone_current();
     settings.set_snapshot_path("../../snapshots");
     settings.set_prepend_module_to_snapshot(false);
     settings.set_omit_expression(true);
-    settings.bind(|| insta::assert_snapshot!(name, format!("{header}{text}")));
+    let compare = || settings.bind(|| insta::assert_snapshot!(name, format!("{header}{text}")));
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(compare)).is_ok()
 }
 
 fn check(name: &str) {
@@ -37,11 +40,13 @@ fn check(name: &str) {
     let layers = c.templates.iter().filter(|t| !t.layers.is_empty());
     let layer = layers.into_iter().next().expect("a layer");
     let header = format!("// {name}, layers {:?}, as imported\n", layer.layers);
-    snapshot(
-        &format!("{name}-0-imported"),
-        &header,
-        Some(&layer.imported),
-    );
+    let mut changed = Vec::new();
+    let mut snapshot = |file: String, header: &str, graph: Option<&Graph>| {
+        if !snapshot(&file, header, graph) {
+            changed.push(file);
+        }
+    };
+    snapshot(format!("{name}-0-imported"), &header, Some(&layer.imported));
     for (i, s) in layer.stages.iter().enumerate() {
         let mut header = format!("// {name}, cheapest form after stage {}\n", s.stage.name());
         let _ = writeln!(
@@ -59,7 +64,7 @@ fn check(name: &str) {
             let _ = writeln!(header, "//   {rule}: {n}");
         }
         let file = format!("{name}-{}-{}", i + 1, s.stage.name());
-        snapshot(&file, &header, s.best.as_ref());
+        snapshot(file, &header, s.best.as_ref());
     }
     for (i, (program, graph)) in [("decode", &layer.decode), ("general", &layer.general)]
         .into_iter()
@@ -67,7 +72,7 @@ fn check(name: &str) {
     {
         let header = format!("// {name}, {program} step of layers {:?}\n", layer.layers);
         let file = format!("{name}-{}-{program}", 6 + i);
-        snapshot(&file, &header, graph.as_ref());
+        snapshot(file, &header, graph.as_ref());
     }
     // What no rule has fused; models that are wholly fused have none.
     let decode = layer.decode.as_ref().expect("a decode program");
@@ -77,8 +82,13 @@ fn check(name: &str) {
             "// {name}, decode step of layers {:?}, with chains\n",
             layer.layers
         );
-        snapshot(&format!("{name}-8-chains"), &header, Some(&chained));
+        snapshot(format!("{name}-8-chains"), &header, Some(&chained));
     }
+    assert!(
+        changed.is_empty(),
+        "changed: {} (`make bless` accepts)",
+        changed.join(", ")
+    );
 }
 
 #[test]

@@ -9,7 +9,7 @@
 //! - `// interp`: the program and the result are also evaluated on random inputs and compared;
 //! - `// error: TEXT`: the file does not read, or the passes fail, with this in the message.
 //!
-//! The result stands below a line `---`. `LATHE_BLESS=1 cargo test --test file_tests` writes it.
+//! The result stands below a line `---`. `LATHE_BLESS=1 make rules` writes it.
 
 use lathe_ir::interp::{Interp, StepMeta, Tensor, Value};
 use lathe_ir::{DType, Dim, Graph, Op, Sym, SymEnv, Type, WeightRef, text, verify};
@@ -115,7 +115,7 @@ fn files(dir: &Path, out: &mut Vec<PathBuf>) {
 
 #[test]
 fn every_file() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/files");
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/files");
     let bless = std::env::var_os("LATHE_BLESS").is_some();
     let mut paths = Vec::new();
     files(&root, &mut paths);
@@ -167,7 +167,7 @@ fn test(path: &Path, bless: bool) -> Result<(), String> {
 /// The worked example in the description of the passes.
 #[test]
 fn the_example_of_the_readme() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("passes/README.md");
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md");
     let readme = std::fs::read_to_string(path).unwrap();
     let (_, rest) = readme.split_once("```text\n   // run:").unwrap();
     let (block, _) = rest.split_once("   ```").unwrap();
@@ -180,6 +180,24 @@ fn the_example_of_the_readme() {
     assert!(case.interp);
     compare(&before, &after).unwrap();
     assert_eq!(text::print(&after), case.expected);
+}
+
+/// The rule that the description shows is the one in the sources, up to what it leaves out.
+#[test]
+fn the_rule_of_the_readme() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let readme = std::fs::read_to_string(root.join("README.md")).unwrap();
+    let source = std::fs::read_to_string(root.join("src/rules/canonical.rs")).unwrap();
+    let (_, rest) = readme.split_once("```rust\n").unwrap();
+    let (block, _) = rest.split_once("```").unwrap();
+    let whole = |l: &&str| !l.contains("..");
+    let mut at = 0;
+    for line in block.lines().filter(whole) {
+        let found = source[at..].find(line);
+        at += found.unwrap_or_else(|| panic!("not in canonical.rs, or not here:\n{line}"));
+        at += line.len();
+    }
+    assert!(at > 0);
 }
 
 /// Lines only in the expectation with `-`, lines only in the result with `+`.
