@@ -7,6 +7,7 @@ use common::{compiled, goldens};
 
 use lathe::config::CompileBackend;
 use lathe::model::WeightChoice;
+use lathe_ir::relative_error;
 use lathe_runtime::load::LoadOptions;
 use lathe_runtime::sampling::SamplingParams;
 use lathe_runtime::step::{Executor, RowSampler, StepBatch};
@@ -49,15 +50,6 @@ fn outputs(executor: &mut dyn Executor) -> (Vec<f32>, Vec<i32>) {
         next = out.next.iter().map(|&t| vec![t]).collect();
     }
     (logits, tokens)
-}
-
-fn relative_error(x: &[f32], reference: &[f32]) -> f64 {
-    assert_eq!(x.len(), reference.len());
-    let sum = |f: &dyn Fn(f64, f64) -> f64| -> f64 {
-        let pairs = x.iter().zip(reference);
-        pairs.map(|(&a, &b)| f(f64::from(a), f64::from(b))).sum()
-    };
-    (sum(&|a, b| (a - b).powi(2)) / sum(&|_, b| b * b)).sqrt()
 }
 
 #[test]

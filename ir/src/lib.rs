@@ -8,6 +8,7 @@
 
 pub mod chain;
 pub mod dtype;
+mod error_norm;
 pub mod graph;
 pub mod import;
 pub mod infer;
@@ -20,6 +21,7 @@ pub mod verify;
 
 pub use chain::{Chain, ChainArg};
 pub use dtype::DType;
+pub use error_norm::relative_error;
 pub use graph::{Graph, Node, NodeId, Prov};
 pub use infer::{TypeError, infer};
 pub use op::{BinaryFn, Op, ReduceFn, UnaryFn, kernel_name};

@@ -2,7 +2,7 @@
 
 use lathe_ir::import::{HfConfig, ImportOptions, Model, import};
 use lathe_ir::interp::{Float, Interp, Tensor, Value};
-use lathe_ir::{DType, Sym, SymEnv, WeightRef};
+use lathe_ir::{DType, Sym, SymEnv, WeightRef, relative_error};
 use safetensors::{Dtype, SafeTensors};
 use std::path::{Path, PathBuf};
 
@@ -84,13 +84,6 @@ impl Golden {
             other => panic!("{}: logits are {other:?}", self.name),
         }
     }
-}
-
-/// ‖a − b‖ / ‖b‖.
-fn relative_error(a: &[f64], b: &[f64]) -> f64 {
-    assert_eq!(a.len(), b.len());
-    let norm = |v: &mut dyn Iterator<Item = f64>| v.map(|x| x * x).sum::<f64>().sqrt();
-    norm(&mut a.iter().zip(b).map(|(x, y)| x - y)) / norm(&mut b.iter().copied())
 }
 
 fn argmax<F: Float>(row: &[F]) -> i64 {

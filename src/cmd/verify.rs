@@ -2,6 +2,7 @@
 
 use anyhow::Context;
 use clap::Args;
+use lathe_ir::relative_error;
 use lathe_runtime::load::{LoadOptions, Loadable};
 use lathe_runtime::sampling::SamplingParams;
 use lathe_runtime::session::{StaticRequest, run_static};
@@ -323,18 +324,6 @@ fn largest_missed_gap(ours: &[f32], reference: &[f32], vocab: usize) -> f32 {
         largest = largest.max(first - second);
     }
     largest
-}
-
-/// ‖a−b‖ / ‖b‖ in f64.
-fn relative_error(a: &[f32], b: &[f32]) -> f64 {
-    let square = |x: f64| x * x;
-    let diff: f64 = a
-        .iter()
-        .zip(b)
-        .map(|(x, y)| square(f64::from(*x) - f64::from(*y)))
-        .sum();
-    let norm: f64 = b.iter().map(|y| square(f64::from(*y))).sum();
-    (diff / norm).sqrt()
 }
 
 impl Golden {

@@ -20,6 +20,7 @@ use lathe_codegen::cuda::{
     Choices, CudaOptions, CudaProgram, GemmKey, Sizes, Variant, gemm_keys, lower_gemms,
 };
 use lathe_codegen::{Plan, ProgramKind};
+use lathe_ir::relative_error;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Bytes of weights that a sample reads at least, if the model has them: several times the L2.
@@ -310,21 +311,17 @@ impl Bench for GpuBench<'_> {
         else {
             return Ok(f64::INFINITY);
         };
-        Ok(relative_error(&found, &expected))
+        Ok(error_of_bytes(&found, &expected))
     }
 }
 
 /// ‖x − reference‖ / ‖reference‖ of two bf16 vectors.
-fn relative_error(x: &[u8], reference: &[u8]) -> f64 {
-    let values = |bytes: &[u8]| -> Vec<f64> {
+fn error_of_bytes(x: &[u8], reference: &[u8]) -> f64 {
+    let values = |bytes: &[u8]| -> Vec<bf16> {
         let halves = bytes.as_chunks::<2>().0.iter();
-        halves.map(|b| bf16::from_le_bytes(*b).to_f64()).collect()
+        halves.map(|b| bf16::from_le_bytes(*b)).collect()
     };
-    let (x, reference) = (values(x), values(reference));
-    let square = |v: f64| v * v;
-    let difference: f64 = x.iter().zip(&reference).map(|(a, b)| square(a - b)).sum();
-    let size: f64 = reference.iter().copied().map(square).sum();
-    (difference / size).sqrt()
+    relative_error(&values(x), &values(reference))
 }
 
 #[cfg(test)]
@@ -361,14 +358,14 @@ mod tests {
     }
 
     #[test]
-    fn errors_are_relative_and_nan_is_one() {
+    fn errors_are_of_bf16_values() {
         let bytes = |values: &[f32]| -> Vec<u8> {
             let halves = values.iter().map(|&v| bf16::from_f32(v));
             halves.flat_map(|h| h.to_le_bytes()).collect()
         };
         let reference = bytes(&[3.0, 4.0]);
-        assert_eq!(relative_error(&reference, &reference), 0.0);
-        assert_eq!(relative_error(&bytes(&[3.0, 4.5]), &reference), 0.1);
-        assert!(relative_error(&bytes(&[3.0, f32::NAN]), &reference).is_nan());
+        assert_eq!(error_of_bytes(&reference, &reference), 0.0);
+        assert_eq!(error_of_bytes(&bytes(&[3.0, 4.5]), &reference), 0.1);
+        assert!(error_of_bytes(&bytes(&[3.0, f32::NAN]), &reference).is_nan());
     }
 }
