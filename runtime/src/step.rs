@@ -6,13 +6,16 @@
 
 use crate::profile::{ProfileOptions, StepProfile};
 use crate::sampling::SamplingParams;
+use serde::Serialize;
 
-/// Which program of a plan runs a step.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+/// Which program of a plan runs a step. In reports the general one is `prefill`, which it is mostly for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
 pub enum StepKind {
     /// One row a sequence, all of them sampled.
+    #[serde(rename = "decode")]
     Decode,
     /// Any rows; those in [`StepBatch::rows`] are sampled.
+    #[serde(rename = "prefill")]
     General,
 }
 

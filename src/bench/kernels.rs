@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::table::{Align, number, table};
 
 /// A step that is timed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct StepPoint {
     /// Which program runs it.
     pub kind: StepKind,
@@ -113,14 +113,9 @@ pub struct VendorReport {
 /// A step.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct StepReport {
-    /// `decode` or `prefill`.
-    pub kind: &'static str,
-    /// Sequences.
-    pub sequences: usize,
-    /// Token rows.
-    pub tokens: usize,
-    /// Cached tokens of each sequence before the step.
-    pub context: usize,
+    /// Which one; its keys stand beside the others.
+    #[serde(flatten)]
+    pub point: StepPoint,
     /// Kernel launches.
     pub launches: usize,
     /// Whether such steps run as one CUDA graph.
@@ -261,13 +256,7 @@ fn step(s: &Profiled, ceilings: &Ceilings) -> StepReport {
         Some(of.map(|c| c.1.picoseconds).sum::<u64>() as f64 * 1e-6)
     };
     StepReport {
-        kind: match s.point.kind {
-            StepKind::Decode => "decode",
-            StepKind::General => "prefill",
-        },
-        sequences: s.point.sequences,
-        tokens: s.point.tokens,
-        context: s.point.context,
+        point: s.point,
         launches: p.launches(),
         graph: p.graph,
         step_us: p.step_micros,
@@ -367,16 +356,7 @@ impl fmt::Display for KernelsReport {
 
 impl StepReport {
     fn write_text(&self, f: &mut fmt::Formatter<'_>, vendor: &str) -> fmt::Result {
-        let point = StepPoint {
-            kind: match self.kind {
-                "decode" => StepKind::Decode,
-                _ => StepKind::General,
-            },
-            sequences: self.sequences,
-            tokens: self.tokens,
-            context: self.context,
-        };
-        writeln!(f, "\n{point}\n")?;
+        writeln!(f, "\n{}\n", self.point)?;
         self.write_kernels(f, vendor)?;
         writeln!(f)?;
         self.write_classes(f)
