@@ -10,6 +10,7 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, ValueEnum};
 
 use crate::cmd::Command;
 use crate::console::{self, LogWriter};
+use lathe_runtime::cuda::cubin_cache::CubinCache;
 
 /// Compiles Hugging Face language models with an e-graph of tensor rewrites into CUDA C, and benchmarks the
 /// result.
@@ -49,15 +50,17 @@ pub struct GlobalOptions {
     /// Form of the log lines on stderr
     #[arg(long = "log_format", global = true, value_enum, default_value_t)]
     pub log_format: LogFormat,
-    /// Folder for intermediate files
-    #[arg(
-        short,
-        long,
-        global = true,
-        default_value = "/tmp",
-        value_name = "FOLDER"
-    )]
-    pub workspace: PathBuf,
+    /// Folder for compiled kernels and the choices among them [default: lathe in the user's cache folder]
+    #[arg(short, long, global = true, value_name = "FOLDER")]
+    pub workspace: Option<PathBuf>,
+}
+
+impl GlobalOptions {
+    /// Where compiled kernels lie, for every command: in the workspace if one is named, else in the user's cache
+    /// folder, where the next run finds them.
+    pub fn kernel_cache(&self) -> PathBuf {
+        CubinCache::default_dir(self.workspace.as_deref())
+    }
 }
 
 /// `--device`.
@@ -229,6 +232,18 @@ mod tests {
             assert_eq!(cli.global.model_path, Some(PathBuf::from("/m")));
             assert_eq!(cli.global.log_level, LogLevel::Debug);
         }
+    }
+
+    #[test]
+    fn kernels_lie_in_the_workspace_or_in_the_users_cache() {
+        let folder = |line: &str| parsed(line).unwrap().global.kernel_cache();
+        for line in [
+            "lathe -w /w doctor",
+            "lathe latency --workspace /w --dataset d",
+        ] {
+            assert_eq!(folder(line), PathBuf::from("/w/cubins"), "{line}");
+        }
+        assert!(folder("lathe selftest").ends_with("lathe/cubins"));
     }
 
     #[test]

@@ -31,13 +31,21 @@ impl Imported {
     /// # Errors
     /// An operation without a kernel, or a weight without a layout.
     pub fn lower(&self, compiled: &Compiled) -> Result<Plan, LowerError> {
-        let programs = Programs {
-            decode: compiled.decode.as_ref(),
-            general: compiled.general.as_ref(),
-            full: compiled.general.is_none().then_some(&compiled.full),
-        };
-        lower(&self.name, self.dtype, &programs)
+        plan(&self.name, self.dtype, compiled)
     }
+}
+
+/// The plan of a compiled model: its step programs, or the whole-sequence program where there are none.
+///
+/// # Errors
+/// An operation without a kernel, or a weight without a layout.
+pub fn plan(name: &str, dtype: DType, compiled: &Compiled) -> Result<Plan, LowerError> {
+    let programs = Programs {
+        decode: compiled.decode.as_ref(),
+        general: compiled.general.as_ref(),
+        full: compiled.general.is_none().then_some(&compiled.full),
+    };
+    lower(name, dtype, &programs)
 }
 
 /// Merges the YAML file, if one was named, over the options of the command line.

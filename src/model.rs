@@ -1,7 +1,7 @@
 //! From a checkpoint folder to a model on a device: what every command that runs a model shares.
 
 use crate::cli::GlobalOptions;
-use crate::config::{CompileBackend, Resolved, Run};
+use crate::config::{CompileBackend, GemmTuning, Resolved, Run};
 use crate::console::Task;
 use crate::frontend::import_model;
 use crate::phases::{Phases, bytes};
@@ -49,8 +49,10 @@ pub struct CompiledModel {
     pub backend: CompileBackend,
     /// Rows of the decode steps that are captured; none: all.
     pub graph_sizes: Option<Vec<usize>>,
-    /// Whether GEMM kernels are chosen by timing, and whether cuBLASLt's are among them.
-    pub tuning: (bool, bool),
+    /// How GEMM kernels are chosen.
+    pub tuning: GemmTuning,
+    /// Where compiled kernels lie.
+    pub kernel_cache: PathBuf,
     /// Phases with their times, in order.
     pub phases: Vec<(&'static str, Duration)>,
 }
@@ -92,6 +94,7 @@ impl CompiledModel {
                 .as_ref()
                 .map(|sizes| sizes.iter().map(|&n| n as usize).collect()),
             tuning: run.tuning(),
+            kernel_cache: global.kernel_cache(),
             phases: vec![
                 ("import", read),
                 ("passes", optimised - read),
@@ -165,8 +168,9 @@ impl CompiledModel {
                 let how = CudaLoad {
                     ordinal: *ordinal as usize,
                     graphs: self.backend.cuda_graphs(),
-                    autotune: self.tuning.0,
-                    cublaslt: self.tuning.1,
+                    autotune: self.tuning.timed,
+                    cublaslt: self.tuning.cublaslt,
+                    cache: Some(self.kernel_cache.clone()),
                     per_op: !self.backend.fuses(),
                     graph_sizes: self.graph_sizes.clone(),
                     ..CudaLoad::default()

@@ -1,7 +1,8 @@
 //! The models of `lathe selftest`: small, and between them with every kernel family of the devices.
 
+use crate::frontend;
 use anyhow::Context;
-use lathe_codegen::{Plan, Programs, lower};
+use lathe_codegen::Plan;
 use lathe_ir::DType;
 use lathe_ir::import::{HfConfig, ImportOptions, import};
 use lathe_passes::egraph::cost::DeviceModel;
@@ -259,12 +260,7 @@ fn plan(
         passes = passes.disable(&["fuse"])?;
     }
     let compiled = compile(&model.graph, &passes)?;
-    let programs = Programs {
-        decode: compiled.decode.as_ref(),
-        general: compiled.general.as_ref(),
-        full: None,
-    };
-    let plan = lower(variant.model, variant.dtype, &programs)?;
+    let plan = frontend::plan(variant.model, variant.dtype, &compiled)?;
     let weights = RandomWeights::new(&expected_tensors(&model.arch.weights), seed);
     Ok((plan, weights, model.arch.vocab as usize))
 }

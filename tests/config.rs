@@ -1,7 +1,8 @@
 //! The YAML file: each key, precedence, and what is refused.
 
 use lathe::config::{
-    AttnBackend, CompileBackend, Given, KvCacheDtype, Options, Resolved, RuntimeKind, Source, parse,
+    AttnBackend, CompileBackend, GemmTuning, Given, KvCacheDtype, Options, Resolved, RuntimeKind,
+    Source, parse,
 };
 use lathe_passes::egraph::cost::DeviceModel;
 use lathe_passes::pipeline::PassConfig;
@@ -70,7 +71,10 @@ fn compile_backends() {
 
 #[test]
 fn autotuning_is_a_part_of_torch_opt() {
-    let tuning = |text: &str| yaml(text).tuning();
+    let tuning = |text: &str| {
+        let GemmTuning { timed, cublaslt } = yaml(text).tuning();
+        (timed, cublaslt)
+    };
     assert_eq!(tuning(""), (true, false));
     assert_eq!(tuning("compile_backend: torch-compile"), (false, false));
     let off = "transforms: {autotune: {enabled: false, cublaslt: true}}";

@@ -2,7 +2,7 @@
 
 use clap::Args;
 use lathe_runtime::cuda::library::{Library, ensure, loaded_from, search_folders};
-use lathe_runtime::cuda::{cubin_cache::CubinCache, driver, nvrtc};
+use lathe_runtime::cuda::{driver, nvrtc};
 use lathe_runtime::weights::read_folder;
 use std::io::Write;
 use std::path::PathBuf;
@@ -72,7 +72,7 @@ impl Doctor {
                 folders.join(", ")
             }
         )?;
-        let cache = CubinCache::default_dir(Some(&global.workspace));
+        let cache = global.kernel_cache();
         writeln!(out, "cubins    {}", cache.display())?;
         if let Some(folder) = &self.read {
             let threads = std::thread::available_parallelism().map_or(4, |n| n.get());

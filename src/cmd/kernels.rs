@@ -177,7 +177,8 @@ fn ceilings(model: &CompiledModel) -> anyhow::Result<Ceilings> {
     let mut ceilings = match &model.target {
         Target::Cpu => cpu::ceilings(model.dtype),
         Target::Cuda(ordinal, _) => {
-            cuda::ceilings(*ordinal as usize).context("measuring the GPU's ceilings")?
+            cuda::ceilings(*ordinal as usize, Some(model.kernel_cache.clone()))
+                .context("measuring the GPU's ceilings")?
         }
     };
     // cuBLASLt was measured in 16 bits.

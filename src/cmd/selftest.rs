@@ -2,7 +2,6 @@
 
 use clap::Args;
 use lathe_codegen::cuda::FAMILIES;
-use lathe_runtime::cuda::cubin_cache::CubinCache;
 use lathe_runtime::cuda::{CudaLoad, CudaSelftest, check_steps};
 use lathe_runtime::selftest::{Report, Subject, cpu};
 use serde_json::json;
@@ -50,7 +49,7 @@ impl Selftest {
         match target {
             Target::Cpu => self.on_cpu(&all, &mut report)?,
             Target::Cuda(ordinal, _) => {
-                let cubins = CubinCache::default_dir(Some(&global.workspace));
+                let cubins = global.kernel_cache();
                 self.on_cuda(ordinal as usize, cubins, &all, effort, &mut report)?;
             }
         }

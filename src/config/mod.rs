@@ -27,5 +27,5 @@ pub use locate::Position;
 pub use options::{
     AttnBackend, CompileBackend, Given, KvCacheDtype, Options, RuntimeKind, Source, Switch,
 };
-pub use resolved::Resolved;
+pub use resolved::{GemmTuning, Resolved};
 pub use yaml::{ConfigError, parse, read};

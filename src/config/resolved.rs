@@ -11,6 +11,15 @@ use lathe_passes::pipeline::PassConfig;
 use serde_json::Value;
 use std::fmt::Display;
 
+/// How GEMM kernels are chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GemmTuning {
+    /// By timing them, not by heuristics.
+    pub timed: bool,
+    /// Whether cuBLASLt's are among those that are timed.
+    pub cublaslt: bool,
+}
+
 /// A complete configuration. What is `None` is decided later, from the memory and the dataset.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Resolved {
@@ -172,10 +181,13 @@ impl Resolved {
         ))
     }
 
-    /// Whether GEMM kernels are chosen by timing, and whether cuBLASLt's are among them.
-    pub fn tuning(&self) -> (bool, bool) {
-        let on = self.compile_backend.value.autotunes() && self.autotune.value;
-        (on, on && self.cublaslt.value)
+    /// How GEMM kernels are chosen.
+    pub fn tuning(&self) -> GemmTuning {
+        let timed = self.compile_backend.value.autotunes() && self.autotune.value;
+        GemmTuning {
+            timed,
+            cublaslt: timed && self.cublaslt.value,
+        }
     }
 
     /// What the passes are to do, for a device.

@@ -2,6 +2,7 @@
 
 use lathe_codegen::cuda::{Probe, probe_kernel};
 use lathe_codegen::work::gemm_flops;
+use std::path::PathBuf;
 
 use super::cubin_cache::CubinCache;
 use super::cublaslt::GemmShape;
@@ -28,18 +29,18 @@ const SHAPES: [(usize, usize, usize); 3] =
 /// Weights that the products rotate through.
 const WEIGHTS: usize = 4;
 
-/// Measures the rates of a device. The matrix rate is cuBLASLt's, and absent without it.
+/// Measures the rates of a device, with kernels from the folder `cache`, by default the user's. The matrix rate is cuBLASLt's, and absent without it.
 ///
 /// # Errors
 /// No device, no NVRTC, or not enough memory.
-pub fn ceilings(ordinal: usize) -> Result<Ceilings, CudaError> {
+pub fn ceilings(ordinal: usize, cache: Option<PathBuf>) -> Result<Ceilings, CudaError> {
     let device = Device::open(ordinal)?;
     let stream = device.stream()?;
     let bytes = (device.memory()?.0 / 4).min(STREAM) / 512 * 512;
     let hint = "other programs use the GPU";
     let mut arena = Arena::new(&device, "streams", bytes + aligned(4), hint)?;
     let (src, sink) = (arena.alloc(bytes)?, arena.alloc(4)?);
-    let cache = CubinCache::if_usable(None)?;
+    let cache = CubinCache::if_usable(cache)?;
     let probes = [Probe::Empty, Probe::EmptyPdl, Probe::Read, Probe::Copy];
     let sources = probes.map(probe_kernel);
     let modules = Modules::default().get(&device, cache.as_ref(), &sources)?;
