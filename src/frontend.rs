@@ -7,7 +7,7 @@ use crate::model_folder::{model_folder, model_name};
 use crate::phases::Phases;
 use lathe_codegen::{LowerError, Plan, Programs, lower};
 use lathe_ir::DType;
-use lathe_ir::import::{HfConfig, ImportOptions, Model, import};
+use lathe_ir::import::{HfConfig, ImportError, ImportOptions, Model, import};
 use lathe_passes::pipeline::Compiled;
 use std::path::{Path, PathBuf};
 
@@ -60,6 +60,18 @@ pub fn resolve(flags: Options, yaml: Option<&Path>) -> anyhow::Result<Resolved> 
     Ok(Resolved::new(flags, yaml))
 }
 
+/// The error with the place of the override whose value it is about, if it is one.
+fn blame_overrides(mut error: ImportError, config: &Resolved) -> ImportError {
+    if let ImportError::Missing { file, key, .. }
+    | ImportError::Invalid { file, key, .. }
+    | ImportError::Unsupported { file, key, .. } = &mut error
+        && let Some(given) = config.model_kwargs.get(key)
+    {
+        *file = format!("{}: model_kwargs over {file}", given.source);
+    }
+    error
+}
+
 /// Reads config.json (no weights) and builds the naive graph.
 ///
 /// # Errors
@@ -82,9 +94,10 @@ pub fn import_model(
             tracing::warn!("model_kwargs.{key} is no key of {}", file.file());
         }
     }
-    let file = file.with_overrides(config.overrides())?;
+    let blame = |error| blame_overrides(error, config);
+    let file = file.with_overrides(config.overrides()).map_err(blame)?;
     let dtype = match global.dtype {
-        DtypeChoice::Auto => file.dtype()?.unwrap_or(DType::BF16),
+        DtypeChoice::Auto => file.dtype().map_err(blame)?.unwrap_or(DType::BF16),
         DtypeChoice::Bfloat16 => DType::BF16,
         DtypeChoice::Float16 => DType::F16,
         DtypeChoice::Float32 => DType::F32,
@@ -95,7 +108,7 @@ pub fn import_model(
         dtype,
         max_seq_len: config.max_seq_len.value,
     };
-    let model = import(&file, &options)?;
+    let model = import(&file, &options).map_err(blame)?;
     phases.end("import");
     Ok(Imported {
         name: model_name(global, &folder),

@@ -421,6 +421,52 @@ fn the_page_is_one_small_file_with_every_stage_and_its_alternatives() {
 }
 
 #[test]
+fn a_wrong_override_names_its_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("c.yaml");
+    let text = "max_batch_size: 4\nmodel_kwargs: {num_hidden_layers: many}\n";
+    std::fs::write(&config, text).unwrap();
+    let config = config.to_str().unwrap();
+    let output = lathe(&["-m", MODEL, "compile", "--config", config]);
+    assert_eq!(output.status.code(), Some(1));
+    let error = String::from_utf8(output.stderr).unwrap();
+    let expected = format!(
+        "error: {config}:2: model_kwargs over {MODEL}/config.json: 'num_hidden_layers' is \"many\", expected a positive integer\n"
+    );
+    assert_eq!(error, expected);
+}
+
+#[test]
+fn misspelt_passes_are_recognised() {
+    let program = "graph \"g\" {\n  %x = input {name=\"x\"} : f32[B,S,8]\n  return y=%x\n}\n";
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), program).unwrap();
+    let path = file.path().to_str().unwrap();
+    for (args, near) in [
+        (["opt", path, "--passes", "recognise"], "recognize"),
+        (["opt", path, "--passes", "chain"], "chains"),
+        (
+            ["-m", MODEL, "compile", "--dump-ir=after=attentoin"],
+            "attention",
+        ),
+    ] {
+        let error = String::from_utf8(lathe(&args).stderr).unwrap();
+        assert!(
+            error.contains(&format!("did you mean '{near}'?")),
+            "{error}"
+        );
+    }
+    let out = lathe(&["opt", path, "--passes", "recognize,chains"]);
+    assert!(out.status.success(), "{out:?}");
+    let out = lathe(&["passes", "--explain", "chains"]);
+    assert!(
+        String::from_utf8(out.stdout)
+            .unwrap()
+            .starts_with("chains (after extraction")
+    );
+}
+
+#[test]
 fn logs_as_json_on_demand() {
     let folder = tempfile::tempdir().unwrap();
     let config = folder.path().join("c.yaml");

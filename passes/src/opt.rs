@@ -4,6 +4,7 @@
 //! the order named, and the result is extracted even if some operation has no kernel yet, so that
 //! intermediate forms (`sdpa`, `proj`, `win`) can be looked at.
 
+use crate::chains::{self, fuse_chains};
 use crate::egraph::convert::{add_graph, to_graph};
 use crate::egraph::cost::{CostPoint, INFINITE};
 use crate::egraph::extract::{extract, node_cost};
@@ -65,7 +66,8 @@ pub fn rules_of(pass: &str) -> Result<Vec<&'static Rule>, CompileError> {
         .ok_or_else(|| CompileError::UnknownRule(pass.to_string()))
 }
 
-/// Runs passes (names of stages or rules) in order on one e-graph and extracts the best program.
+/// Runs passes (names of stages or rules) in order on one e-graph and extracts the best program. Chains, which are no
+/// rule, are made in the program that was extracted, wherever their name stands.
 ///
 /// The stage `kv_cache` first asks for the windows of all full-sequence outputs (`[B,S,..]`), as
 /// the pipeline does; its rules by name do not.
@@ -73,8 +75,10 @@ pub fn rules_of(pass: &str) -> Result<Vec<&'static Rule>, CompileError> {
 /// # Errors
 /// A name is neither a rule nor a stage; a pass does not saturate.
 pub fn run(graph: &Graph, passes: &[&str], goal: &Goal) -> Result<OptReport, CompileError> {
+    let with_chains = passes.contains(&chains::NAME);
     let selected: Vec<(&str, Vec<&'static Rule>)> = passes
         .iter()
+        .filter(|p| **p != chains::NAME)
         .map(|p| Ok((*p, rules_of(p)?)))
         .collect::<Result<_, CompileError>>()?;
     let mut egraph = EGraph::new(TensorAnalysis::default());
@@ -105,8 +109,12 @@ pub fn run(graph: &Graph, passes: &[&str], goal: &Goal) -> Result<OptReport, Com
     for applied in &egraph.analysis.log {
         *matches.entry(applied.rule).or_insert(0) += 1;
     }
+    let mut best = to_graph(&egraph, &chosen.choice, &graph.name, &roots);
+    if with_chains {
+        best = fuse_chains(&best)?;
+    }
     Ok(OptReport {
-        graph: to_graph(&egraph, &chosen.choice, &graph.name, &roots),
+        graph: best,
         matches,
         nodes: egraph.total_number_of_nodes(),
         classes: egraph.number_of_classes(),

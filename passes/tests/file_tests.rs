@@ -3,7 +3,7 @@
 //! A file is a program in text form. Comment lines above it are commands, all others are for
 //! readers:
 //!
-//! - `// run: NAME,...`: stages and rules, run in this order on one e-graph;
+//! - `// run: NAME,...`: stages and rules, run in this order on one e-graph, and `chains`;
 //! - `// goal: GOAL`: what the result is chosen by (`size`, `rewritten`, `decode[:BATCH]`,
 //!   `prefill[:TOKENS]` on an H100), `rewritten` if absent;
 //! - `// interp`: the program and the result are also evaluated on random inputs and compared;

@@ -9,7 +9,10 @@ use clap::Args;
 use lathe_ir::{Graph, text, verify};
 use lathe_passes::egraph::cost::{CostPoint, DeviceModel};
 use lathe_passes::opt::{Goal, run};
+use lathe_passes::pipeline::CompileError;
+use lathe_passes::{Stage, chains, rules};
 
+use crate::config::nearest;
 use crate::target::named;
 
 /// Run passes on a program in text form and print the result
@@ -18,7 +21,7 @@ pub struct Opt {
     /// File with the program; - is standard input
     #[arg(default_value = "-", value_name = "FILE")]
     file: PathBuf,
-    /// Stages and rules, run in this order; `lathe passes` lists them
+    /// Stages and rules, run in this order, and chains; `lathe passes` lists them
     #[arg(long, value_delimiter = ',', value_name = "NAME,...")]
     passes: Vec<String>,
     /// What the result is chosen by: size, rewritten, decode[:BATCH], prefill[:TOKENS]
@@ -104,7 +107,7 @@ impl Opt {
         }
         let device = named(&self.target)?;
         let passes: Vec<&str> = self.passes.iter().map(String::as_str).collect();
-        let report = run(&graph, &passes, &self.goal.on(device))?;
+        let report = run(&graph, &passes, &self.goal.on(device)).map_err(with_nearest)?;
         if self.verify {
             check("the result", &report.graph)?;
         }
@@ -125,6 +128,19 @@ impl Opt {
         let mut out = std::io::stdout().lock();
         out.write_all(text::print(&report.graph).as_bytes())?;
         Ok(())
+    }
+}
+
+/// An unknown pass with the known one that is meant.
+fn with_nearest(error: CompileError) -> anyhow::Error {
+    let CompileError::UnknownRule(name) = &error else {
+        return error.into();
+    };
+    let stages = Stage::ALL.into_iter().map(Stage::name);
+    let known = stages.chain(rules::all().into_iter().map(|r| r.name));
+    match nearest(name, known.chain([chains::NAME])) {
+        Some(near) => anyhow!("no rule or stage named '{name}'; did you mean '{near}'?"),
+        None => error.into(),
     }
 }
 

@@ -46,6 +46,7 @@ impl Passes {
     /// Runs the command.
     pub fn run(&self) -> anyhow::Result<()> {
         let text = match &self.explain {
+            Some(name) if name == chains::NAME => about_chains(),
             Some(name) => explain(rule(name)?)?,
             None => self.list()?,
         };
@@ -90,15 +91,19 @@ impl Passes {
             }
         }
         if self.stage.is_none() {
-            let _ = writeln!(
-                out,
-                "{} (after extraction; off with fuse): pointwise operations and row reductions that \
-                 read one another become one generated kernel",
-                chains::NAME
-            );
+            out += &about_chains();
         }
         Ok(out)
     }
+}
+
+/// Chains are no rule: nothing is chosen there.
+fn about_chains() -> String {
+    format!(
+        "{} (after extraction; off with fuse): pointwise operations and row reductions that \
+         read one another become one generated kernel\n",
+        chains::NAME
+    )
 }
 
 fn rule(name: &str) -> anyhow::Result<&'static Rule> {

@@ -8,6 +8,7 @@ pub use cuda::{emit_cuda, kernel_options, workspace_bytes};
 pub use html::html;
 pub use summary::{StageSummary, summaries};
 
+use crate::config::nearest;
 use crate::phases::{duration, picoseconds};
 use anyhow::Context;
 use lathe_ir::{Graph, text};
@@ -74,7 +75,14 @@ impl FromStr for Points {
         let names: Vec<String> = names.split(',').map(|n| n.trim().to_string()).collect();
         for n in &names {
             if !known.contains(&n.as_str()) {
-                return Err(format!("no pass '{n}'; passes: {}", known.join(", ")));
+                let meant = match nearest(n, known.iter().copied()) {
+                    Some(near) => format!("did you mean '{near}'? "),
+                    None => String::new(),
+                };
+                return Err(format!(
+                    "no pass '{n}'; {meant}passes: {}",
+                    known.join(", ")
+                ));
             }
         }
         Ok(Points::After(names))
