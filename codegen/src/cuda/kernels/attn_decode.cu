@@ -194,8 +194,8 @@ LATHE_NAME(const E* q, const E* bias, const E* qnorm, const E* knorm, const floa
 #endif
 
   auto tiles_of = [](int len) { return len > 0 ? (len + TILE - 1) / TILE - first_visible(len) / TILE : 0; };
-  // Rows of sQ above the group stay zero.
-  for (int i = tid; i < 16 * CH; i += T) st16(smem + OFF_Q + i * 16, make_uint4(0, 0, 0, 0));
+  // Rows of sQ above the group stay zero; the others are written by other threads, without a barrier between.
+  for (int i = GQ * CH + tid; i < 16 * CH; i += T) st16(smem + OFF_Q + i * 16, make_uint4(0, 0, 0, 0));
 #if LATHE_CLUSTER
   const u32 rank = cta % CL, bar = smem_addr(misc);
   Cursor lc;
