@@ -436,6 +436,18 @@ fn a_wrong_override_names_its_line() {
     assert_eq!(error, expected);
 }
 
+/// Chains are made in the two step programs after extraction, so these are what there is after chains.
+#[test]
+fn after_chains_are_the_step_programs() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().to_str().unwrap();
+    compile(&["--dump-ir", "after=chains", "--dump-dir", path]);
+    let files = std::fs::read_dir(path).unwrap();
+    let mut names: Vec<_> = files.map(|f| f.unwrap().file_name()).collect();
+    names.sort();
+    assert_eq!(names, ["006_decode.txt", "007_general.txt"]);
+}
+
 #[test]
 fn misspelt_passes_are_recognised() {
     let program = "graph \"g\" {\n  %x = input {name=\"x\"} : f32[B,S,8]\n  return y=%x\n}\n";

@@ -28,7 +28,7 @@ use crate::target::Predicted;
 pub struct Compile {
     #[command(flatten)]
     config: ConfigFile,
-    /// Write the program: after-all, or after=PASS,... (stages, import, decode, general)
+    /// Write the program: after-all, or after=PASS,... (stages, import, chains, decode, general)
     #[arg(long, value_name = "after-all|after=PASS,...")]
     dump_ir: Option<Points>,
     /// Folder of the dumps

@@ -12,8 +12,8 @@ use crate::config::nearest;
 use crate::phases::{duration, picoseconds};
 use anyhow::Context;
 use lathe_ir::{Graph, text};
-use lathe_passes::Stage;
 use lathe_passes::pipeline::{Compiled, PassConfig};
+use lathe_passes::{Stage, chains};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -51,7 +51,7 @@ const EXTRA: [&str; 3] = ["import", "decode", "general"];
 pub enum Points {
     /// All of them.
     All,
-    /// Those named: stages, `import`, `decode`, `general`.
+    /// Those named: stages, `import`, `decode`, `general`. Chains are in both of the last.
     After(Vec<String>),
 }
 
@@ -62,6 +62,7 @@ impl FromStr for Points {
         let known: Vec<&str> = std::iter::once(EXTRA[0])
             .chain(Stage::ALL.iter().map(|s| s.name()))
             .chain(EXTRA[1..].iter().copied())
+            .chain([chains::NAME])
             .collect();
         if s == "after-all" {
             return Ok(Points::All);
@@ -85,7 +86,11 @@ impl FromStr for Points {
                 ));
             }
         }
-        Ok(Points::After(names))
+        let dumps = names.iter().flat_map(|n| match n.as_str() {
+            chains::NAME => EXTRA[1..].to_vec(),
+            n => vec![n],
+        });
+        Ok(Points::After(dumps.map(str::to_owned).collect()))
     }
 }
 
