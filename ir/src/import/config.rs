@@ -89,7 +89,8 @@ impl HfConfig {
     }
 
     /// The same configuration with some keys replaced. Keys are dotted paths in either spelling
-    /// (`num_hidden_layers`, `rope_scaling.factor`); missing objects on the way are created.
+    /// (`num_hidden_layers`, `rope_scaling.factor`); missing objects on the way are created. A model cut to
+    /// fewer layers keeps the first entries of `layer_types`.
     ///
     /// # Errors
     /// A path leads through a value that is no object, or a spelling conflicts.
@@ -97,8 +98,15 @@ impl HfConfig {
         mut self,
         overrides: impl IntoIterator<Item = (&'a str, &'a Value)>,
     ) -> Result<HfConfig, ImportError> {
+        let (mut cut, mut typed) = (None, false);
         for (key, value) in overrides {
-            match canonical_key(key).as_str() {
+            let key = canonical_key(key);
+            match key.as_str() {
+                "num_hidden_layers" => cut = value.as_u64(),
+                "layer_types" => typed = true,
+                _ => {}
+            }
+            match key.as_str() {
                 whole @ ("rope_scaling" | "rope_parameters") => {
                     // A new scheme replaces the old one, but keeps the base.
                     let theta = self.get("rope_parameters.rope_theta").cloned();
@@ -112,6 +120,11 @@ impl HfConfig {
             }
             self.fold_dtype()?;
             self.fold_rope()?;
+        }
+        if let (Some(layers), false) = (cut, typed)
+            && let Some(Value::Array(types)) = self.root.get_mut("layer_types")
+        {
+            types.truncate(usize::try_from(layers).unwrap_or(usize::MAX));
         }
         Ok(self)
     }

@@ -414,6 +414,21 @@ fn malformed_configurations_are_refused() {
 }
 
 #[test]
+fn fewer_layers_keep_the_first_layer_types() {
+    for name in ["gemma2", "gemma3", "qwen2", "qwen3"] {
+        let types = golden(name, "config.json").get("layer_types").cloned();
+        let first = types.expect("layer_types")[0].clone();
+        let cut = with(name, &[("num_hidden_layers", json!(1))]);
+        let typed = [
+            ("num_hidden_layers", json!(1)),
+            ("layer_types", json!([first])),
+        ];
+        let said = with(name, &typed);
+        assert_eq!(cut.graph, said.graph, "{name}");
+    }
+}
+
+#[test]
 fn overrides_reach_both_spellings() {
     let theta = |m: &Model| {
         m.graph.nodes().iter().find_map(|n| match &n.op {
