@@ -3,6 +3,7 @@
 # make rules  the first part of it, what a change of a rule changes: samples, file tests and snapshots of all families
 # make bless  accepts that
 # make nits   format and lints
+# make soak   100,000 requests through the engine on the CPU: exact lengths, no page lost, flat memory; takes minutes
 # make nvrtc  CUDA's run-time compiler and disassembler from PyPI, so that `make test` compiles every generated
 #             kernel and looks at its machine code; needs no GPU
 
@@ -14,7 +15,7 @@ NVRTC := $(TARGET)/nvrtc
 # Snapshots that differ fail; `INSTA_UPDATE=always` takes them.
 export INSTA_UPDATE ?= no
 
-.PHONY: demo test rules bless nits nvrtc
+.PHONY: demo test rules bless nits soak nvrtc
 .DEFAULT_GOAL := test
 
 demo:
@@ -34,6 +35,9 @@ bless:
 nits:
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --quiet -- -D warnings
+
+soak:
+	$(CARGO) test --release --test serving_soak -- --ignored --nocapture
 
 # The snapshots of registers are of this compiler. PyPI's first disassembler is of CUDA 13.2; it reads 13.0's code.
 nvrtc: $(NVRTC)/installed-13.0.88

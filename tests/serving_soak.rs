@@ -1,4 +1,4 @@
-//! A long run, outside CI: `cargo test --release --test serving_soak -- --ignored --nocapture`.
+//! A long run, outside CI: `make soak`, or `LATHE_SOAK_REQUESTS=5000 make soak` for a shorter one.
 
 mod common;
 
@@ -24,7 +24,8 @@ fn resident() -> usize {
 #[test]
 #[ignore = "takes minutes"]
 fn a_hundred_thousand_requests() {
-    const REQUESTS: u64 = 100_000;
+    let requests: u64 = std::env::var("LATHE_SOAK_REQUESTS")
+        .map_or(100_000, |count| count.parse().expect("a count of requests"));
     const IN_FLIGHT: usize = 200;
     let mut model = common::compiled(&common::golden("llama-rope3-tied"), "");
     let options = LoadOptions {
@@ -45,8 +46,8 @@ fn a_hundred_thousand_requests() {
     let output_len = |id: u64| 1 + (id * 7 % 9) as usize;
     let (mut next, mut ended, mut streamed, mut generated) = (0, 0, 0, 0);
     let mut early = 0;
-    while ended < REQUESTS {
-        while engine.live() < IN_FLIGHT && next < REQUESTS {
+    while ended < requests {
+        while engine.live() < IN_FLIGHT && next < requests {
             let request = Request {
                 id: next,
                 prompt: (0..1 + next % 11)
@@ -70,7 +71,7 @@ fn a_hundred_thousand_requests() {
             assert_eq!(finished.tokens.len(), output_len(finished.id));
             generated += finished.tokens.len();
             ended += 1;
-            if ended == REQUESTS / 5 {
+            if ended == requests / 5 {
                 early = resident();
             }
         }
