@@ -164,6 +164,9 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Cli, clap:
 fn with_both_spellings(command: clap::Command) -> clap::Command {
     command
         .mut_args(|argument| {
+            // A negative number is a value, even where it is a wrong one: the message then names the flag.
+            let takes_values = argument.get_action().takes_values() && !argument.is_positional();
+            let argument = argument.allow_negative_numbers(takes_values);
             let Some(long) = argument.get_long().map(str::to_owned) else {
                 return argument;
             };
@@ -256,6 +259,22 @@ mod tests {
             parsed("lathe compare a b").unwrap().global.device,
             DeviceChoice::Auto
         );
+    }
+
+    #[test]
+    fn a_negative_number_is_the_wrong_value_of_its_flag() {
+        for (line, flag) in [
+            ("lathe throughput --num_requests -1", "--num_requests"),
+            (
+                "lathe prepare-dataset token-norm-dist --input-stdev -1",
+                "--input-stdev",
+            ),
+            ("lathe --tp -2 doctor", "--tp"),
+        ] {
+            let error = parsed(line).unwrap_err().to_string();
+            assert!(error.starts_with("error: invalid value '-"), "{error}");
+            assert!(error.contains(flag), "{error}");
+        }
     }
 
     #[test]

@@ -285,6 +285,67 @@ fn refusals_are_one_clear_outcome() {
     );
 }
 
+/// Results that could not be kept are refused before the run, all reasons at once.
+#[test]
+fn output_files_are_checked_before_the_run() {
+    let files = Files::new(4);
+    let absent = files.path("none/r.json");
+    let same = files.path("same.json");
+    let (absent, same) = (absent.to_str().unwrap(), same.to_str().unwrap());
+    let output = lathe(
+        "gpt2",
+        &[
+            "throughput",
+            "--dataset",
+            files.dataset.to_str().unwrap(),
+            "--report_json",
+            absent,
+            "--request_json",
+            same,
+            "--output_json",
+            same,
+        ],
+    );
+    assert_eq!(output.status.code(), Some(2));
+    assert!(output.stdout.is_empty());
+    let expected = format!(
+        "error: --report_json: {absent} cannot be written: No such file or directory (os error 2)\n\
+         --request_json and --output_json both name {same}\n"
+    );
+    assert_eq!(stderr(&output), expected);
+}
+
+/// Datasets that are no fit for the model, or shorter than was asked for.
+#[test]
+fn dataset_and_model_are_compared() {
+    let files = Files::new(4);
+    let long = files.path("long.jsonl");
+    let request = |osl| format!("{{\"task_id\":0,\"input_ids\":[1],\"output_tokens\":{osl}}}\n");
+    std::fs::write(&long, request(2) + &request(100_000)).unwrap();
+    let run = |dataset: &Path, more: &[&str]| {
+        let dataset = ["latency", "--dataset", dataset.to_str().unwrap()];
+        lathe("gpt2", &[&dataset, more].concat())
+    };
+    let output = run(&long, &[]);
+    assert_eq!(output.status.code(), Some(1));
+    let text = stderr(&output);
+    assert!(
+        text.contains("long.jsonl: request 1: 1 input + 100000 output tokens are 100001, the model's max_position_embeddings is ")
+            && text.lines().count() == 1,
+        "{text}"
+    );
+    let output = run(
+        &files.dataset,
+        &["--num_requests", "9", "--log_level", "warning"],
+    );
+    assert!(output.status.success());
+    let text = stderr(&output);
+    assert!(
+        text.contains("--num_requests 9: the dataset has only 4 requests"),
+        "{text}"
+    );
+}
+
 /// /dev/full stands for a full disk: the report is on stdout, the other files are written.
 #[cfg(target_os = "linux")]
 #[test]

@@ -22,7 +22,7 @@ pub struct Request {
 /// The requests of a dataset in file order.
 #[derive(Debug, Clone)]
 pub struct Dataset {
-    /// Where it came from, for reports and messages; `-` is stdin.
+    /// Where it came from, for reports and messages: a file, or `stdin`.
     pub path: String,
     /// The requests.
     pub requests: Vec<Request>,
@@ -68,10 +68,12 @@ pub enum DatasetError {
         problems: Vec<LineProblem>,
     },
     /// Requests that no sequence can hold.
-    #[error("{}", list_too_long(path, *max_seq_len, requests))]
+    #[error("{}", list_too_long(path, limit, *max_seq_len, requests))]
     TooLong {
         /// The file.
         path: String,
+        /// What sets the limit.
+        limit: &'static str,
         /// The limit.
         max_seq_len: usize,
         /// Index, prompt tokens and output tokens of each.
@@ -103,13 +105,18 @@ fn list_problems(path: &str, problems: &[LineProblem]) -> String {
     lines.join("\n")
 }
 
-fn list_too_long(path: &str, max_seq_len: usize, requests: &[(usize, usize, usize)]) -> String {
+fn list_too_long(
+    path: &str,
+    limit: &str,
+    max_seq_len: usize,
+    requests: &[(usize, usize, usize)],
+) -> String {
     let mut lines: Vec<String> = requests
         .iter()
         .take(MAX_LISTED)
         .map(|(index, isl, osl)| {
             let total = isl + osl;
-            format!("{path}: request {index}: {isl} input + {osl} output tokens are {total}, max_seq_len is {max_seq_len}")
+            format!("{path}: request {index}: {isl} input + {osl} output tokens are {total}, {limit} is {max_seq_len}")
         })
         .collect();
     if requests.len() > MAX_LISTED {
@@ -140,7 +147,7 @@ impl Dataset {
     pub fn read(path: &Path, options: ReadOptions<'_>) -> Result<Self, DatasetError> {
         let name = path.display().to_string();
         if name == "-" {
-            return Self::from_reader("-", std::io::stdin().lock(), options);
+            return Self::from_reader("stdin", std::io::stdin().lock(), options);
         }
         let io_error = |source| DatasetError::Io {
             path: name.clone(),
@@ -199,8 +206,13 @@ impl Dataset {
         })
     }
 
-    /// Checks that every request fits into `max_seq_len` tokens; lists those that do not.
-    pub fn check_lengths(&self, max_seq_len: usize) -> Result<(), DatasetError> {
+    /// Checks that every request fits into `max_seq_len` tokens, which is the value of `limit`; lists those that
+    /// do not.
+    pub fn check_lengths(
+        &self,
+        limit: &'static str,
+        max_seq_len: usize,
+    ) -> Result<(), DatasetError> {
         let requests: Vec<_> = self
             .requests
             .iter()
@@ -219,6 +231,7 @@ impl Dataset {
         }
         Err(DatasetError::TooLong {
             path: self.path.clone(),
+            limit,
             max_seq_len,
             requests,
         })
@@ -288,7 +301,7 @@ pub struct DatasetStats {
 }
 
 fn parse_line(bytes: &[u8], options: ReadOptions<'_>) -> Result<Request, String> {
-    let line: Line = serde_json::from_slice(bytes).map_err(json_reason)?;
+    let line: Line = serde_json::from_slice(bytes).map_err(|error| json_reason(bytes, error))?;
     let missing: Vec<&str> = [
         ("task_id", line.task_id.is_none()),
         ("output_tokens", line.output_tokens.is_none()),
@@ -353,15 +366,32 @@ fn check_ids(ids: &[i64], vocab_size: Option<usize>) -> Result<Vec<u32>, String>
     }
 }
 
-/// The reason without serde_json's line number, which is always 1 here.
-fn json_reason(error: serde_json::Error) -> String {
+/// Why a line is no [`Line`].
+fn json_reason(bytes: &[u8], error: serde_json::Error) -> String {
+    let value = match serde_json::from_slice(bytes) {
+        Ok(serde_json::Value::Object(fields)) => fields,
+        Ok(_) => return "expected an object with task_id, input_ids and output_tokens".into(),
+        Err(_) => {
+            return format!(
+                "not valid JSON: {} (column {})",
+                reason(&error),
+                error.column()
+            );
+        }
+    };
+    // Fields of their own say which of them is wrong.
+    let wrong = value.into_iter().find_map(|(name, field)| {
+        let alone = serde_json::Map::from_iter([(name.clone(), field)]);
+        let error = serde_json::from_value::<Line>(alone.into()).err()?;
+        Some(format!("{name}: {}", reason(&error)))
+    });
+    wrong.unwrap_or_else(|| reason(&error))
+}
+
+/// What serde_json says, without its line number, which is always 1 here.
+fn reason(error: &serde_json::Error) -> String {
     let text = error.to_string();
-    let reason = text.split(" at line ").next().unwrap_or(&text);
-    if error.is_data() {
-        reason.to_owned()
-    } else {
-        format!("not valid JSON: {reason} (column {})", error.column())
-    }
+    text.split(" at line ").next().unwrap_or(&text).to_owned()
 }
 
 #[cfg(test)]
@@ -431,7 +461,7 @@ d.jsonl:7: prompt is text, but no tokenizer is loaded (the model folder needs to
 d.jsonl:8: the prompt has no tokens
 d.jsonl:9: output_tokens is 0, expected 1 or more
 d.jsonl:10: lora_request is not supported
-d.jsonl:11: invalid type: string \"x\", expected a sequence";
+d.jsonl:11: input_ids: invalid type: string \"x\", expected a sequence";
         // serde_json's wording of the third is its own; the rest is ours.
         let found = error.to_string();
         for (found, expected) in found.lines().zip(expected.lines()) {
@@ -442,6 +472,15 @@ d.jsonl:11: invalid type: string \"x\", expected a sequence";
             );
         }
         assert_eq!(found.lines().count(), 10);
+    }
+
+    #[test]
+    fn a_line_that_is_no_object_is_called_so() {
+        let error = read("[1]\n", ReadOptions::default()).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "d.jsonl:1: expected an object with task_id, input_ids and output_tokens"
+        );
     }
 
     #[test]
@@ -492,8 +531,11 @@ d.jsonl:11: invalid type: string \"x\", expected a sequence";
     fn requests_that_are_too_long() {
         let text = "{\"task_id\":0,\"input_ids\":[1,2],\"output_tokens\":2}\n{\"task_id\":1,\"input_ids\":[1,2],\"output_tokens\":3}\n";
         let dataset = read(text, ReadOptions::default()).unwrap();
-        assert!(dataset.check_lengths(5).is_ok());
-        let error = dataset.check_lengths(4).unwrap_err().to_string();
+        assert!(dataset.check_lengths("max_seq_len", 5).is_ok());
+        let error = dataset
+            .check_lengths("max_seq_len", 4)
+            .unwrap_err()
+            .to_string();
         assert_eq!(
             error,
             "d.jsonl: request 1: 2 input + 3 output tokens are 5, max_seq_len is 4"

@@ -55,7 +55,7 @@ pub enum TuningError {
         memory: u64,
     },
     /// Not one request fits into the cache.
-    #[error("one request of {tokens:.0} tokens needs {} of KV cache, {} are left for it; raise free_mem_ratio or shorten the requests", size(*needed), size(*cache))]
+    #[error("one request of {tokens:.0} tokens needs {} of KV cache, {} are left for it; raise free_mem_ratio (--kv_cache_free_gpu_mem_fraction) or shorten the requests", size(*needed), size(*cache))]
     RequestDoesNotFit {
         /// Tokens of a request.
         tokens: f64,

@@ -61,6 +61,10 @@ struct ForeignArgs {
     cluster_size: Option<u32>,
     #[arg(long = "beam_width", hide = true)]
     beam_width: Option<u32>,
+    #[arg(long = "dry-run", hide = true)]
+    dry_run: bool,
+    #[arg(long, hide = true)]
+    revision: Option<String>,
     #[arg(long = "medusa_choices", hide = true)]
     medusa_choices: Option<PathBuf>,
     #[arg(long, hide = true)]
@@ -85,6 +89,14 @@ impl ForeignArgs {
             (
                 self.engine_dir.is_some(),
                 "--engine_dir: there are no engine files; models are compiled at the start",
+            ),
+            (
+                self.dry_run,
+                "--dry-run: `lathe compile --dry-run --config FILE` shows the configuration, the plan and the prediction",
+            ),
+            (
+                self.revision.is_some(),
+                "--revision: nothing is downloaded; name the folder of that revision as --model",
             ),
             (
                 above_one(self.pp),

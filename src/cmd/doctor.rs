@@ -31,7 +31,10 @@ impl Doctor {
             Library::CublasLt,
             Library::Nccl,
         ] {
-            let name = library.name();
+            let name = match library {
+                Library::Driver => "driver",
+                other => other.name(),
+            };
             match ensure(library) {
                 Ok(()) => {
                     let place = loaded_from(library)

@@ -17,7 +17,7 @@ use lathe_runtime::weights::{Checkpoint, WeightsError};
 use lathe_runtime::{cpu, cuda};
 
 use super::config_file::ConfigFile;
-use crate::bench::files::write_json;
+use crate::bench::files::{check_writable, write_json};
 use crate::bench::kernels::{KernelsReport, Profiled, StepPoint};
 use crate::cli::GlobalOptions;
 use crate::config::{Given, Options, Resolved, Run};
@@ -66,6 +66,9 @@ impl Kernels {
             ),
             ..Options::default()
         };
+        if let Some(path) = &self.json {
+            check_writable(path)?;
+        }
         let resolved = self.config.resolve(flags)?;
         let mut model = CompiledModel::compile(global, &resolved)?;
         for line in model.remarks(&resolved, Run::Kernels) {

@@ -42,6 +42,12 @@ impl Latency {
             ));
         }
         let path = bench.dataset()?;
+        let outputs = Outputs {
+            report_json: bench.report_json.as_deref(),
+            iteration_log: bench.iteration_log.as_deref(),
+            ..Outputs::default()
+        };
+        outputs.check()?;
         let mut model = CompiledModel::compile(global, &resolved)?;
         model.require_cache()?;
         let tokenizer = TextTokenizer::load(&model.folder).ok();
@@ -67,11 +73,7 @@ impl Latency {
             targets: (None, None),
             max_seq_len,
             weights: weight_choice(&resolved),
-            outputs: Outputs {
-                report_json: bench.report_json.as_deref(),
-                iteration_log: bench.iteration_log.as_deref(),
-                ..Outputs::default()
-            },
+            outputs,
         };
         job.run(&mut model)
     }

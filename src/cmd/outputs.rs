@@ -6,12 +6,14 @@ use std::path::Path;
 use lathe_runtime::cuda::driver;
 use lathe_runtime::text::TextTokenizer;
 
+use crate::bench::files::check_writable;
 use crate::bench::gpu_state::GpuState;
 use crate::bench::metrics::RequestRecord;
 use crate::bench::report::{
     Engine, IterationStats, Machine, Phase, Report, write_iteration_log, write_output_json,
     write_report_json, write_request_json,
 };
+use crate::errors::usage_error;
 use crate::model::{CompiledModel, Target};
 
 /// Files to write.
@@ -28,6 +30,36 @@ pub(super) struct Outputs<'a> {
 }
 
 impl Outputs<'_> {
+    /// Finds before the run what would lose its results after it.
+    ///
+    /// # Errors
+    /// All files that cannot be written, and flags that name the same file.
+    pub(super) fn check(&self) -> anyhow::Result<()> {
+        let named: Vec<(&str, &Path)> = [
+            ("--report_json", self.report_json),
+            ("--request_json", self.request_json),
+            ("--output_json", self.output_json),
+            ("--iteration_log", self.iteration_log),
+        ]
+        .into_iter()
+        .filter_map(|(flag, path)| Some((flag, path?)))
+        .collect();
+        let mut problems = Vec::new();
+        for (i, (flag, path)) in named.iter().enumerate() {
+            let twin = named[..i].iter().find(|(_, other)| other == path);
+            // A terminal or /dev/null may take several.
+            if let Some((other, _)) = twin.filter(|_| !path.exists() || path.is_file()) {
+                problems.push(format!("{other} and {flag} both name {}", path.display()));
+            } else if let Err(error) = check_writable(path) {
+                problems.push(format!("{flag}: {error:#}"));
+            }
+        }
+        if problems.is_empty() {
+            return Ok(());
+        }
+        Err(usage_error(problems.join("\n")))
+    }
+
     /// Prints the report, writes all files, and then fails if the run did, or if a file could not be
     /// written. One failure does not keep the rest from being written.
     ///

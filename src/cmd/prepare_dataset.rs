@@ -61,7 +61,7 @@ enum Kind {
     /// Random tokens, lengths from a normal distribution
     TokenNormDist {
         /// Number of requests
-        #[arg(long = "num-requests", value_parser = positive())]
+        #[arg(long = "num-requests", value_parser = positive)]
         num_requests: u64,
         /// Mean prompt length in tokens
         #[arg(long = "input-mean")]
@@ -79,7 +79,7 @@ enum Kind {
     /// Random tokens, lengths from a uniform distribution
     TokenUnifDist {
         /// Number of requests
-        #[arg(long = "num-requests", value_parser = positive())]
+        #[arg(long = "num-requests", value_parser = positive)]
         num_requests: u64,
         /// Least prompt length in tokens
         #[arg(long = "input-min")]
@@ -99,8 +99,11 @@ enum Kind {
     RealDataset(RealDataset),
 }
 
-fn positive() -> clap::builder::RangedU64ValueParser {
-    clap::value_parser!(u64).range(1..)
+fn positive(text: &str) -> Result<u64, String> {
+    text.parse()
+        .ok()
+        .filter(|&n| n > 0)
+        .ok_or_else(|| "expected a whole number from 1".into())
 }
 
 #[derive(Debug, Args)]
@@ -127,13 +130,10 @@ struct RealDataset {
     #[arg(long = "dataset-prompt")]
     dataset_prompt: Option<String>,
     /// Field with the answer; its length becomes the output length
-    #[arg(
-        long = "dataset-output-key",
-        required_unless_present = "output_len_dist"
-    )]
+    #[arg(long = "dataset-output-key")]
     dataset_output_key: Option<String>,
     /// Stop after so many requests
-    #[arg(long = "num-requests", value_parser = positive())]
+    #[arg(long = "num-requests", value_parser = positive)]
     num_requests: Option<u64>,
     /// Skip longer inputs
     #[arg(long = "max-input-len")]
@@ -249,6 +249,11 @@ impl PrepareDataset {
         if is_text && real.output_len_dist.is_none() {
             return Err(usage_error(
                 "--output-len-dist is needed for a .txt file, which has no answers",
+            ));
+        }
+        if real.dataset_output_key.is_none() && real.output_len_dist.is_none() {
+            return Err(usage_error(
+                "output lengths are missing: --dataset-output-key or --output-len-dist",
             ));
         }
         let source = TextSource {

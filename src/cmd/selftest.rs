@@ -9,7 +9,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use crate::bench::files::write_json;
+use crate::bench::files::{check_writable, write_json};
 use crate::bench::table::{Align, table};
 use crate::cli::GlobalOptions;
 use crate::errors::usage_error;
@@ -37,6 +37,9 @@ pub struct Selftest {
 impl Selftest {
     /// Runs the comparisons; the command fails if one of them fails.
     pub fn run(&self, global: &GlobalOptions) -> anyhow::Result<()> {
+        if let Some(path) = &self.json {
+            check_writable(path)?;
+        }
         let target = Target::resolve(global.device)?;
         let effort = match self.quick {
             true => Effort::Quick,

@@ -93,6 +93,13 @@ impl Throughput {
             ));
         }
         let path = bench.dataset()?;
+        let outputs = Outputs {
+            report_json: bench.report_json.as_deref(),
+            request_json: self.request_json.as_deref(),
+            output_json: self.output_json.as_deref(),
+            iteration_log: bench.iteration_log.as_deref(),
+        };
+        outputs.check()?;
         let mut model = CompiledModel::compile(global, &resolved)?;
         model.require_cache()?;
         let vocab = model.info.vocab;
@@ -109,12 +116,6 @@ impl Throughput {
             &resolved,
             tokenizer.as_ref(),
         )?;
-        let outputs = Outputs {
-            report_json: bench.report_json.as_deref(),
-            request_json: self.request_json.as_deref(),
-            output_json: self.output_json.as_deref(),
-            iteration_log: bench.iteration_log.as_deref(),
-        };
         let weights = weight_choice(&resolved);
         if !serving {
             let job = StaticJob {
@@ -195,9 +196,19 @@ pub(super) fn read_dataset(
             tokenizer,
         },
     )?;
+    if num_requests > dataset.requests.len() {
+        tracing::warn!(
+            "--num_requests {num_requests}: the dataset has only {} requests",
+            dataset.requests.len()
+        );
+    }
     let longest = dataset.stats().max_sequence_length;
+    if resolved.max_seq_len.value.is_none() {
+        let limit = model.info.max_position as usize;
+        dataset.check_lengths("the model's max_position_embeddings", limit)?;
+    }
     let max_seq_len = resolved.max_seq_len.value.map_or(longest, |n| n as usize);
-    dataset.check_lengths(max_seq_len)?;
+    dataset.check_lengths("max_seq_len", max_seq_len)?;
     model.check_length(max_seq_len)?;
     Ok((dataset, max_seq_len))
 }

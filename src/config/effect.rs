@@ -43,6 +43,26 @@ impl Resolved {
             &self.cuda_graph_batch_sizes.source,
             graphs.as_deref(),
         );
+        let untimed = match (on_cpu, backend.value.autotunes()) {
+            (true, _) => Some("the CPU has one kernel for each GEMM".to_string()),
+            (false, false) => Some(format!(
+                "compile_backend: {} times no kernels",
+                backend.value
+            )),
+            (false, true) => None,
+        };
+        idle(
+            "transforms.autotune.enabled",
+            &self.autotune.source,
+            untimed.as_deref(),
+        );
+        let no_library = (!self.autotune.value)
+            .then(|| "transforms.autotune.enabled: false times no kernels".to_string());
+        idle(
+            "transforms.autotune.cublaslt",
+            &self.cublaslt.source,
+            untimed.or(no_library).as_deref(),
+        );
         idle(
             "simple_shard_only",
             &self.simple_shard_only.source,
@@ -164,6 +184,30 @@ mod tests {
         assert_eq!(
             idle("cuda_graph_batch_sizes: [1]", Run::Serving, false),
             [""; 0]
+        );
+    }
+
+    #[test]
+    fn timing_needs_a_gpu_and_a_backend_that_times() {
+        let autotune = |more: &str, on_cpu| {
+            let yaml = format!("transforms: {{autotune: {{{more}");
+            idle(&yaml, Run::Serving, on_cpu)
+        };
+        assert_eq!(
+            autotune("enabled: false, cublaslt: true}}", true),
+            [
+                "transforms.autotune.enabled (c.yaml:1) has no effect: the CPU has one kernel for each GEMM",
+                "transforms.autotune.cublaslt (c.yaml:1) has no effect: the CPU has one kernel for each GEMM",
+            ]
+        );
+        assert_eq!(autotune("enabled: false}}", false), [""; 0]);
+        assert_eq!(autotune("cublaslt: true}}", false), [""; 0]);
+        let found = autotune("enabled: false, cublaslt: true}}", false);
+        assert_eq!(found.len(), 1, "{found:?}");
+        let found = autotune("enabled: true}}\ncompile_backend: torch-simple", false);
+        assert!(
+            found[0].ends_with("compile_backend: torch-simple times no kernels"),
+            "{found:?}"
         );
     }
 
