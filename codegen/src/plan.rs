@@ -59,7 +59,7 @@ pub struct Plan {
 /// A program over weights alone, and where its results stay.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Once {
-    /// The program; it has no outputs.
+    /// The program; its outputs are its results again, as `weight.N`.
     pub program: Program,
     /// Its values that are weights, with their indices in [`Plan::weights`].
     pub results: Vec<(ValueId, usize)>,

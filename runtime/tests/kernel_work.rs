@@ -4,9 +4,7 @@ mod common;
 
 use common::{h100, plan};
 use lathe_codegen::ProgramKind;
-use lathe_codegen::cuda::{
-    Arg, CudaProgram, Launch, Probe, Ref, Sampling, Sizes, lower_program, probe_kernel,
-};
+use lathe_codegen::cuda::{CudaProgram, Probe, Sampling, Sizes, lower_program, probe_kernel};
 use lathe_codegen::work::{KernelClass, Span, Work, WorkShape};
 use lathe_ir::DType;
 use lathe_runtime::cuda::library::{self, Library};
@@ -98,64 +96,6 @@ fn prefill_of_the_8b_by_hand() {
         .map(|w| w.bytes)
         .collect();
     assert_eq!(norms, [(t * (4096 * 2 + 8)) as f64]);
-}
-
-/// Of more rows than the GEMV takes, norms are factors of the tensor-core GEMMs: five kernels a layer. Their sums
-/// of squares lie in two buffers: one is read while the other is clear.
-#[test]
-fn norms_are_factors_and_their_sums_take_turns() {
-    for (kind, rows) in [
-        (ProgramKind::Decode, 8),
-        (ProgramKind::Decode, 64),
-        (ProgramKind::Decode, 512),
-    ] {
-        let p = lowered(
-            kind,
-            Sizes {
-                t: rows,
-                b: rows,
-                r: rows,
-            },
-        );
-        let of_layers = |l: &&Launch| !p.kernels[l.kernel].name.starts_with("row_sums");
-        let layers = p.launches.iter().filter(of_layers).count();
-        // Embedding, head and sampling besides.
-        assert_eq!(layers, 32 * 5 + 3, "{rows} rows");
-        let (mut full, mut clear) = (None, None);
-        let (mut read, mut added) = (0, 0);
-        for l in &p.launches {
-            let name = &p.kernels[l.kernel].name;
-            let sums: Vec<&str> = l
-                .args
-                .iter()
-                .filter_map(|a| match a {
-                    Arg::Ptr(Ref::Work(i)) => Some(p.workspaces[*i].name.as_str()),
-                    _ => None,
-                })
-                .filter(|n| n.starts_with("row_sums"))
-                .collect();
-            let mut sums = sums.into_iter();
-            if name.contains("_rms_") {
-                assert_eq!(sums.next(), full, "{name} reads");
-                read += 1;
-            }
-            if name.starts_with("row_sums") {
-                (full, clear) = (sums.next(), sums.next());
-            }
-            if name.ends_with("_sums") {
-                let (adds, clears) = (sums.next(), sums.next());
-                assert_eq!(
-                    (adds, clears),
-                    (clear, full),
-                    "{name} adds to what is clear"
-                );
-                (full, clear) = (adds, clears);
-                added += 1;
-            }
-            assert_eq!(sums.next(), None, "{name}");
-        }
-        assert_eq!((read, added), (65, 64), "{rows} rows");
-    }
 }
 
 #[test]

@@ -35,6 +35,8 @@ pub(super) struct Gemm {
     pub(super) argmax: bool,
     /// The norm as a factor a row, of the tensor-core kernels.
     pub(super) row_scale: Option<RowScale>,
+    /// The library may run in the kernel's place: it leaves no sums of squares.
+    pub(super) replaceable: bool,
 }
 
 /// An RMSNorm without gamma that is applied to the accumulators.
@@ -160,6 +162,7 @@ fn operands(cx: &mut Context<'_>, argmax: bool) -> Result<Gemm, CudaError> {
         },
         argmax,
         row_scale: None,
+        replaceable: false,
     })
 }
 
@@ -188,10 +191,8 @@ fn run(cx: &mut Context<'_>, mut g: Gemm) -> Result<(), CudaError> {
     let library = match (variant, key) {
         (Some(Variant::CublasLt { algorithm }), Some(key)) => {
             // The own kernel stays beside it for devices without the library.
-            let sums = cx.row_sums.clone();
+            g.replaceable = true;
             own(cx, &g, Some((&key, Variant::heuristic(&key, sms))));
-            // The library leaves no sums of squares.
-            cx.row_sums = sums;
             Some(LibraryGemm {
                 m: g.m,
                 n: g.n,
@@ -274,6 +275,7 @@ pub(super) fn row_norms(cx: &mut Context<'_>, g: &Gemm) -> (Vec<(&'static str, S
     let out = match g.epilogue {
         // No norm follows gated features.
         Epilogue::SwiGlu => None,
+        _ if g.replaceable => None,
         _ => row_sums::of_result(cx, &g.y, g.m, g.n, g.dtype),
     };
     let (scaled, summed) = (u8::from(g.row_scale.is_some()), u8::from(out.is_some()));

@@ -121,10 +121,17 @@ pub fn gemm_keys(
     Ok(keys)
 }
 
-/// The text of all kernels that [`Variant`] chooses between: measured times hold for it alone.
+/// The text of all kernels that [`Variant`] chooses between, with those before them: measured times hold for
+/// it alone.
 pub fn gemm_text() -> String {
     use source::Body;
-    let bodies = [Body::Gemv, Body::Skinny, Body::Gemm, Body::Norm];
+    let bodies = [
+        Body::Gemv,
+        Body::Skinny,
+        Body::Gemm,
+        Body::Norm,
+        Body::RowSums,
+    ];
     source::text_of(&bodies)
 }
 

@@ -17,7 +17,7 @@ use lathe_ir::{DType, Op, Prologue};
 pub(super) const SUM_BYTES: usize = 8;
 
 /// Which sums of squares there are.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub(super) struct RowSums {
     latest: Option<Latest>,
 }
@@ -57,7 +57,7 @@ fn is_read_from(cx: &Context<'_>, from: usize, value: ValueId) -> bool {
 }
 
 fn buffer(cx: &mut Context<'_>, which: usize, rows: usize) -> Ref {
-    // Cleared once, for those who look; every step begins with sums that are stored.
+    // It needs no contents: every step begins with sums that are stored.
     cx.work(&format!("row_sums.{which}"), rows * SUM_BYTES, None)
 }
 
@@ -75,8 +75,10 @@ pub(super) fn of_operand(
         _ => None,
     };
     let latest = cx.row_sums.latest;
+    // A view with other rows has other sums.
     if let Some(l) = latest
         && value == Some(l.value)
+        && l.rows == rows
     {
         return buffer(cx, l.which, rows);
     }

@@ -262,7 +262,8 @@ fn gemm(
             if !factors {
                 return None;
             }
-            // Sums of squares of every 32 columns, written with the rows and read by every unit.
+            // As for sums of squares of every 32 columns that every unit reads: more than the one number a
+            // row that the kernels keep, but programs were chosen and steps sized with it.
             let sums = 4.0 * rows * k / 32.0;
             w.bytes += sums;
             w.cached = sums * at.device.units;

@@ -1,5 +1,5 @@
 // norm: RMSNorm of M rows, optionally of a residual sum: s = E(x + delta) (written to `sum`), y = norm(s) * gamma.
-// Called by: plans whose linears do not take the norm as a prologue (M > 4), and the final norm.
+// Called by: norms that stay apart, and GEMMs that do not take theirs (gamma not in the weight and M > 4, or cuBLASLt).
 //
 // Defines: LATHE_K row length (multiple of VEC); LATHE_ADD 0|1; LATHE_EPS; LATHE_GAMMA(w) (default (w));
 //   LATHE_NORM_F32, LATHE_NO_GAMMA as in gemv.cu; LATHE_THREADS block size (default 256).
