@@ -232,12 +232,12 @@ fn no_kernel_is_left_for_a_norm() {
     }
 }
 
-/// GEMMs of 64 features, or of as many as are asked for, one after the other.
-struct Gemms(Graph);
+/// GEMMs one after the other, and the `eps` of their norms.
+struct Gemms(Graph, f64);
 
 impl Gemms {
     fn new() -> (Gemms, NodeId) {
-        let mut g = Gemms(Graph::new("several readers"));
+        let mut g = Gemms(Graph::new("several readers"), 1e-6);
         let tokens = Op::Input {
             name: "step.tokens".into(),
             dtype: DType::I32,
@@ -268,7 +268,7 @@ impl Gemms {
         let (w, none) = (self.weight(n, k), self.add(Op::None, &[]));
         let spec = GemmSpec {
             prologue: Prologue::Rms {
-                eps: Real::new(1e-5),
+                eps: Real::new(self.1),
             },
             epilogue: Epilogue::None,
         };
@@ -337,4 +337,17 @@ fn sums_are_of_rows_and_not_of_a_value() {
     let halves = g.add(Op::Reshape(halves), &[q]);
     let narrow = g.norm(halves, 64, 64);
     assert_eq!(g.followed(&[wide, narrow]), (3, 0, 3));
+}
+
+/// Fixed-point sums are too coarse for a tiny `eps`: the norm is then a kernel, and nothing is added up for it.
+#[test]
+fn a_tiny_eps_is_left_to_the_norm() {
+    for (eps, expected) in [(1e-6, (2, 1, 1)), (1e-8, (0, 0, 0))] {
+        let (mut g, x) = Gemms::new();
+        g.1 = eps;
+        let q = g.norm(x, 64, 64);
+        let o = g.residual(q, x);
+        let y = g.norm(o, 64, 64);
+        assert_eq!(g.followed(&[y]), expected, "{eps}");
+    }
 }

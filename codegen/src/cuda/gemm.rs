@@ -257,7 +257,7 @@ fn scale_rows(cx: &mut Context<'_>, g: &mut Gemm) -> bool {
     let (Prologue::Rms { eps }, Ref::Null) = (g.prologue, &g.gamma) else {
         return false;
     };
-    if !row_sums::fits(g.k, g.dtype) {
+    if !row_sums::fits(g.k, g.dtype) || !row_sums::is_fine(eps) {
         return false;
     }
     let sums = row_sums::of_operand(cx, &g.x, g.m, g.k, g.dtype);
@@ -318,7 +318,8 @@ fn split_prologue(cx: &mut Context<'_>, g: &mut Gemm) -> Result<(), CudaError> {
     // the sum.
     if let Some(launch) = cx.launches.last_mut() {
         let tensors = if g.delta == Ref::Null { 2 } else { 4 };
-        let bytes = (tensors * g.m + 1) * g.k * g.dtype.size();
+        let gamma = usize::from(g.gamma != Ref::Null);
+        let bytes = (tensors * g.m + gamma) * g.k * g.dtype.size();
         launch.work = Work::rows(KernelClass::Pointwise, g.m, g.k, bytes);
     }
     g.x = y;
