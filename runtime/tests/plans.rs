@@ -42,6 +42,27 @@ fn kernels_of_a_layer() {
     );
 }
 
+/// Weights are computed before there are workspaces for anything but steps.
+#[test]
+fn weights_are_computed_without_workspaces() {
+    use lathe_codegen::cuda::{Sampling, Sizes, lower_program};
+    let mut programs = 0;
+    for golden in goldens() {
+        for (off, dtype) in [(&[][..], DType::BF16), (UNFUSED, DType::F16)] {
+            let plan = plan(&golden, dtype, off);
+            let Some(once) = &plan.once else {
+                continue;
+            };
+            let sizes = Sizes { t: 1, b: 1, r: 1 };
+            let sampling = Sampling::Params;
+            let lowered = lower_program(&plan, &once.program, sizes, sampling, common::h100());
+            assert_eq!(lowered.unwrap().workspaces, [], "{golden}");
+            programs += 1;
+        }
+    }
+    assert!(programs > 0);
+}
+
 #[test]
 fn nothing_that_depends_on_weights_alone_is_left_in_a_step() {
     for golden in goldens() {
