@@ -223,6 +223,13 @@ fn errors_have_one_line_and_a_code() {
         "LoRA adapters are not supported",
     );
     assert_error(&norm[..9], 2, "--output-mean");
+    let line = "prepare-dataset --stdout token-unif-dist --num-requests 1 --input-min 1 --input-max 1 --output-min 5 --output-max 3";
+    let swapped: Vec<&str> = line.split(' ').chain(["-m", "/"]).collect();
+    assert_error(
+        &swapped,
+        2,
+        "error: --output-min 5 --output-max 3: expected 1 <= min <= max",
+    );
     let empty = tempfile::tempdir().unwrap();
     let arguments = [norm.as_slice(), &["-m", path(&empty)]].concat();
     assert_error(

@@ -292,6 +292,7 @@ fn output_files_are_checked_before_the_run() {
     let absent = files.path("none/r.json");
     let same = files.path("same.json");
     let (absent, same) = (absent.to_str().unwrap(), same.to_str().unwrap());
+    let dotted = same.replace("same.json", "./same.json");
     let output = lathe(
         "gpt2",
         &[
@@ -301,7 +302,7 @@ fn output_files_are_checked_before_the_run() {
             "--report_json",
             absent,
             "--request_json",
-            same,
+            &dotted,
             "--output_json",
             same,
         ],

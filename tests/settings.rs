@@ -168,6 +168,10 @@ fn runtime_chooses_continuous_or_static_batches() {
     assert_eq!(policy(&engine), "guaranteed_no_evict");
     assert_eq!(policy(&fixed), "static");
     assert_eq!(engine.tokens, fixed.tokens);
+    let targets = ["--target_input_len", "4"];
+    let idle = bench.benchmark("throughput", "runtime: demollm", &targets);
+    assert!(idle.warned("--target_input_len has no effect: runtime: demollm"));
+    assert!(!idle.warned("--scheduler_policy"));
     let idle = bench.throughput("runtime: demollm\nattn_page_size: 4");
     assert!(idle.warned("attn_page_size (c.yaml:2) has no effect: each sequence has one page"));
 }

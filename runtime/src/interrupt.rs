@@ -1,18 +1,19 @@
-//! Ctrl-C as a flag, so that a long run can end with what it has.
+//! Ctrl-C and termination (as batch systems and `timeout` ask for it) as a flag, so that a long run can end with
+//! what it has.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
-/// From now on the first Ctrl-C (SIGINT) sets the returned flag; a second one ends the process as
-/// usual. On systems without signals the flag is never set.
+/// From now on the first SIGINT (Ctrl-C) or SIGTERM sets the returned flag; a second one ends the process
+/// as usual. On systems without signals the flag is never set.
 pub fn interrupt_flag() -> &'static AtomicBool {
     #[cfg(unix)]
     unix::install();
     &INTERRUPTED
 }
 
-/// Whether Ctrl-C was pressed since [`interrupt_flag`] was called first.
+/// Whether the end was asked for since [`interrupt_flag`] was called first.
 pub fn is_interrupted() -> bool {
     INTERRUPTED.load(Ordering::Relaxed)
 }
@@ -22,6 +23,7 @@ mod unix {
     use super::{INTERRUPTED, Ordering};
 
     const SIGINT: i32 = 2;
+    const SIGTERM: i32 = 15;
     const SIG_DFL: usize = 0;
 
     unsafe extern "C" {
@@ -30,14 +32,18 @@ mod unix {
 
     extern "C" fn handle(_signum: i32) {
         INTERRUPTED.store(true, Ordering::Relaxed);
-        // SAFETY: signal is async-signal-safe (POSIX) and SIG_DFL a valid disposition.
-        unsafe { signal(SIGINT, SIG_DFL) };
+        for signum in [SIGINT, SIGTERM] {
+            // SAFETY: signal is async-signal-safe (POSIX) and SIG_DFL a valid disposition.
+            unsafe { signal(signum, SIG_DFL) };
+        }
     }
 
     pub(super) fn install() {
-        // SAFETY: the handler has the signature that C expects and only stores to an atomic and
-        // calls signal, both of which are async-signal-safe.
-        unsafe { signal(SIGINT, handle as extern "C" fn(i32) as usize) };
+        for signum in [SIGINT, SIGTERM] {
+            // SAFETY: the handler has the signature that C expects and only stores to an atomic and
+            // calls signal, both of which are async-signal-safe.
+            unsafe { signal(signum, handle as extern "C" fn(i32) as usize) };
+        }
     }
 }
 
@@ -51,10 +57,13 @@ mod tests {
 
     #[test]
     fn the_first_interrupt_sets_the_flag() {
-        let flag = interrupt_flag();
-        assert!(!flag.load(Ordering::Relaxed) && !is_interrupted());
-        // SAFETY: raise has no preconditions; SIGINT has a handler since the call above.
-        unsafe { raise(2) };
-        assert!(flag.load(Ordering::Relaxed) && is_interrupted());
+        for signum in [2, 15] {
+            let flag = interrupt_flag();
+            assert!(!flag.load(Ordering::Relaxed) && !is_interrupted());
+            // SAFETY: raise has no preconditions; the signal has a handler since the call above.
+            unsafe { raise(signum) };
+            assert!(flag.load(Ordering::Relaxed) && is_interrupted());
+            INTERRUPTED.store(false, Ordering::Relaxed);
+        }
     }
 }

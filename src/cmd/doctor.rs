@@ -1,8 +1,9 @@
 //! `doctor`: what this machine has and what is missing.
 
 use clap::Args;
+use lathe_runtime::cuda::driver::{self, DeviceProperties};
 use lathe_runtime::cuda::library::{Library, ensure, loaded_from, search_folders};
-use lathe_runtime::cuda::{driver, nvrtc};
+use lathe_runtime::cuda::nvrtc;
 use lathe_runtime::weights::read_folder;
 use std::io::Write;
 use std::path::PathBuf;
@@ -15,6 +16,21 @@ pub struct Doctor {
     /// Also read the weights in this folder, twice: how fast they can be loaded at most.
     #[arg(long, value_name = "FOLDER")]
     read: Option<PathBuf>,
+}
+
+/// A GPU in words; memory in GiB, the greatest clocks in GHz.
+fn describe(gpu: &DeviceProperties) -> String {
+    let (major, minor) = gpu.compute_capability;
+    format!(
+        "{}, compute capability {major}.{minor}, {:.1} GiB at {:.2} GHz, {} SMs at {:.2} GHz, driver for CUDA {}.{}",
+        gpu.name,
+        gpu.memory_bytes as f64 / f64::from(1u32 << 30),
+        f64::from(gpu.memory_clock_khz) * 1e-6,
+        gpu.sm_count,
+        f64::from(gpu.clock_khz) * 1e-6,
+        gpu.driver_version / 1000,
+        gpu.driver_version % 1000 / 10,
+    )
 }
 
 impl Doctor {
@@ -55,7 +71,7 @@ impl Doctor {
             Ok(n) => {
                 for i in 0..n {
                     match driver::properties(i) {
-                        Ok(p) => writeln!(out, "cuda:{i}    {p:?}")?,
+                        Ok(p) => writeln!(out, "cuda:{i}    {}", describe(&p))?,
                         Err(e) => writeln!(out, "cuda:{i}    not usable: {e}")?,
                     }
                 }
@@ -91,5 +107,32 @@ impl Doctor {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gpu_is_one_line() {
+        let gpu = DeviceProperties {
+            ordinal: 0,
+            name: "NVIDIA H100 80GB HBM3".into(),
+            compute_capability: (9, 0),
+            sm_count: 132,
+            clock_khz: 1_980_000,
+            memory_clock_khz: 2_619_000,
+            memory_bus_bits: 5120,
+            l2_bytes: 50 << 20,
+            memory_bytes: 79 << 30,
+            shared_per_block: 227 << 10,
+            shared_per_sm: 228 << 10,
+            driver_version: 13_000,
+        };
+        assert_eq!(
+            describe(&gpu),
+            "NVIDIA H100 80GB HBM3, compute capability 9.0, 79.0 GiB at 2.62 GHz, 132 SMs at 1.98 GHz, driver for CUDA 13.0"
+        );
     }
 }

@@ -46,7 +46,10 @@ impl Outputs<'_> {
         .collect();
         let mut problems = Vec::new();
         for (i, (flag, path)) in named.iter().enumerate() {
-            let twin = named[..i].iter().find(|(_, other)| other == path);
+            // Absolute paths know that ./r.json is r.json.
+            let absolute = |path: &Path| std::path::absolute(path).ok();
+            let same = |other: &Path| other == *path || absolute(other) == absolute(path);
+            let twin = named[..i].iter().find(|(_, other)| same(other));
             // A terminal or /dev/null may take several.
             if let Some((other, _)) = twin.filter(|_| !path.exists() || path.is_file()) {
                 problems.push(format!("{other} and {flag} both name {}", path.display()));

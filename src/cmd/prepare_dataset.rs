@@ -189,6 +189,16 @@ impl PrepareDataset {
                 output_min,
                 output_max,
             } => {
+                for (side, min, max) in [
+                    ("input", input_min, input_max),
+                    ("output", output_min, output_max),
+                ] {
+                    if !(1..=*max).contains(min) {
+                        return Err(usage_error(format!(
+                            "--{side}-min {min} --{side}-max {max}: expected 1 <= min <= max"
+                        )));
+                    }
+                }
                 let uniform = |min, max| LengthDistribution::Uniform { min, max };
                 let lengths = (
                     uniform(*input_min, *input_max),

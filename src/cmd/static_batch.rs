@@ -40,6 +40,8 @@ pub(super) struct StaticJob<'a> {
     pub(super) max_seq_len: usize,
     /// Where the weights come from.
     pub(super) weights: WeightChoice,
+    /// Remarks on flags that change nothing in this run.
+    pub(super) idle: Vec<String>,
     /// Files to write.
     pub(super) outputs: Outputs<'a>,
 }
@@ -100,6 +102,7 @@ impl StaticJob<'_> {
             peak_sequences: None,
         };
         let mut remarks = model.remarks(resolved, Run::StaticBatches);
+        remarks.extend(self.idle.iter().cloned());
         remarks.extend(warnings(&stats, limits));
         let section = LatheSection {
             device: model.target.name(),

@@ -128,6 +128,7 @@ impl Throughput {
                 streaming: self.streaming,
                 max_seq_len,
                 weights,
+                idle: self.without_effect(),
                 outputs,
             };
             return job.run(&mut model);
@@ -151,6 +152,20 @@ impl Throughput {
             outputs,
         };
         job.run(&mut model)
+    }
+
+    /// Flags that were given and change nothing in static batches.
+    fn without_effect(&self) -> Vec<String> {
+        let policy = self.scheduler_policy != Policy::default();
+        [
+            ("--scheduler_policy", policy),
+            ("--target_input_len", self.target_input_len.is_some()),
+            ("--target_output_len", self.target_output_len.is_some()),
+        ]
+        .into_iter()
+        .filter(|(_, given)| *given)
+        .map(|(flag, _)| format!("{flag} has no effect: runtime: demollm runs static batches"))
+        .collect()
     }
 
     fn flags(&self) -> Options {
