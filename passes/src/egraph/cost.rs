@@ -262,9 +262,8 @@ fn gemm(
             if !factors {
                 return None;
             }
-            // As for sums of squares of every 32 columns that every unit reads: more than the one number a
-            // row that the kernels keep, but programs were chosen and steps sized with it.
-            let sums = 4.0 * rows * k / 32.0;
+            // A sum of squares a row, 8 bytes, written with the rows and read by every unit.
+            let sums = 8.0 * rows;
             w.bytes += sums;
             w.cached = sums * at.device.units;
             w.vector += rows * (2.0 * k + n);
