@@ -53,6 +53,8 @@ pub struct CompiledModel {
     pub tuning: GemmTuning,
     /// Where compiled kernels lie.
     pub kernel_cache: PathBuf,
+    /// The number of layers was overridden: the checkpoint may have more.
+    pub is_cut: bool,
     /// Phases with their times, in order.
     pub phases: Vec<(&'static str, Duration)>,
 }
@@ -95,6 +97,9 @@ impl CompiledModel {
                 .map(|sizes| sizes.iter().map(|&n| n as usize).collect()),
             tuning: run.tuning(),
             kernel_cache: global.kernel_cache(),
+            is_cut: run
+                .overrides()
+                .any(|(key, _)| matches!(key, "num_hidden_layers" | "n_layer")),
             phases: vec![
                 ("import", read),
                 ("passes", optimised - read),
@@ -136,7 +141,15 @@ impl CompiledModel {
             WeightChoice::Random(seed) => Box::new(RandomWeights::new(&expected, seed)),
             WeightChoice::Checkpoint => {
                 let checkpoint = Checkpoint::open(&self.folder)?;
-                let checked = check(&checkpoint, &expected)?;
+                let cut_at = self.is_cut.then_some(self.info.layers);
+                let checked = check(&checkpoint, &expected, cut_at)?;
+                if !checked.cut.is_empty() {
+                    tracing::info!(
+                        "the first {} layers only: {} tensors of the checkpoint are left out",
+                        self.info.layers,
+                        checked.cut.len()
+                    );
+                }
                 if !checked.ignored.is_empty() {
                     tracing::debug!("ignored tensors: {}", checked.ignored.join(", "));
                 }

@@ -325,9 +325,11 @@ fn model_kwargs_change_the_model() {
     let three = bench.compiled("model_kwargs: {num_hidden_layers: 3}", "h100");
     assert!(two.contains(", 2 layers,") && three.contains(", 3 layers,"));
     assert!(kernels(&three) > kernels(&two));
-    // The checkpoint has no third layer, and its second one is left over for a model of one.
+    // The checkpoint has no third layer; its second one may be left out.
     let missing = bench.refused("throughput", "model_kwargs: {num_hidden_layers: 3}", &[]);
     assert!(missing.contains("model.layers.2."), "{missing}");
+    let cut = "model_kwargs: {num_hidden_layers: 1}";
+    assert_ne!(bench.throughput(cut).tokens, bench.throughput("").tokens);
     let random = "skip_loading_weights: true\nmodel_kwargs: {num_hidden_layers: ";
     let [one, three] = [1, 3].map(|n| bench.throughput(&format!("{random}{n}}}")).tokens);
     assert_ne!(one, three);

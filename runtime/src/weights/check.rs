@@ -12,15 +12,19 @@ pub struct Checked {
     /// Tensors that the model does not read and whose presence means nothing: buffers that older versions of
     /// transformers saved (rotary frequencies, causal masks) and the copy of a tied `lm_head.weight`.
     pub ignored: Vec<String>,
+    /// Tensors of layers that the model was asked to do without.
+    pub cut: Vec<String>,
 }
 
 /// Compares a source with the expected names and shapes. Any float type of 16 or 32 bits is a good dtype.
+/// Tensors of layers from number `cut_at` on are let pass: the model was asked to end there.
 ///
 /// # Errors
 /// [`WeightsError::Mismatch`] with every missing, unexpected, mis-shaped and wrongly typed tensor at once.
 pub fn check(
     source: &dyn WeightSource,
     expected: &[(String, Vec<usize>)],
+    cut_at: Option<u32>,
 ) -> Result<Checked, WeightsError> {
     let names: BTreeSet<&str> = expected.iter().map(|(name, _)| name.as_str()).collect();
     let (mut missing, mut misshaped, mut wrong_dtype) = (Vec::new(), Vec::new(), Vec::new());
@@ -48,11 +52,12 @@ pub fn check(
         .into_iter()
         .filter(|name| !names.contains(name))
         .map(str::to_owned);
-    let (ignored, unexpected): (Vec<String>, Vec<String>) =
-        extra.partition(|name| is_ignorable(name));
+    let (ignored, extra): (Vec<String>, Vec<String>) = extra.partition(|name| is_ignorable(name));
+    let is_cut = |name: &String| cut_at.is_some_and(|n| is_beyond(name, n, &names));
+    let (cut, unexpected): (Vec<String>, Vec<String>) = extra.into_iter().partition(is_cut);
     if missing.is_empty() && unexpected.is_empty() && misshaped.is_empty() && wrong_dtype.is_empty()
     {
-        return Ok(Checked { ignored });
+        return Ok(Checked { ignored, cut });
     }
     Err(WeightsError::Mismatch {
         origin: source.describe(),
@@ -60,6 +65,16 @@ pub fn check(
         unexpected,
         misshaped,
         wrong_dtype,
+    })
+}
+
+/// Whether a tensor is that of a layer from number `layers` on, which the first layer has, too.
+fn is_beyond(name: &str, layers: u32, expected: &BTreeSet<&str>) -> bool {
+    let parts: Vec<&str> = name.split('.').collect();
+    (0..parts.len()).any(|i| {
+        let number = parts[i].parse::<u32>();
+        let first = [&parts[..i], &["0"], &parts[i + 1..]].concat().join(".");
+        number.is_ok_and(|n| n >= layers) && expected.contains(first.as_str())
     })
 }
 

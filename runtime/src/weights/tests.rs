@@ -186,7 +186,7 @@ fn all_differences_are_listed_at_once() {
         ("c.weight", &[1]),
         ("d.weight", &[1]),
     ]);
-    let message = check(&checkpoint, &expected).unwrap_err().to_string();
+    let message = check(&checkpoint, &expected, None).unwrap_err().to_string();
     assert_eq!(
         message
             .strip_prefix(&dir.path().display().to_string())
@@ -203,6 +203,30 @@ fn all_differences_are_listed_at_once() {
         ],
     );
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
-    let checked = check(&checkpoint, &expect(&[("a.weight", &[2, 3])])).unwrap();
+    let checked = check(&checkpoint, &expect(&[("a.weight", &[2, 3])]), None).unwrap();
     assert_eq!(checked.ignored, ["layers.0.attn.rotary_emb.inv_freq"]);
+    // A model that is cut on purpose leaves whole layers over, and nothing else.
+    let shape: &[usize] = &[2];
+    let tensors = |names: &[&'static str]| -> Vec<(&'static str, &'static str, &'static [usize])> {
+        names
+            .iter()
+            .map(|&n| (n, "BF16", &[2usize] as &'static [usize]))
+            .collect()
+    };
+    let layers = ["h.0.w", "h.1.w", "h.2.w"];
+    write_file(&dir.path().join("model.safetensors"), &tensors(&layers));
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    let first = expect(&[("h.0.w", shape)]);
+    assert_eq!(
+        check(&checkpoint, &first, Some(1)).unwrap().cut,
+        ["h.1.w", "h.2.w"]
+    );
+    assert!(check(&checkpoint, &first, None).is_err());
+    assert!(check(&checkpoint, &first, Some(2)).is_err());
+    write_file(
+        &dir.path().join("model.safetensors"),
+        &tensors(&["h.0.w", "h.1.other"]),
+    );
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    assert!(check(&checkpoint, &first, Some(1)).is_err());
 }
