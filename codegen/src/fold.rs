@@ -117,6 +117,7 @@ pub(crate) fn recipe(graph: &Graph, id: NodeId) -> Result<Option<PackRecipe>, Pa
 }
 
 /// A value as rows of one checkpoint tensor.
+#[derive(Clone)]
 struct View {
     tensor: String,
     transpose: bool,
@@ -447,7 +448,7 @@ mod tests {
                         (end - start) * inner,
                         View {
                             rows,
-                            ..whole_like(&whole)
+                            ..whole.clone()
                         },
                     );
                     if left > 1 {
@@ -460,16 +461,6 @@ mod tests {
                     }
                 }
             }
-        }
-    }
-
-    fn whole_like(v: &View) -> View {
-        View {
-            tensor: v.tensor.clone(),
-            shape: v.shape.clone(),
-            rows: v.rows.clone(),
-            cols: v.cols.clone(),
-            ..*v
         }
     }
 

@@ -40,6 +40,15 @@ impl PackDType {
             PackDType::Bf16 | PackDType::F16 => 2,
         }
     }
+
+    /// The number by which the kernels that work on loaded weights know it.
+    pub fn code(self) -> u32 {
+        match self {
+            PackDType::F32 => 0,
+            PackDType::Bf16 => 1,
+            PackDType::F16 => 2,
+        }
+    }
 }
 
 impl fmt::Display for PackDType {

@@ -30,27 +30,27 @@ impl Resolved {
             }
         };
         let backend = &self.compile_backend;
-        let graphs = match (on_cpu, backend.value.cuda_graphs()) {
-            (true, _) => Some("the CPU has no CUDA graphs".to_string()),
-            (false, false) => Some(format!(
-                "compile_backend: {} has no CUDA graphs",
-                backend.value
-            )),
+        // Why the device or the backend has no use for a setting, if it has none.
+        let unless = |used: bool, on_cpu_why: &str, why: &str| match (on_cpu, used) {
+            (true, _) => Some(on_cpu_why.to_string()),
+            (false, false) => Some(format!("compile_backend: {} {why}", backend.value)),
             (false, true) => None,
         };
+        let graphs = unless(
+            backend.value.cuda_graphs(),
+            "the CPU has no CUDA graphs",
+            "has no CUDA graphs",
+        );
         idle(
             "cuda_graph_batch_sizes",
             &self.cuda_graph_batch_sizes.source,
             graphs.as_deref(),
         );
-        let untimed = match (on_cpu, backend.value.autotunes()) {
-            (true, _) => Some("the CPU has one kernel for each GEMM".to_string()),
-            (false, false) => Some(format!(
-                "compile_backend: {} times no kernels",
-                backend.value
-            )),
-            (false, true) => None,
-        };
+        let untimed = unless(
+            backend.value.autotunes(),
+            "the CPU has one kernel for each GEMM",
+            "times no kernels",
+        );
         idle(
             "transforms.autotune.enabled",
             &self.autotune.source,

@@ -7,8 +7,9 @@ use super::choice::{GemmKey, Variant};
 use super::context::{Context, Geometry};
 use super::launch::{Arg, LibraryGemm, Ref, Sampling};
 use super::norm::{self, Norm};
-use super::source::{Body, literal};
-use super::{CudaError, gemv, row_sums, skinny, tiled};
+use super::row_sums::{self, Sums};
+use super::source::{Body, Defines, literal};
+use super::{CudaError, gemv, skinny, tiled};
 use crate::plan::Operand;
 use crate::work::{KernelClass, Work, WorkShape, gemm_flops};
 use lathe_ir::{DType, Epilogue, GemmSpec, Op, Prologue};
@@ -269,27 +270,54 @@ fn scale_rows(cx: &mut Context<'_>, g: &mut Gemm) -> bool {
     true
 }
 
-/// What the tensor-core kernels are told of norms: macros and three parameters, the sums of squares of
-/// the operand's rows, of the result's rows, and those to clear.
-pub(super) fn row_norms(cx: &mut Context<'_>, g: &Gemm) -> (Vec<(&'static str, String)>, [Arg; 3]) {
-    let out = match g.epilogue {
-        // No norm follows gated features.
-        Epilogue::SwiGlu => None,
-        _ if g.replaceable => None,
-        _ => row_sums::of_result(cx, &g.y, g.m, g.n, g.dtype),
-    };
-    let (scaled, summed) = (u8::from(g.row_scale.is_some()), u8::from(out.is_some()));
-    let mut defines = vec![
-        ("ROW_SCALE", scaled.to_string()),
-        ("ROW_SUMS", summed.to_string()),
-    ];
-    if let Some(s) = &g.row_scale {
-        defines.push(("LATHE_EPS", literal(s.eps)));
+/// What a tensor-core kernel is told of norms.
+pub(super) struct RowNorms {
+    scale: Option<RowScale>,
+    sums: Option<Sums>,
+}
+
+impl RowNorms {
+    /// Those of the current step, whose kernel must then add up its rows if a later step wants that.
+    pub(super) fn new(cx: &mut Context<'_>, g: &Gemm) -> RowNorms {
+        let sums = match g.epilogue {
+            // No norm follows gated features.
+            Epilogue::SwiGlu => None,
+            _ if g.replaceable => None,
+            _ => row_sums::of_result(cx, &g.y, g.m, g.n, g.dtype),
+        };
+        RowNorms {
+            scale: g.row_scale.clone(),
+            sums,
+        }
     }
-    let read = g.row_scale.as_ref().map(|s| s.sums.clone());
-    let (add, clear) = out.map(|s| (s.add, s.clear)).unzip();
-    let args = [read, add, clear].map(|r| Arg::Ptr(r.unwrap_or(Ref::Null)));
-    (defines, args)
+
+    /// The macros.
+    pub(super) fn define(&self, defines: Defines) -> Defines {
+        let defines = defines
+            .def("ROW_SCALE", u8::from(self.scale.is_some()))
+            .def("ROW_SUMS", u8::from(self.sums.is_some()));
+        match &self.scale {
+            Some(s) => defines.def("LATHE_EPS", literal(s.eps)),
+            None => defines,
+        }
+    }
+
+    /// The parameters: sums of squares of the operand's rows, of the result's rows, and those to clear.
+    pub(super) fn args(&self) -> [Arg; 3] {
+        let read = self.scale.as_ref().map(|s| &s.sums);
+        let (add, clear) = self.sums.as_ref().map(|s| (&s.add, &s.clear)).unzip();
+        [read, add, clear].map(|r| Arg::Ptr(r.cloned().unwrap_or(Ref::Null)))
+    }
+
+    /// The end of the name of a kernel with this `EPI`.
+    pub(super) fn label(&self, epi: &str) -> String {
+        format!(
+            "{}{}{}",
+            if self.scale.is_some() { "rms_" } else { "" },
+            epi["EPI_".len()..].to_lowercase(),
+            if self.sums.is_some() { "_sums" } else { "" }
+        )
+    }
 }
 
 /// The norm as a launch of its own; the GEMM then reads its result.
@@ -366,17 +394,6 @@ pub(super) fn epilogue_name(e: Epilogue) -> &'static str {
         Epilogue::Residual => "residual",
         Epilogue::SwiGlu => "swiglu",
     }
-}
-
-/// The end of the name of a tensor-core kernel with this `EPI` and these macros of [`row_norms`].
-pub(super) fn epilogue_label(epi: &str, norms: &[(&'static str, String)]) -> String {
-    let has = |name: &str| norms.iter().any(|(n, v)| *n == name && v == "1");
-    format!(
-        "{}{}{}",
-        if has("ROW_SCALE") { "rms_" } else { "" },
-        epi["EPI_".len()..].to_lowercase(),
-        if has("ROW_SUMS") { "_sums" } else { "" }
-    )
 }
 
 /// `EPI` of the tensor-core kernels.

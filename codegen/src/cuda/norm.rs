@@ -58,6 +58,13 @@ pub(super) fn step(cx: &mut Context<'_>) -> Result<(), CudaError> {
     launch(cx, norm)
 }
 
+/// Threads of a block that goes over one row: one for each 16-byte vector, in whole warps.
+pub(super) fn row_threads(cols: usize, dtype: DType) -> usize {
+    (cols * dtype.size() / 16)
+        .next_multiple_of(32)
+        .clamp(32, 256)
+}
+
 pub(super) fn launch(cx: &mut Context<'_>, n: Norm) -> Result<(), CudaError> {
     if !(n.cols * n.dtype.size()).is_multiple_of(16) {
         return Err(cx.refuse(format!(
@@ -65,8 +72,7 @@ pub(super) fn launch(cx: &mut Context<'_>, n: Norm) -> Result<(), CudaError> {
             n.cols
         )));
     }
-    let vectors = n.cols * n.dtype.size() / 16;
-    let threads = vectors.next_multiple_of(32).clamp(32, 256);
+    let threads = row_threads(n.cols, n.dtype);
     let label = format!(
         "{}{}{}_{}",
         if n.delta.is_some() { "add_" } else { "" },

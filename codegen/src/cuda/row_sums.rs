@@ -8,6 +8,7 @@
 
 use super::context::{Context, Geometry};
 use super::launch::{Arg, Ref};
+use super::norm::row_threads;
 use super::source::Body;
 use crate::plan::{Operand, Step, ValueId};
 use crate::work::{KernelClass, Work};
@@ -102,9 +103,7 @@ pub(super) fn of_operand(
         }
         _ => (buffer(cx, 2, rows), Ref::Null),
     };
-    let threads = (cols * dtype.size() / 16)
-        .next_multiple_of(32)
-        .clamp(32, 256);
+    let threads = row_threads(cols, dtype);
     let defines = cx
         .defines(dtype)
         .def("LATHE_K", cols)

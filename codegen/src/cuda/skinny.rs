@@ -3,7 +3,7 @@
 
 use super::choice::{GemmKey, Variant};
 use super::context::{Context, Geometry, SHARED, matrix_map};
-use super::gemm::{Gemm, epilogue_label, epilogue_macro, row_norms};
+use super::gemm::{Gemm, RowNorms, epilogue_macro};
 use super::launch::{Arg, Ref};
 use super::source::Body;
 use lathe_ir::Epilogue;
@@ -100,8 +100,9 @@ pub(super) fn launch(cx: &mut Context<'_>, g: &Gemm, s: &Shape, warpgroups: usiz
     let most = cx.options.sms as usize * 128 * s.nt * 4;
     let partial = cx.work("skinny.partial", most, Some(u32::MAX));
     let epi = epilogue_macro(g);
-    let (norms, [row_sums, out_sums, next_sums]) = row_norms(cx, g);
-    let mut defines = cx
+    let norms = RowNorms::new(cx, g);
+    let [row_sums, out_sums, next_sums] = norms.args();
+    let defines = cx
         .defines(g.dtype)
         .def("NT", s.nt)
         .def("CWG", warpgroups)
@@ -111,11 +112,9 @@ pub(super) fn launch(cx: &mut Context<'_>, g: &Gemm, s: &Shape, warpgroups: usiz
         .def("EPI", epi)
         .def("OUT_F32", 0)
         .def("EVICT_FIRST", 1);
-    let label = epilogue_label(epi, &norms);
+    let defines = norms.define(defines);
+    let label = norms.label(epi);
     let label = format!("t{}_w{warpgroups}p{panels}_{label}", s.nt);
-    for (name, value) in norms {
-        defines = defines.def(name, value);
-    }
     let out = g.features() as i32;
     let args = vec![
         matrix_map(g.w.clone(), g.n, g.k, s.rows, 64),

@@ -3,7 +3,7 @@
 
 use super::choice::{GemmKey, Variant};
 use super::context::{Context, Geometry, SHARED, matrix_map};
-use super::gemm::{Gemm, epilogue_label, epilogue_macro, row_norms};
+use super::gemm::{Gemm, RowNorms, epilogue_macro};
 use super::launch::{Arg, Ref};
 use super::source::Body;
 use lathe_ir::Epilogue;
@@ -140,14 +140,15 @@ pub(super) fn launch(cx: &mut Context<'_>, g: &Gemm, s: &Shape) {
     let a_box = box_rows(g.m, s.rows / along_n);
     let w_box = box_rows(g.n, s.cols / along_m);
     let epi = epilogue_macro(g);
-    let (norms, [row_sums, out_sums, next_sums]) = row_norms(cx, g);
+    let norms = RowNorms::new(cx, g);
+    let [row_sums, out_sums, next_sums] = norms.args();
     let label = format!(
         "{}x{}_c{along_m}x{along_n}_{}",
         s.rows,
         s.cols,
-        epilogue_label(epi, &norms)
+        norms.label(epi)
     );
-    let mut defines = cx
+    let defines = cx
         .defines(g.dtype)
         .def("BN", s.cols)
         .def("CWG", warpgroups)
@@ -157,9 +158,7 @@ pub(super) fn launch(cx: &mut Context<'_>, g: &Gemm, s: &Shape) {
         .def("GROUP_M", GROUP_M)
         .def("EPI", epi)
         .def("OUT_F32", 0);
-    for (name, value) in norms {
-        defines = defines.def(name, value);
-    }
+    let defines = norms.define(defines);
     let out = g.features();
     let c = matrix_map(g.y.clone(), g.m, out, 64, s.panel);
     let residual = match &g.residual {

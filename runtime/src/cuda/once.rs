@@ -9,7 +9,6 @@ use super::state::MetaLayout;
 use super::{CudaError, DevicePtr};
 use lathe_codegen::cuda::scale_columns::{KERNEL, SOURCE, THREADS};
 use lathe_codegen::cuda::{CudaOptions, Sampling, Sizes, lower_program};
-use lathe_codegen::pack::PackDType;
 use lathe_codegen::{Once, Plan};
 
 /// Runs the program of the weights that are computed, and puts its results where they stay.
@@ -83,16 +82,11 @@ pub(super) unsafe fn scale_weights(
     let blocks = 8 * device.properties().sm_count;
     for (weight, by) in scaled() {
         let recipe = &plan.weights[weight].recipe;
-        let dtype = match recipe.dtype {
-            PackDType::F32 => 0u32,
-            PackDType::Bf16 => 1,
-            PackDType::F16 => 2,
-        };
         let (rows, cols) = (recipe.rows as u32, recipe.cols as u32);
         let args = Args::new()
             .ptr(weights[weight])
             .ptr(weights[by])
-            .u32(dtype)
+            .u32(recipe.dtype.code())
             .u32(rows)
             .u32(cols);
         let config = LaunchConfig::linear(blocks.min(rows), THREADS);

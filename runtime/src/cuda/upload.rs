@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use lathe_codegen::cuda::random_weights::{KERNEL, SOURCE, THREADS};
-use lathe_codegen::pack::{PackDType, PackRecipe, RowPerm, Segment};
+use lathe_codegen::pack::{PackRecipe, RowPerm, Segment};
 
 use rayon::prelude::*;
 
@@ -345,11 +345,6 @@ fn segment_args(
     } else {
         (stored_cols, 1)
     };
-    let dtype = match recipe.dtype {
-        PackDType::F32 => 0,
-        PackDType::Bf16 => 1,
-        PackDType::F16 => 2,
-    };
     let total = segment.src_rows.len();
     (0..total)
         .step_by(most)
@@ -359,7 +354,7 @@ fn segment_args(
                 (segment.src_rows.start + done) * row_stride + segment.src_cols.start * col_stride;
             let args = Args::new()
                 .ptr(dst)
-                .u32(dtype)
+                .u32(recipe.dtype.code())
                 .u32(recipe.cols as u32)
                 .u32(rows as u32)
                 .u32((segment.dst_row + done / unit * span) as u32)

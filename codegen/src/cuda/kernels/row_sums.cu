@@ -1,4 +1,4 @@
-// row_sums: sums[m] = the sum of squares of row m as a fixed-point number (SquareSum in prelude.cuh); next[m] = 0.
+// row_sums: sums[m] = the sum of squares of row m as a fixed-point number (square_sum in prelude.cuh); next[m] = 0.
 // Called by: GEMMs with a norm whose rows were written by a kernel that leaves no sums (embeddings).
 //
 // Defines: LATHE_K row length, a multiple of VEC; LATHE_THREADS block size.
