@@ -1,6 +1,21 @@
 //! Errors that the program itself tells apart; libraries have their own.
+//!
+//! An error is one line on stderr that begins with `error: `; where several things of one kind are wrong, each has its
+//! line. The exit code says whom to ask:
+//!
+//! - **2, usage**: what was typed, or written into a file of options (`--extra_llm_api_options`, `--sampler_options`), is
+//!   wrong: unknown or missing flags, commands, keys and names, values that are out of range or that this program does not
+//!   support, settings that contradict one another or do not fit the model that they are for. Another command line or
+//!   options file would do.
+//! - **1, the rest**: what the command line names cannot be read or used: missing or bad model files, datasets, programs in
+//!   text form and reports, files (of options, too) that are not there, output that cannot be written, a device or a
+//!   memory that is missing or too small, a result out of its tolerance, an interrupted run.
+//!
+//! No input may cause a panic. Text from an input that goes into a message is made [`printable`].
 
-/// A command line that parses but cannot be meant; exits with 2 instead of 1.
+use crate::config::ConfigError;
+
+/// A command line or an options file that can be read but not be meant; exits with 2 instead of 1.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct UsageError(pub String);
@@ -8,6 +23,27 @@ pub struct UsageError(pub String);
 /// The error as `anyhow` carries it.
 pub fn usage_error(message: impl Into<String>) -> anyhow::Error {
     anyhow::Error::new(UsageError(message.into()))
+}
+
+/// Whether the exit code is that of a wrong command line or options file.
+pub fn is_usage(error: &anyhow::Error) -> bool {
+    if let Some(config) = error.downcast_ref::<ConfigError>() {
+        return !matches!(config, ConfigError::Read { .. });
+    }
+    error.downcast_ref::<UsageError>().is_some()
+}
+
+/// Text of unknown origin, with what could break or rewrite a line of a terminal escaped.
+pub fn printable(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() || matches!(c, '\u{2028}' | '\u{2029}') {
+            out.extend(c.escape_default());
+        } else {
+            out.push(c);
+        }
+    }
+    out
 }
 
 /// An error with its causes on one line. A cause that the message before it already ends with is

@@ -60,16 +60,17 @@ pub fn resolve(flags: Options, yaml: Option<&Path>) -> anyhow::Result<Resolved> 
     Ok(Resolved::new(flags, yaml))
 }
 
-/// The error with the place of the override whose value it is about, if it is one.
-fn blame_overrides(mut error: ImportError, config: &Resolved) -> ImportError {
+/// The error with the place of the override whose value it is about, if it is one: then it is one of usage.
+fn blame_overrides(mut error: ImportError, config: &Resolved) -> anyhow::Error {
     if let ImportError::Missing { file, key, .. }
     | ImportError::Invalid { file, key, .. }
     | ImportError::Unsupported { file, key, .. } = &mut error
         && let Some(given) = config.model_kwargs.get(key)
     {
         *file = format!("{}: model_kwargs over {file}", given.source);
+        return usage_error(error.to_string());
     }
-    error
+    error.into()
 }
 
 /// Reads config.json (no weights) and builds the naive graph.

@@ -16,3 +16,4 @@ pub mod model_folder;
 pub mod phases;
 pub mod selftest;
 pub mod target;
+mod usage;

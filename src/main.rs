@@ -4,18 +4,22 @@
 use std::io::Write;
 use std::process::ExitCode;
 
-use lathe::errors::{UsageError, is_broken_pipe, one_line};
+use lathe::cli::Stop;
+use lathe::errors::{is_broken_pipe, is_usage, one_line};
 
-/// Exit code for a wrong command line; everything else that fails gives 1.
+/// Exit code of a [usage error](lathe::errors); everything else that fails gives 1.
 const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
     let cli = match lathe::cli::parse(std::env::args_os()) {
         Ok(cli) => cli,
-        Err(error) => {
-            // Help and version come here too; clap knows stream and exit code of each.
-            let _ = error.print();
-            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(USAGE));
+        Err(Stop::Shown(text)) => {
+            let _ = text.print();
+            return ExitCode::from(u8::try_from(text.exit_code()).unwrap_or(USAGE));
+        }
+        Err(Stop::Usage(error)) => {
+            eprintln!("error: {error}");
+            return ExitCode::from(USAGE);
         }
     };
     lathe::cli::init_logging(cli.global.log_level, cli.global.log_format);
@@ -25,7 +29,7 @@ fn main() -> ExitCode {
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {}", one_line(&error));
-            if error.downcast_ref::<UsageError>().is_some() {
+            if is_usage(&error) {
                 ExitCode::from(USAGE)
             } else {
                 ExitCode::FAILURE

@@ -3,6 +3,7 @@
 use crate::cli::GlobalOptions;
 use crate::config::{CompileBackend, GemmTuning, Resolved, Run};
 use crate::console::Task;
+use crate::errors::usage_error;
 use crate::frontend::import_model;
 use crate::phases::{Phases, bytes};
 pub use crate::target::Target;
@@ -66,10 +67,10 @@ impl CompiledModel {
     /// The folder, the configuration or the architecture is not what it should be.
     pub fn compile(global: &GlobalOptions, run: &Resolved) -> anyhow::Result<CompiledModel> {
         if global.tp > 1 {
-            anyhow::bail!(
+            return Err(usage_error(format!(
                 "--tp {}: tensor parallelism is not implemented yet; use --tp 1",
                 global.tp
-            );
+            )));
         }
         let task = Task::begin("compile");
         let start = Instant::now();
@@ -217,13 +218,14 @@ impl CompiledModel {
     /// Checks that a sequence of `len` tokens lies within what the model was trained for.
     ///
     /// # Errors
-    /// It is longer than `max_position_embeddings`.
+    /// It is longer than `max_position_embeddings`: a usage error, as flags and options say how long it is.
     pub fn check_length(&self, len: usize) -> anyhow::Result<()> {
         let max = self.info.max_position as usize;
-        anyhow::ensure!(
-            len <= max,
+        if len <= max {
+            return Ok(());
+        }
+        Err(usage_error(format!(
             "a sequence of {len} tokens is longer than the model's max_position_embeddings {max}"
-        );
-        Ok(())
+        )))
     }
 }

@@ -227,9 +227,9 @@ fn without_weights_they_are_random() {
 #[test]
 fn what_cannot_be_timed_is_refused() {
     for (arguments, reason) in [
-        (&["--batch", "0"][..], "expected a positive integer"),
+        (&["--batch", "0"][..], "expected a whole number from 1"),
         (&["--context", "100000"], "max_position_embeddings"),
-        (&["--prefill", "1,x"], "expected a positive integer"),
+        (&["--prefill", "1,x"], "expected a whole number from 1"),
     ] {
         let output = kernels("golden/llama-rope3-tied", arguments);
         let errors = String::from_utf8_lossy(&output.stderr).into_owned();

@@ -248,7 +248,7 @@ fn wrong_usage() {
         ),
         (
             vec!["passes", "--explain", "softmx"],
-            1,
+            2,
             "did you mean 'softmax'?",
         ),
     ] {
@@ -428,7 +428,7 @@ fn a_wrong_override_names_its_line() {
     std::fs::write(&config, text).unwrap();
     let config = config.to_str().unwrap();
     let output = lathe(&["-m", MODEL, "compile", "--config", config]);
-    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(output.status.code(), Some(2));
     let error = String::from_utf8(output.stderr).unwrap();
     let expected = format!(
         "error: {config}:2: model_kwargs over {MODEL}/config.json: 'num_hidden_layers' is \"many\", expected a positive integer\n"

@@ -69,15 +69,27 @@ impl Case {
         self.run(&[&fixed[..], more].concat())
     }
 
-    /// The only line of a benchmark that fails.
-    fn throughput(&self, more: &[&str]) -> String {
-        let (code, error) = self.benchmark("d.jsonl", more);
-        assert_eq!(code, Some(1), "{error}");
+    /// The only line of a run that fails with this exit code.
+    fn fails(&self, code: i32, arguments: &[&str]) -> String {
+        let (found, error) = self.run(arguments);
+        assert_eq!(found, Some(code), "{arguments:?}: {error}");
         assert!(
             error.starts_with("error: ") && !error.contains('\n'),
-            "{error}"
+            "{arguments:?}: {error}"
         );
         error["error: ".len()..].to_string()
+    }
+
+    /// The only line of a benchmark that fails with this exit code.
+    fn benchmark_fails(&self, code: i32, more: &[&str]) -> String {
+        let fixed = "-m m --device cpu throughput --dataset d.jsonl";
+        let fixed: Vec<&str> = fixed.split(' ').collect();
+        self.fails(code, &[&fixed[..], more].concat())
+    }
+
+    /// The only line of a benchmark that fails, and not because of how it was called.
+    fn throughput(&self, more: &[&str]) -> String {
+        self.benchmark_fails(1, more)
     }
 }
 
@@ -246,7 +258,7 @@ fn the_options_file() {
     let case = Case::new();
     let with = |yaml: &str| {
         case.write("c.yaml", yaml);
-        case.throughput(&["--config", "c.yaml"])
+        case.benchmark_fails(2, &["--config", "c.yaml"])
     };
     let error = with("max_batch_size: [1\nx: 3\n");
     assert!(
@@ -258,7 +270,45 @@ fn the_options_file() {
         error,
         "c.yaml:1:1: unknown key 'max_batchsize'; did you mean 'max_batch_size'?"
     );
+    let error = with("\"max\\nbatch\\e[2J\": \"a\\nb\"");
+    assert!(
+        error.starts_with("c.yaml:1:1: unknown key 'max\\nbatch\\u{1b}[2J'; "),
+        "{error}"
+    );
+    let error = with("runtime: \"a\\nb\"");
+    assert_eq!(
+        error,
+        "c.yaml:1:10: runtime is 'a\\nb', expected trtllm, demollm"
+    );
+    let error = with("model_kwargs: {hidden_size: 7.5}");
+    assert!(
+        error.starts_with("c.yaml:1: model_kwargs over m/config.json: 'hidden_size' is 7.5"),
+        "{error}"
+    );
+    let error = with("kv_cache_dtype: float16");
+    assert!(
+        error.starts_with("kv_cache_dtype: float16 (c.yaml:1), "),
+        "{error}"
+    );
+    let error = with("max_seq_len: 4000000000");
+    assert!(
+        error.contains("is longer than the model's max_position_embeddings"),
+        "{error}"
+    );
+    // That a file is not there is no matter of how it should be written.
     let error = case.throughput(&["--config", "none.yaml"]);
+    assert_eq!(error, "none.yaml: No such file or directory (os error 2)");
+
+    case.write("s.yaml", "temperature: 1\ntop_q: 3\n");
+    let error = case.benchmark_fails(2, &["--sampler_options", "s.yaml"]);
+    assert!(
+        error.starts_with("--sampler_options s.yaml: unknown field `top_q`"),
+        "{error}"
+    );
+    case.write("s.yaml", "top_p: -3\n");
+    let error = case.benchmark_fails(2, &["--sampler_options", "s.yaml"]);
+    assert!(error.contains("top_p"), "{error}");
+    let error = case.throughput(&["--sampler_options", "none.yaml"]);
     assert_eq!(error, "none.yaml: No such file or directory (os error 2)");
 }
 
@@ -323,7 +373,7 @@ fn a_model_that_does_not_fit_is_refused_before_anything_is_allocated() {
 #[test]
 fn devices() {
     let case = Case::new();
-    let error = case.throughput(&["--tp", "2"]);
+    let error = case.benchmark_fails(2, &["--tp", "2"]);
     assert!(
         error.starts_with("--tp 2: ") && error.contains("--tp 1"),
         "{error}"
@@ -351,17 +401,77 @@ fn devices() {
 #[test]
 fn command_lines() {
     let case = Case::new();
-    for arguments in [
-        &["throughput", "--no_such_flag"][..],
-        &["-m", "m", "--device", "gpu", "throughput"],
-        &["-m", "m", "compile", "--dump-ir", "after=nothing"],
-        &["-m", "m", "compile", "--target", "v100"],
-        &["no-such-command"],
+    for (arguments, expected) in [
+        (
+            "throughput --no_such_flag",
+            "unknown flag '--no_such_flag'; see lathe throughput --help",
+        ),
+        (
+            "throughput --datasets d.jsonl",
+            "unknown flag '--datasets'; did you mean '--dataset'? see lathe throughput --help",
+        ),
+        (
+            "throughput --dataset",
+            "--dataset has no value, expected <FILE>; see lathe throughput --help",
+        ),
+        (
+            "-m m --dtype int8 compile",
+            "--dtype is 'int8', expected auto, bfloat16, float16, float32; see lathe compile --help",
+        ),
+        (
+            "-m m --device gpu throughput",
+            "--device is 'gpu', expected auto, cpu, cuda or cuda:N; see lathe throughput --help",
+        ),
+        (
+            "throughput --warmup two",
+            "--warmup is 'two', expected a whole number from 0 to 100000; see lathe throughput --help",
+        ),
+        (
+            "compare",
+            "missing <REPORT> <REPORT>...; see lathe compare --help",
+        ),
+        (
+            "no-such-command",
+            "unknown command 'no-such-command'; see lathe --help",
+        ),
+        (
+            "prepare-dataset real-dataset --dataset-name d --dataset-prompt a --dataset-prompt-key b",
+            "--dataset-prompt cannot be used with --dataset-prompt-key; \
+             see lathe prepare-dataset real-dataset --help",
+        ),
+        (
+            "-m m compile --target v100",
+            "--target v100: expected h100, h200 or cpu",
+        ),
+        (
+            "passes --explain insert-kv-cach",
+            "no rule 'insert-kv-cach'; did you mean 'insert-kv-cache'?",
+        ),
+        ("-m m explain --layer 99", "--layer 99: the last layer is 1"),
     ] {
-        let (code, error) = case.run(arguments);
-        assert_eq!(code, Some(2), "{arguments:?}: {error}");
-        assert!(error.starts_with("error: "), "{arguments:?}: {error}");
+        let words: Vec<&str> = arguments.split(' ').collect();
+        assert_eq!(case.fails(2, &words), expected);
     }
+    for arguments in [
+        "-m m compile --dump-ir after=nothing",
+        "passes --stage nothing",
+        "-m m explain --op nothing",
+        "-m m --device cpu generate --prompt a --top_p 7",
+        "--log_level error selftest --quick --device cpu --filter nothing",
+    ] {
+        let words: Vec<&str> = arguments.split(' ').collect();
+        let error = case.fails(2, &words);
+        let named = words[words.len() - 1].trim_start_matches("after=");
+        assert!(error.contains(named), "{error}");
+    }
+    // Help is no error, and as long as it needs to be.
+    let output = Command::new(env!("CARGO_BIN_EXE_lathe"))
+        .args(["throughput", "--help"])
+        .output()
+        .unwrap();
+    assert!(output.status.success() && output.stderr.is_empty());
+    assert!(String::from_utf8(output.stdout).unwrap().lines().count() > 30);
+
     let (code, error) = case.run(&["opt", "none.ir"]);
     assert_eq!(
         (code, error.as_str()),
@@ -374,4 +484,13 @@ fn command_lines() {
     let (code, error) = case.run(&["opt", "x.ir"]);
     assert_eq!(code, Some(1));
     assert!(error.starts_with("error: x.ir:2:"), "{error}");
+    case.write(
+        "x.ir",
+        "graph \"x\" {\n  %0 = input {name=\"x\"} : f32[B]\n  return x=%0\n}\n",
+    );
+    let error = case.fails(2, &["opt", "x.ir", "--passes", "recogniz"]);
+    assert_eq!(
+        error,
+        "no rule or stage named 'recogniz'; did you mean 'recognize'?"
+    );
 }

@@ -175,7 +175,8 @@ fn view(graph: &Graph, id: NodeId) -> Option<View> {
     };
     match &node.op {
         Op::Weight { weight, .. } => {
-            let shape: Vec<usize> = weight.shape.iter().map(|&n| n as usize).collect();
+            let extents = weight.shape.iter().map(|&n| usize::try_from(n).ok());
+            let shape = extents.collect::<Option<Vec<usize>>>()?;
             let (shape, cols, vector) = match &shape[..] {
                 [] => return None,
                 &[n] => (vec![n], 1, true),

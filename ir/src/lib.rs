@@ -75,13 +75,16 @@ impl TensorType {
         self.shape.len()
     }
 
-    /// Number of elements under an assignment of the symbols.
+    /// Number of elements under an assignment of the symbols. Untrusted text may write any extents: numbers
+    /// that `usize` does not hold become its greatest one, negative extents 0.
     pub fn elements(&self, env: &SymEnv) -> usize {
-        self.shape.iter().map(|d| d.eval(env) as usize).product()
+        let extent = |d: &Dim| usize::try_from(d.eval(env).max(0)).unwrap_or(usize::MAX);
+        let product = |n: usize, d| n.saturating_mul(extent(d));
+        self.shape.iter().fold(1, product)
     }
 
-    /// Size in bytes under an assignment of the symbols.
+    /// Size in bytes under an assignment of the symbols; saturates as [`TensorType::elements`].
     pub fn bytes(&self, env: &SymEnv) -> usize {
-        self.elements(env) * self.dtype.size()
+        self.elements(env).saturating_mul(self.dtype.size())
     }
 }

@@ -7,6 +7,7 @@ use lathe_runtime::text::TextTokenizer;
 use serde::{Deserialize, Serialize};
 
 use super::metrics::PercentileStats;
+use crate::errors::printable;
 
 /// One request of a dataset.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -185,7 +186,10 @@ impl Dataset {
             }
             match parse_line(bytes.trim_ascii(), options) {
                 Ok(request) => requests.push(request),
-                Err(reason) => problems.push(LineProblem { line, reason }),
+                Err(reason) => problems.push(LineProblem {
+                    line,
+                    reason: printable(&reason),
+                }),
             }
             if options.num_requests > 0 && requests.len() + problems.len() >= options.num_requests {
                 break;

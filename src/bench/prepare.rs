@@ -5,6 +5,7 @@
 
 use std::io::{BufRead, Write};
 
+use anyhow::Context;
 use lathe_runtime::sampling::philox4x32_10;
 use lathe_runtime::text::TextTokenizer;
 use rand::{Rng, RngCore};
@@ -13,6 +14,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::dataset::Request;
+use crate::errors::printable;
 
 /// How lengths are drawn.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -60,26 +62,37 @@ pub enum PrepareError {
     Vocabulary(u32),
 }
 
+type Lengths = Box<dyn Iterator<Item = u32>>;
+
+/// Greatest length in tokens: more than any model's context, and no more than memory holds.
+pub const MAX_LENGTH: u32 = 1 << 24;
+
 impl LengthDistribution {
-    /// `n` lengths; the same seed gives the same sequence of underlying variates for every distribution.
-    pub fn sample(&self, n: usize, seed: u64) -> Result<Vec<u32>, PrepareError> {
+    /// Lengths without end, none above [`MAX_LENGTH`]; the same seed gives the same sequence of underlying variates for
+    /// every distribution.
+    pub fn lengths(&self, seed: u64) -> Result<impl Iterator<Item = u32> + use<>, PrepareError> {
         let mut rng = PhiloxRng::new(seed, Stream::Lengths);
-        match *self {
+        let lengths: Lengths = match *self {
             Self::Normal { mean, stdev } => {
                 let error = PrepareError::Normal { mean, stdev };
                 if !mean.is_finite() || !stdev.is_finite() || stdev < 0.0 {
                     return Err(error);
                 }
                 let normal = Normal::new(mean, stdev).map_err(|_| error)?;
-                Ok((0..n)
-                    .map(|_| normal.sample(&mut rng).ceil().max(1.0) as u32)
-                    .collect())
+                let next = move || normal.sample(&mut rng).ceil().max(1.0) as u32;
+                Box::new(std::iter::repeat_with(next))
             }
             Self::Uniform { min, max } if (1..=max).contains(&min) => {
-                Ok((0..n).map(|_| rng.random_range(min..=max)).collect())
+                Box::new(std::iter::repeat_with(move || rng.random_range(min..=max)))
             }
-            Self::Uniform { min, max } => Err(PrepareError::Uniform { min, max }),
-        }
+            Self::Uniform { min, max } => return Err(PrepareError::Uniform { min, max }),
+        };
+        Ok(lengths.map(|n| n.min(MAX_LENGTH)))
+    }
+
+    /// `n` [lengths](Self::lengths).
+    pub fn sample(&self, n: usize, seed: u64) -> Result<Vec<u32>, PrepareError> {
+        Ok(self.lengths(seed)?.take(n).collect())
     }
 }
 
@@ -95,17 +108,25 @@ pub enum TaskIds {
 }
 
 impl TaskIds {
-    /// `n` ids.
-    pub fn sample(&self, n: usize, seed: u64) -> Result<Vec<i64>, PrepareError> {
+    /// Ids without end.
+    pub fn ids(&self, seed: u64) -> Result<impl Iterator<Item = i64> + use<>, PrepareError> {
         let mut rng = PhiloxRng::new(seed, Stream::TaskIds);
-        match *self {
-            Self::Index => Ok((0..n as i64).collect()),
-            Self::Fixed(id) => Ok(vec![id; n]),
-            Self::Random(low, high) if low <= high => {
-                Ok((0..n).map(|_| rng.random_range(low..=high)).collect())
-            }
-            Self::Random(low, high) => Err(PrepareError::TaskIds(low, high)),
+        let ids = *self;
+        if let Self::Random(low, high) = ids
+            && low > high
+        {
+            return Err(PrepareError::TaskIds(low, high));
         }
+        Ok((0..).map(move |index| match ids {
+            Self::Index => index,
+            Self::Fixed(id) => id,
+            Self::Random(low, high) => rng.random_range(low..=high),
+        }))
+    }
+
+    /// `n` [ids](Self::ids).
+    pub fn sample(&self, n: usize, seed: u64) -> Result<Vec<i64>, PrepareError> {
+        Ok(self.ids(seed)?.take(n).collect())
     }
 }
 
@@ -139,11 +160,11 @@ impl SyntheticDataset {
         {
             return Err(PrepareError::Vocabulary(self.vocab_size));
         }
-        let inputs = self.input.sample(self.num_requests, self.seed)?;
-        let outputs = self.output.sample(self.num_requests, self.seed)?;
-        let task_ids = self.task_ids.sample(self.num_requests, self.seed)?;
+        let inputs = self.input.lengths(self.seed)?;
+        let outputs = self.output.lengths(self.seed)?;
+        let task_ids = self.task_ids.ids(self.seed)?;
         let mut rng = PhiloxRng::new(self.seed, Stream::Tokens);
-        let lengths = inputs.into_iter().zip(outputs).zip(task_ids);
+        let lengths = inputs.zip(outputs).zip(task_ids).take(self.num_requests);
         Ok(lengths.map(move |((isl, osl), task_id)| Request {
             task_id,
             input_ids: self.tokens(isl as usize, &mut rng),
@@ -270,11 +291,12 @@ impl TextSource {
             if made.requests.len() >= limit {
                 break;
             }
-            let line = line?;
+            let line = line.with_context(|| format!("{path}:{}", index + 1))?;
             if line.trim().is_empty() {
                 continue;
             }
-            let located = |reason: String| anyhow::anyhow!("{path}:{}: {reason}", index + 1);
+            let located =
+                |reason: String| anyhow::anyhow!("{path}:{}: {}", index + 1, printable(&reason));
             let (input, answer) = self.texts(&line).map_err(located)?;
             let input_ids = tokenizer
                 .encode(&input, false)

@@ -10,7 +10,7 @@ use serde::Deserialize;
 
 use super::config_file::ConfigFile;
 use crate::config::{Given, Options, Resolved};
-use crate::errors::usage_error;
+use crate::errors::{printable, usage_error};
 
 /// Shared flags.
 #[derive(Debug, Args)]
@@ -36,7 +36,7 @@ pub(super) struct BenchArgs {
     #[arg(long = "num_requests", default_value_t = 0, value_name = "N")]
     pub(super) num_requests: usize,
     /// Requests, drawn from the dataset, that run before the clock starts
-    #[arg(long, default_value_t = 2, value_name = "N")]
+    #[arg(long, default_value_t = 2, value_name = "N", value_parser = warmup)]
     pub(super) warmup: usize,
     /// Write the report as JSON
     #[arg(long = "report_json", value_name = "FILE")]
@@ -139,6 +139,15 @@ impl ForeignArgs {
     }
 }
 
+/// A number of warm-up requests, which are all made before the first one runs.
+fn warmup(text: &str) -> Result<usize, String> {
+    const MOST: usize = 100_000;
+    text.parse()
+        .ok()
+        .filter(|&n| n <= MOST)
+        .ok_or_else(|| format!("expected a whole number from 0 to {MOST}"))
+}
+
 fn fraction(text: &str) -> Result<f64, String> {
     text.parse()
         .ok()
@@ -210,8 +219,9 @@ impl BenchArgs {
         let Some(path) = &self.sampler_options else {
             return Ok(SamplingParams::default());
         };
+        let name = path.display();
+        let text = std::fs::read_to_string(path).with_context(|| name.to_string())?;
         let read = || -> anyhow::Result<SamplingParams> {
-            let text = std::fs::read_to_string(path)?;
             let options: SamplerOptions = serde_yaml::from_str(&text)?;
             let params = SamplingParams {
                 temperature: options.temperature.unwrap_or(1.0),
@@ -222,7 +232,7 @@ impl BenchArgs {
             params.validate()?;
             Ok(params)
         };
-        read().with_context(|| format!("--sampler_options {}", path.display()))
+        read().map_err(|e| usage_error(printable(&format!("--sampler_options {name}: {e}"))))
     }
 }
 

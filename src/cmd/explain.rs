@@ -17,6 +17,7 @@ use crate::cli::GlobalOptions;
 use crate::config::{Options, nearest};
 use crate::console::Task;
 use crate::dump::at;
+use crate::errors::usage_error;
 use crate::frontend::import_model;
 use crate::phases::{Phases, picoseconds};
 use crate::target::Predicted;
@@ -144,10 +145,10 @@ impl Explain {
         let hint = nearest(name, known.iter().copied())
             .map_or(String::new(), |n| format!("; did you mean '{n}'?"));
         let hint = if hint.is_empty() { ";" } else { &hint };
-        Err(anyhow!(
+        Err(usage_error(format!(
             "no operation '{name}' here{hint} there are {}",
             known.join(", ")
-        ))
+        )))
     }
 
     /// The program of a template that is asked for.
@@ -175,11 +176,11 @@ impl Explain {
         let templates: Vec<_> = compiled.templates.iter().filter(of_layer).collect();
         if templates.is_empty() {
             let last = compiled.templates.iter().flat_map(|t| &t.layers).max();
-            return Err(anyhow!(
+            return Err(usage_error(format!(
                 "--layer {}: the last layer is {}",
                 self.layer.unwrap_or_default(),
                 last.copied().unwrap_or_default()
-            ));
+            )));
         }
         Ok(templates)
     }

@@ -12,6 +12,7 @@ use super::config_file::ConfigFile;
 use super::throughput::weight_choice;
 use crate::cli::GlobalOptions;
 use crate::config::{Options, Run};
+use crate::errors::usage_error;
 use crate::model::CompiledModel;
 
 /// Complete a prompt.
@@ -54,7 +55,7 @@ impl Generate {
             top_p: self.top_p,
             seed: self.seed,
         };
-        params.validate()?;
+        params.validate().map_err(|e| usage_error(e.to_string()))?;
         let resolved = self.config.resolve(Options::default())?;
         let mut model = CompiledModel::compile(global, &resolved)?;
         for line in model.remarks(&resolved, Run::Generate) {
@@ -78,7 +79,9 @@ impl Generate {
                     .encode(&t.render(&[ChatMessage::new("user", prompt)], true)?, false)?,
                 None => tokenizer.encode(prompt, true)?,
             };
-            anyhow::ensure!(!ids.is_empty(), "prompt {} has no tokens", i + 1);
+            if ids.is_empty() {
+                return Err(usage_error(format!("prompt {} has no tokens", i + 1)));
+            }
             requests.push(StaticRequest {
                 id: i as u64,
                 prompt: ids,
@@ -89,15 +92,16 @@ impl Generate {
         }
         let longest = requests
             .iter()
-            .map(|r| r.prompt.len() + r.max_new)
+            .map(|r| r.prompt.len().saturating_add(r.max_new))
             .max()
             .unwrap_or(0);
         model.check_length(longest)?;
-        if let Some(most) = resolved.max_seq_len.value {
-            anyhow::ensure!(
-                longest <= most as usize,
+        if let Some(most) = resolved.max_seq_len.value
+            && longest > most as usize
+        {
+            return Err(usage_error(format!(
                 "prompt and output have {longest} tokens, max_seq_len is {most}; lower --max_tokens"
-            );
+            )));
         }
         let prompts: usize = requests.iter().map(|r| r.prompt.len()).sum();
         let step = resolved.max_num_tokens.value.map_or(2048, |n| n as usize);

@@ -28,7 +28,7 @@ use crate::model::{CompiledModel, Target, WeightChoice};
 #[derive(Debug, Args)]
 pub struct Kernels {
     /// Decode steps of so many sequences [default: 1, unless --prefill is given]
-    #[arg(long, value_delimiter = ',', value_name = "N,...", value_parser = positive)]
+    #[arg(long, value_delimiter = ',', value_name = "N,...", value_parser = sequences)]
     batch: Vec<usize>,
     /// Prefill steps of one sequence of so many tokens [default: 128, unless --batch is given]
     #[arg(long, value_delimiter = ',', value_name = "N,...", value_parser = positive)]
@@ -50,10 +50,19 @@ pub struct Kernels {
 }
 
 fn positive(text: &str) -> Result<usize, String> {
+    from_one(text, 1 << 24)
+}
+
+/// Sequences of a step: more only take memory.
+fn sequences(text: &str) -> Result<usize, String> {
+    from_one(text, 1 << 16)
+}
+
+fn from_one(text: &str, most: usize) -> Result<usize, String> {
     text.parse()
         .ok()
-        .filter(|&n| n > 0)
-        .ok_or_else(|| "expected a positive integer".into())
+        .filter(|n| (1..=most).contains(n))
+        .ok_or_else(|| format!("expected a whole number from 1 to {most}"))
 }
 
 impl Kernels {

@@ -13,6 +13,7 @@ use lathe_passes::pipeline::CompileError;
 use lathe_passes::{Stage, chains, rules};
 
 use crate::config::nearest;
+use crate::errors::usage_error;
 use crate::target::named;
 
 /// Run passes on a program in text form and print the result
@@ -139,8 +140,10 @@ fn with_nearest(error: CompileError) -> anyhow::Error {
     let stages = Stage::ALL.into_iter().map(Stage::name);
     let known = stages.chain(rules::all().into_iter().map(|r| r.name));
     match nearest(name, known.chain([chains::NAME])) {
-        Some(near) => anyhow!("no rule or stage named '{name}'; did you mean '{near}'?"),
-        None => error.into(),
+        Some(near) => usage_error(format!(
+            "no rule or stage named '{name}'; did you mean '{near}'?"
+        )),
+        None => usage_error(error.to_string()),
     }
 }
 

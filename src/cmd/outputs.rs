@@ -33,7 +33,7 @@ impl Outputs<'_> {
     /// Finds before the run what would lose its results after it.
     ///
     /// # Errors
-    /// All files that cannot be written, and flags that name the same file.
+    /// All files that cannot be written, and flags that name the same file (then it is one of usage).
     pub(super) fn check(&self) -> anyhow::Result<()> {
         let named: Vec<(&str, &Path)> = [
             ("--report_json", self.report_json),
@@ -45,6 +45,7 @@ impl Outputs<'_> {
         .filter_map(|(flag, path)| Some((flag, path?)))
         .collect();
         let mut problems = Vec::new();
+        let mut usage = false;
         for (i, (flag, path)) in named.iter().enumerate() {
             // Absolute paths know that ./r.json is r.json.
             let absolute = |path: &Path| std::path::absolute(path).ok();
@@ -53,6 +54,7 @@ impl Outputs<'_> {
             // A terminal or /dev/null may take several.
             if let Some((other, _)) = twin.filter(|_| !path.exists() || path.is_file()) {
                 problems.push(format!("{other} and {flag} both name {}", path.display()));
+                usage = true;
             } else if let Err(error) = check_writable(path) {
                 problems.push(format!("{flag}: {error:#}"));
             }
@@ -60,7 +62,12 @@ impl Outputs<'_> {
         if problems.is_empty() {
             return Ok(());
         }
-        Err(usage_error(problems.join("\n")))
+        let problems = problems.join("\n");
+        Err(if usage {
+            usage_error(problems)
+        } else {
+            anyhow::Error::msg(problems)
+        })
     }
 
     /// Prints the report, writes all files, and then fails if the run did, or if a file could not be

@@ -3,7 +3,6 @@
 use std::fmt::Write as _;
 use std::io::Write as _;
 
-use anyhow::anyhow;
 use clap::Args;
 use lathe_ir::text;
 use lathe_passes::opt::{Goal, run};
@@ -11,6 +10,7 @@ use lathe_passes::sample::Gen;
 use lathe_passes::{Exactness, Rule, Stage, chains, rules};
 
 use crate::config::nearest;
+use crate::errors::usage_error;
 
 /// List passes and rewrite rules, or explain one
 #[derive(Debug, Args)]
@@ -62,7 +62,7 @@ impl Passes {
                 let stage = Stage::ALL.into_iter().find(|s| s.name() == name);
                 vec![stage.ok_or_else(|| {
                     let list: Vec<_> = names().collect();
-                    anyhow!("no stage '{name}'; stages: {}", list.join(", "))
+                    usage_error(format!("no stage '{name}'; stages: {}", list.join(", ")))
                 })?]
             }
         };
@@ -109,11 +109,13 @@ fn about_chains() -> String {
 fn rule(name: &str) -> anyhow::Result<&'static Rule> {
     rules::by_name(name).ok_or_else(|| {
         if Stage::ALL.iter().any(|s| s.name() == name) {
-            return anyhow!("'{name}' is a stage; `lathe passes --stage {name}` lists its rules");
+            return usage_error(format!(
+                "'{name}' is a stage; `lathe passes --stage {name}` lists its rules"
+            ));
         }
         match nearest(name, rules::all().iter().map(|r| r.name)) {
-            Some(near) => anyhow!("no rule '{name}'; did you mean '{near}'?"),
-            None => anyhow!("no rule '{name}'; `lathe passes` lists them"),
+            Some(near) => usage_error(format!("no rule '{name}'; did you mean '{near}'?")),
+            None => usage_error(format!("no rule '{name}'; `lathe passes` lists them")),
         }
     })
 }

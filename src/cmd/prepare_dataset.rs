@@ -11,7 +11,7 @@ use lathe_runtime::text::{TextTokenizer, eos_token_ids};
 use crate::bench::dataset::Request;
 use crate::bench::files::write_atomically;
 use crate::bench::prepare::{
-    LengthDistribution, SyntheticDataset, TaskIds, TextSource, write_jsonl,
+    LengthDistribution, MAX_LENGTH, SyntheticDataset, TaskIds, TextSource, write_jsonl,
 };
 use crate::cli::GlobalOptions;
 use crate::errors::usage_error;
@@ -64,16 +64,16 @@ enum Kind {
         #[arg(long = "num-requests", value_parser = positive)]
         num_requests: u64,
         /// Mean prompt length in tokens
-        #[arg(long = "input-mean")]
+        #[arg(long = "input-mean", value_parser = length)]
         input_mean: u32,
         /// Standard deviation of the prompt length
-        #[arg(long = "input-stdev")]
+        #[arg(long = "input-stdev", value_parser = length)]
         input_stdev: u32,
         /// Mean output length in tokens
-        #[arg(long = "output-mean")]
+        #[arg(long = "output-mean", value_parser = length)]
         output_mean: u32,
         /// Standard deviation of the output length
-        #[arg(long = "output-stdev")]
+        #[arg(long = "output-stdev", value_parser = length)]
         output_stdev: u32,
     },
     /// Random tokens, lengths from a uniform distribution
@@ -82,21 +82,29 @@ enum Kind {
         #[arg(long = "num-requests", value_parser = positive)]
         num_requests: u64,
         /// Least prompt length in tokens
-        #[arg(long = "input-min")]
+        #[arg(long = "input-min", value_parser = length)]
         input_min: u32,
         /// Greatest prompt length
-        #[arg(long = "input-max")]
+        #[arg(long = "input-max", value_parser = length)]
         input_max: u32,
         /// Least output length
-        #[arg(long = "output-min")]
+        #[arg(long = "output-min", value_parser = length)]
         output_min: u32,
         /// Greatest output length
-        #[arg(long = "output-max")]
+        #[arg(long = "output-max", value_parser = length)]
         output_max: u32,
     },
     /// Text from a local JSONL file, or one prompt a line from a .txt file
     #[command(alias = "dataset")]
     RealDataset(RealDataset),
+}
+
+/// A number of tokens.
+fn length(text: &str) -> Result<u32, String> {
+    text.parse()
+        .ok()
+        .filter(|&n| n <= MAX_LENGTH)
+        .ok_or_else(|| format!("expected a whole number from 0 to {MAX_LENGTH}"))
 }
 
 fn positive(text: &str) -> Result<u64, String> {
@@ -146,6 +154,7 @@ struct RealDataset {
 fn mean_and_stdev(text: &str) -> Result<(f64, f64), String> {
     text.split_once(',')
         .and_then(|(mean, stdev)| Some((mean.trim().parse().ok()?, stdev.trim().parse().ok()?)))
+        .filter(|(mean, stdev): &(f64, f64)| mean.is_finite() && stdev.is_finite() && *stdev >= 0.0)
         .ok_or_else(|| "expected MEAN,STDEV, such as 128,16".into())
 }
 
@@ -160,6 +169,11 @@ impl PrepareDataset {
             None => model_folder(global)?,
         };
         let task_ids = match (self.rand_task_id.as_deref(), self.task_id) {
+            (Some(&[low, high]), _) if low > high => {
+                return Err(usage_error(format!(
+                    "--rand-task-id {low} {high}: expected LOW <= HIGH"
+                )));
+            }
             (Some(&[low, high]), _) => TaskIds::Random(low, high),
             (_, -1) => TaskIds::Index,
             (_, id) => TaskIds::Fixed(id),

@@ -4,6 +4,7 @@ use super::keys::{KEYS, nearest};
 use super::locate::{self, Position};
 use super::options::{Given, Options, Source, Switch};
 use super::transforms;
+use crate::errors::printable;
 use serde_yaml::Value;
 use std::path::Path;
 use std::str::FromStr;
@@ -93,7 +94,7 @@ fn malformed(file: &str, error: &serde_yaml::Error) -> ConfigError {
     ConfigError::Malformed {
         file: file.to_string(),
         at,
-        reason: text.replacen(&suffix, "", 1),
+        reason: printable(&text.replacen(&suffix, "", 1)),
     }
 }
 
@@ -297,12 +298,12 @@ impl Reader<'_> {
 
     fn bad(&mut self, path: &[&str], found: &Value, expected: &str) {
         let at = locate::value(self.text, path).unwrap_or_default();
-        self.problems.push(format!(
+        self.problems.push(printable(&format!(
             "{}:{at}: {} is {}, expected {expected}",
             self.file,
             path.join("."),
             shown(found)
-        ));
+        )));
     }
 
     fn unknown<'k>(
@@ -320,10 +321,10 @@ impl Reader<'_> {
                 format!("known: {}", known.join(", "))
             }
         };
-        self.problems.push(format!(
+        self.problems.push(printable(&format!(
             "{}:{at}: unknown {what} '{word}'; {hint}",
             self.file
-        ));
+        )));
     }
 }
 

@@ -204,8 +204,8 @@ pub fn work(
         Op::AttnQkv(s) => {
             let qkv = inputs[0].as_tensor()?;
             let rows = qkv.shape[0].eval(env) as f64;
-            let kv_row = f64::from(s.kv_heads * s.head_dim);
-            let q = rows * f64::from(s.heads * s.head_dim);
+            let kv_row = f64::from(s.kv_heads) * f64::from(s.head_dim);
+            let q = rows * f64::from(s.heads) * f64::from(s.head_dim);
             cached_attention(&mut w, at, s.attn.mask.window, qkv, kv_row, q);
             // Rows of a prefill are rotated and appended by a kernel of their own.
             w.launches = if at.selects_all() { 1 } else { 2 };
@@ -290,5 +290,6 @@ fn type_bytes(t: &Type, env: &SymEnv) -> f64 {
 
 /// Bytes of one cached token of one layer.
 pub fn kv_token_bytes(kv_heads: u32, head_dim: u32, dtype: DType) -> u64 {
-    2 * u64::from(kv_heads) * u64::from(head_dim) * dtype.size() as u64
+    let elements = u64::from(kv_heads).saturating_mul(head_dim.into());
+    elements.saturating_mul(2 * dtype.size() as u64)
 }

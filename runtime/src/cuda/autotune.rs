@@ -118,8 +118,9 @@ pub(super) fn tune(
     let (choices, mut sums) = (choices(cache, keys, sms), (0, 0));
     for key in keys {
         if let Some(entry) = cached(cache, key, sms) {
-            sums.0 += entry.nanoseconds;
-            sums.1 += entry.heuristic_nanoseconds;
+            // From a file: any number.
+            sums.0 = u64::saturating_add(sums.0, entry.nanoseconds);
+            sums.1 = u64::saturating_add(sums.1, entry.heuristic_nanoseconds);
         }
     }
     tuned.changed = choices.len();
@@ -327,6 +328,16 @@ mod tests {
         cache.insert(&keys[0], nonsense);
         let (_, tuned) = tune(&mut fake, &keys, SMS, &mut cache, limit).unwrap();
         assert_eq!(tuned.timed, 1);
+        // Times are what a file says.
+        for key in &keys {
+            let endless = Entry {
+                nanoseconds: u64::MAX,
+                ..cache.get(key).unwrap()
+            };
+            cache.insert(key, endless);
+        }
+        let (_, tuned) = tune(&mut fake, &keys, SMS, &mut cache, limit).unwrap();
+        assert!(tuned.relative_time > 1.0);
     }
 
     #[test]

@@ -263,6 +263,8 @@ pub(super) fn load_kernel(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+    use proptest::sample::Index;
 
     fn compiled(name: &str, bytes: usize) -> Compiled {
         Compiled {
@@ -338,6 +340,35 @@ mod tests {
         }
         cubins.put(&source, &compiled("k", 1003)).unwrap();
         assert!(cubins.get(&source).is_some());
+    }
+
+    proptest! {
+        /// Any bytes anywhere: the entry is not used, or its code is what it was.
+        #[test]
+        fn changed_entries_do_not_panic(
+            edits in prop::collection::vec((any::<Index>(), any::<u8>(), any::<bool>()), 1..4),
+            cut in prop::option::of(any::<Index>()),
+        ) {
+            let dir = tempfile::tempdir().unwrap();
+            let cubins = cache(dir.path(), DEFAULT_LIMIT, (13, 0));
+            let source = Source::new("k", "text");
+            let intact = compiled("k", 40);
+            cubins.put(&source, &intact).unwrap();
+            let mut bytes = std::fs::read(cubins.path(&source)).unwrap();
+            for (at, byte, insert) in edits {
+                let at = at.index(bytes.len());
+                match insert {
+                    true => bytes.insert(at, byte),
+                    false => bytes[at] = byte,
+                }
+            }
+            if let Some(cut) = cut {
+                bytes.truncate(cut.index(bytes.len()));
+            }
+            if let Some(found) = cubins.decode(&source, &bytes) {
+                prop_assert_eq!(found.cubin, intact.cubin);
+            }
+        }
     }
 
     #[test]

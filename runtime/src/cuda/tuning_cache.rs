@@ -121,6 +121,8 @@ fn decode(bytes: &[u8], context: &str) -> Option<BTreeMap<String, Entry>> {
 mod tests {
     use super::*;
     use lathe_ir::Epilogue;
+    use proptest::prelude::*;
+    use proptest::sample::Index;
 
     fn key(m: usize) -> GemmKey {
         GemmKey {
@@ -187,6 +189,52 @@ mod tests {
             damaged.insert(&key(8), entry("skinny_w2_p1"));
             damaged.save();
             assert_eq!(std::fs::read_to_string(&cache.path).unwrap(), whole);
+        }
+    }
+
+    proptest! {
+        /// Any characters anywhere, with a checksum that fits: what is read is a variant, which computes a GEMM or
+        /// says that it does not.
+        #[test]
+        fn changed_files_do_not_panic(
+            edits in prop::collection::vec((any::<Index>(), 0_usize..8, any::<char>()), 1..4),
+            whole: bool,
+        ) {
+            let entries = BTreeMap::from([
+                (key(8).to_string(), ("skinny_w2_p1_even".to_owned(), 12_345, 13_000)),
+                (key(384).to_string(), ("tiled_64x192_c2x1".to_owned(), 1, 2)),
+                (key(1).to_string(), ("cublaslt_3".to_owned(), 1, 2)),
+            ]);
+            let damage = |text: &str| {
+                let mut text: Vec<char> = text.chars().collect();
+                for &(at, what, c) in &edits {
+                    let i = at.index(text.len());
+                    let pieces = ["0", "99999999999999999999", "18446744073709551615", "x", "_", "-"];
+                    match pieces.get(what) {
+                        Some(piece) => { text.splice(i..i, piece.chars()); }
+                        None => text[i] = c,
+                    }
+                }
+                String::from_iter(text)
+            };
+            let file = |entries| File {
+                format: FORMAT,
+                context: "c".into(),
+                checksum: fingerprint(&entries),
+                entries,
+            };
+            let text = match whole {
+                true => damage(&serde_json::to_string(&file(entries)).unwrap()),
+                false => {
+                    let damaged = entries.into_iter().map(|(k, (v, a, b))| (k, (damage(&v), a, b)));
+                    serde_json::to_string(&file(damaged.collect())).unwrap()
+                }
+            };
+            for entry in decode(text.as_bytes(), "c").into_iter().flatten() {
+                for m in [1, 8, 384] {
+                    let _ = entry.1.variant.check(&key(m), 132);
+                }
+            }
         }
     }
 

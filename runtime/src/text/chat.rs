@@ -12,11 +12,16 @@ use minijinja::value::{Kwargs, Value, ViaDeserialize};
 use minijinja::{Environment, Error, ErrorKind, context};
 use serde::Serialize;
 
+use super::bounds;
+use super::guard::{guarded_apart, one_line};
 use super::strftime::format_utc;
 use super::{SpecialTokens, TextError, read_json, read_text, shorten};
 
-/// Instructions that one rendering may take; real templates need some thousands a message.
-const FUEL: u64 = 10_000_000;
+/// Instructions that one rendering may take; real templates need some thousands a message. No more, because
+/// values nest with each, and are dropped recursively.
+const FUEL: u64 = 1_000_000;
+/// Bytes that a template may have; it nests no deeper. Real ones have at most some ten thousand.
+const MAX_SOURCE: usize = 128 << 10;
 const TEMPLATE: &str = "chat_template";
 
 /// One message of a conversation.
@@ -73,23 +78,37 @@ impl ChatTemplate {
     }
 
     fn compile(source: String, path: PathBuf, special: SpecialTokens) -> Result<Self, TextError> {
+        if source.len() > MAX_SOURCE {
+            return Err(TextError::Template {
+                path,
+                line: None,
+                reason: format!(
+                    "{} bytes, expected at most {MAX_SOURCE} bytes",
+                    source.len()
+                ),
+            });
+        }
         let mut environment = Environment::new();
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
         environment.set_fuel(Some(FUEL));
-        environment
-            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        bounds::bound(&mut environment);
         environment.add_filter("tojson", tojson);
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
         let source = without_generation_tags(&source);
-        match environment.add_template_owned(TEMPLATE, source) {
-            Ok(()) => Ok(Self {
+        match guarded_apart(|| environment.add_template_owned(TEMPLATE, source)) {
+            Ok(Ok(())) => Ok(Self {
                 environment,
                 special,
                 path,
             }),
-            Err(error) => Err(template_error(&path, &error)),
+            Ok(Err(error)) => Err(template_error(&path, &error)),
+            Err(reason) => Err(TextError::Template {
+                path,
+                line: None,
+                reason,
+            }),
         }
     }
 
@@ -111,10 +130,19 @@ impl ChatTemplate {
             pad_token => text(&self.special.pad_token),
             unk_token => text(&self.special.unk_token),
         };
-        self.environment
-            .get_template(TEMPLATE)
-            .and_then(|template| template.render(variables))
-            .map_err(|error| template_error(&self.path, &error))
+        let render = || {
+            self.environment
+                .get_template(TEMPLATE)
+                .and_then(|template| template.render(variables))
+                .map_err(|error| template_error(&self.path, &error))
+        };
+        guarded_apart(render).unwrap_or_else(|reason| {
+            Err(TextError::Template {
+                path: self.path.clone(),
+                line: None,
+                reason,
+            })
+        })
     }
 }
 
@@ -134,7 +162,8 @@ fn without_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(start) = rest.find("{%") {
-        let Some(length) = rest[start..].find("%}").map(|end| end + 2) else {
+        // Behind the opening: `{%}` opens a tag and ends none.
+        let Some(length) = rest[start + 2..].find("%}").map(|end| end + 4) else {
             break;
         };
         let tag = &rest[start..start + length];
@@ -158,11 +187,10 @@ fn template_error(path: &Path, error: &Error) -> TextError {
             .detail()
             .map_or_else(|| error.kind().to_string(), str::to_owned),
     };
-    let reason = reason.split_whitespace().collect::<Vec<_>>().join(" ");
     TextError::Template {
         path: path.to_path_buf(),
         line: error.line(),
-        reason,
+        reason: one_line(&reason),
     }
 }
 
@@ -178,7 +206,11 @@ fn strftime_now(format: String) -> Result<String, Error> {
 /// `tojson` as transformers defines it: Python's `json.dumps` with its separators (`", "`, `": "`), text
 /// kept as it is unless `ensure_ascii`; `indent`, `separators` and `sort_keys` are json.dumps's too.
 fn tojson(value: ViaDeserialize<serde_json::Value>, kwargs: Kwargs) -> Result<Value, Error> {
-    let indent: Option<usize> = kwargs.get("indent")?;
+    let indent: Option<Value> = kwargs.get("indent")?;
+    if let Some(indent) = &indent {
+        bounds::check("tojson: indent", indent)?;
+    }
+    let indent: Option<usize> = indent.map(usize::try_from).transpose()?;
     let ensure_ascii: Option<bool> = kwargs.get("ensure_ascii")?;
     let sort_keys: Option<bool> = kwargs.get("sort_keys")?;
     let separators: Option<Vec<String>> = kwargs.get("separators")?;
@@ -288,6 +320,7 @@ fn escape_non_ascii(text: &str) -> String {
 mod tests {
     use super::*;
     use crate::text::test_folder::TestFolder;
+    use proptest::prelude::*;
 
     fn special() -> SpecialTokens {
         SpecialTokens {
@@ -354,7 +387,67 @@ mod tests {
             render(template, &[])
                 .unwrap_err()
                 .to_string()
-                .contains("stopped after 10000000 steps")
+                .contains("stopped after 1000000 steps")
+        );
+    }
+
+    /// What a file of a checkpoint says is refused, in one line, whatever it asks for.
+    #[test]
+    fn hostile_templates_are_refused() {
+        for template in [
+            "{%}",
+            "{%}{%",
+            "{% %}{%}",
+            "{{ [1] | tojson(indent=1000000000000) }}",
+            "{{ [1] | tojson(indent=-1) }}",
+            "{{ 'a' | indent(1000000000000) }}",
+            "{{ 'a' | indent(width=1000000000000) }}",
+            "{{ [1] | slice(18446744073709551615) }}",
+            "{{ [1] | slice(1000000000000) }}",
+            "{{ [1] | batch(1000000000000, 1) }}",
+            "{{ '%999999999999d' | format(1) }}",
+            "{{ '{:999999999999}'.format(1) }}",
+            "{{ 'a' * 1000000000000 }}",
+            "{{ range(1000000000000) | list }}",
+            "{{ 1 // 0 }}{{ 1 % 0 }}",
+            "{{ strftime_now('%') }}",
+        ] {
+            let error = render(template, &hello()).unwrap_err().to_string();
+            assert!(!error.contains(char::is_control), "{error:?}");
+        }
+        // Deep nesting; some of it is folded away. Reading takes the square of the depth for some.
+        const LEN: usize = 16 << 10;
+        let deep = "{% set n = namespace(x=[]) %}{% for a in range(999) %}{% for b in range(999) %}\
+                    {% set n.x = [n.x] %}{% endfor %}{% endfor %}";
+        let nested = |open: &str, close: &str, unit: &str| {
+            let n = (LEN - open.len() - close.len()) / unit.len();
+            format!("{open}{}{close}", unit.repeat(n))
+        };
+        for template in [
+            deep,
+            &nested("", "", "{%"),
+            &nested("", "", "{{"),
+            &nested("{{ ", "1 }}", "("),
+            &nested("{{ ", "1 }}", "-"),
+            &nested("{{ ", "1 }}", "not "),
+            &nested("{{ x", " }}", ".y"),
+            &nested("{{ x", " }}", "+x"),
+            &nested("{{ x", " }}", "|e"),
+            &nested("", "", "{%if 1%}"),
+        ] {
+            if let Err(error) = render(template, &hello()) {
+                assert!(!error.to_string().contains(char::is_control), "{error:?}");
+            }
+        }
+        let long = " ".repeat(MAX_SOURCE + 1);
+        let error = render(&long, &hello()).unwrap_err().to_string();
+        assert!(error.ends_with("expected at most 131072 bytes"), "{error}");
+        assert_eq!(render("{{ 'a\nb' | indent(2) }}", &[]).unwrap(), "a\n  b");
+        assert_eq!(render("{{ '%03d' | format(7) }}", &[]).unwrap(), "007");
+        assert_eq!(render("{{ 'a{}'.format(7) }}", &[]).unwrap(), "a7");
+        assert_eq!(
+            render("{{ [1, 2, 3] | batch(2) | list | length }}", &[]).unwrap(),
+            "2"
         );
     }
 
@@ -395,4 +488,53 @@ mod tests {
             .to_string();
         assert!(error.contains("chat_template is 7, expected"), "{error}");
     }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// Pieces of templates in any order: rendered or refused in one line.
+        #[test]
+        fn damaged_templates_do_not_panic(
+            pieces in prop::collection::vec(0..PIECES.len(), 0..24),
+        ) {
+            let template: String = pieces.into_iter().map(|i| PIECES[i]).collect();
+            if let Err(error) = render(&template, &hello()) {
+                let error = error.to_string();
+                prop_assert!(!error.contains(char::is_control), "{:?}", error);
+            }
+        }
+    }
+
+    const PIECES: [&str; 30] = [
+        "{%",
+        "%}",
+        "{{",
+        "}}",
+        "{#",
+        "#}",
+        "-",
+        "+",
+        " ",
+        "\n",
+        "\u{1b}",
+        "é",
+        "x",
+        "'",
+        "messages",
+        "[0]",
+        "[::0]",
+        "[9:-9:-1]",
+        ".content",
+        " | tojson",
+        " | indent(9)",
+        "(",
+        ")",
+        "99999999999999999999",
+        " * ",
+        " ** ",
+        "for m in messages",
+        "endfor",
+        "generation",
+        "set x = x ~ messages",
+    ];
 }

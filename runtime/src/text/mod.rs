@@ -5,7 +5,9 @@
 
 use std::path::{Path, PathBuf};
 
+mod bounds;
 mod chat;
+mod guard;
 mod strftime;
 #[cfg(test)]
 mod test_folder;
@@ -104,7 +106,7 @@ fn read_text(path: &Path) -> Result<Option<String>, TextError> {
 
 /// A short form of a JSON value for an error message.
 fn shorten(value: &serde_json::Value) -> String {
-    let text = value.to_string();
+    let text = guard::one_line(&value.to_string());
     if text.chars().count() <= 60 {
         text
     } else {

@@ -5,6 +5,7 @@ use std::path::Path;
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
+use super::guard::{guarded, one_line};
 use super::{TextError, read_json, shorten};
 
 /// Special tokens of a checkpoint, as text (for chat templates) and as ids.
@@ -49,18 +50,14 @@ impl TextTokenizer {
             }
             Err(source) => return Err(TextError::Io { path, source }),
         };
-        let reason = |error: tokenizers::Error| error.to_string();
-        let mut inner = Tokenizer::from_bytes(&bytes).map_err(|error| TextError::Tokenizer {
-            path: path.clone(),
-            reason: reason(error),
-        })?;
-        inner.with_padding(None);
-        inner
-            .with_truncation(None)
-            .map_err(|error| TextError::Tokenizer {
-                path,
-                reason: reason(error),
-            })?;
+        let read = || {
+            let mut inner = Tokenizer::from_bytes(&bytes)?;
+            inner.with_padding(None);
+            inner.with_truncation(None)?;
+            Ok(inner)
+        };
+        let inner: Tokenizer =
+            call(read).map_err(|reason| TextError::Tokenizer { path, reason })?;
 
         let config = read_json(folder, "tokenizer_config.json")?;
         let map = read_json(folder, "special_tokens_map.json")?;
@@ -110,10 +107,8 @@ impl TextTokenizer {
     /// Token ids of `text`. With `add_special` the post-processor adds what the checkpoint asks for (a
     /// BOS in most families); give `false` for text that a chat template made.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TextError> {
-        let encoding = self
-            .inner
-            .encode_fast(text, add_special)
-            .map_err(|error| TextError::Encode(error.to_string()))?;
+        let encode = || self.inner.encode_fast(text, add_special);
+        let encoding = call(encode).map_err(TextError::Encode)?;
         let mut ids = encoding.get_ids().to_vec();
         // Some folders ask for a BOS only in tokenizer_config.json.
         if let Some(bos) = self.special.bos_id
@@ -128,9 +123,7 @@ impl TextTokenizer {
 
     /// Text of the token ids; bytes that are not UTF-8 become U+FFFD.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String, TextError> {
-        self.inner
-            .decode(ids, skip_special)
-            .map_err(|error| TextError::Decode(error.to_string()))
+        call(|| self.inner.decode(ids, skip_special)).map_err(TextError::Decode)
     }
 
     /// A decoder that turns a growing token sequence into text piece by piece.
@@ -142,6 +135,15 @@ impl TextTokenizer {
             context: 0,
             emitted: 0,
         }
+    }
+}
+
+/// A call of the library, which panics on some files that it could refuse (a bad `precompiled_charsmap`, a template
+/// with a special token that it does not define).
+fn call<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
+    match guarded(work)? {
+        Ok(value) => Ok(value),
+        Err(error) => Err(one_line(&error.to_string())),
     }
 }
 
@@ -253,6 +255,49 @@ mod tests {
     use super::*;
     use crate::text::test_folder::TestFolder;
     use proptest::prelude::*;
+    use proptest::sample::Index;
+    use serde_json::json;
+
+    /// Values for any place of a file.
+    fn odd_values() -> Vec<Value> {
+        vec![
+            Value::Null,
+            json!(true),
+            json!(-1),
+            json!(u64::MAX),
+            json!(1e300),
+            json!(""),
+            json!("\u{1b}[2J\n"),
+            json!("("),
+            json!([]),
+            json!([[]]),
+            json!({}),
+            json!({"type": "Precompiled", "precompiled_charsmap": "AAA="}),
+            json!({"type": "Replace", "pattern": {"Regex": "("}, "content": ""}),
+            json!({"type": "Strip", "content": "", "start": 9, "stop": 9}),
+            json!({"type": "Unigram", "unk_id": 7, "vocab": [["a", 0.0]]}),
+            json!({"type": "WordPiece", "unk_token": "?", "vocab": {"a": 4294967295u32}}),
+        ]
+    }
+
+    /// Puts `new` at the `at`-th place of a value, its own place being the 0th; how many places there are.
+    fn put(value: &mut Value, at: usize, new: &Value) -> usize {
+        if at == 0 {
+            *value = new.clone();
+            return 1;
+        }
+        let mut seen = 1;
+        let inner: Vec<&mut Value> = match value {
+            Value::Array(items) => items.iter_mut().collect(),
+            Value::Object(map) => map.values_mut().collect(),
+            _ => Vec::new(),
+        };
+        for value in inner {
+            // Places that come before are passed by.
+            seen += put(value, at.wrapping_sub(seen), new);
+        }
+        seen
+    }
 
     #[test]
     fn special_tokens_and_several_eos_ids() {
@@ -270,6 +315,34 @@ mod tests {
                 .unwrap(),
             "ab"
         );
+    }
+
+    /// Where the library panics, `load` and `encode` have an error of one line.
+    #[test]
+    fn files_that_the_library_panics_on() {
+        let folder = TestFolder::byte_level();
+        let text = std::fs::read_to_string(folder.path().join("tokenizer.json")).unwrap();
+        let intact: Value = serde_json::from_str(&text).unwrap();
+        let mut file = intact.clone();
+        file["normalizer"] = json!({"type": "Precompiled", "precompiled_charsmap": "AAA="});
+        folder.write("tokenizer.json", &file.to_string());
+        let error = TextTokenizer::load(folder.path()).unwrap_err().to_string();
+        assert!(
+            error.contains("tokenizer.json: not a tokenizer: ") && !error.contains('\n'),
+            "{error}"
+        );
+        let mut file = intact;
+        let token = |id| json!({"SpecialToken": {"id": id, "type_id": 0}});
+        file["post_processor"] = json!({
+            "type": "TemplateProcessing",
+            "single": [token("<absent>"), {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {},
+        });
+        folder.write("tokenizer.json", &file.to_string());
+        let refused = TextTokenizer::load(folder.path()).and_then(|t| t.encode("a", true));
+        let error = refused.unwrap_err().to_string();
+        assert!(!error.contains('\n'), "{error}");
     }
 
     #[test]
@@ -331,6 +404,39 @@ mod tests {
         let mut stream = tokenizer.stream(true);
         assert_eq!(stream.push(ids[0]).unwrap(), "");
         assert_eq!(stream.finish().unwrap(), "\u{fffd}");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// Any value anywhere in the file: it is refused in one line, or tokenises, or refuses the text.
+        #[test]
+        fn damaged_files_do_not_panic(
+            changes in prop::collection::vec((any::<Index>(), any::<Index>()), 1..3),
+        ) {
+            let folder = TestFolder::byte_level();
+            let text = std::fs::read_to_string(folder.path().join("tokenizer.json")).unwrap();
+            let mut file: Value = serde_json::from_str(&text).unwrap();
+            // 256 bytes of vocabulary would take most of the changes.
+            if let Some(vocab) = file["model"]["vocab"].as_object_mut() {
+                vocab.retain(|token, _| "<|begin|><|end|>abc".contains(token.as_str()));
+            }
+            for (at, value) in changes {
+                let places = put(&mut file.clone(), usize::MAX, &Value::Null);
+                let values = odd_values();
+                put(&mut file, at.index(places), &values[value.index(values.len())]);
+            }
+            folder.write("tokenizer.json", &file.to_string());
+            let outcome = TextTokenizer::load(folder.path()).and_then(|tokenizer| {
+                let ids = tokenizer.encode("a b<|end|>\u{e9}", true)?;
+                tokenizer.decode(&ids, true)?;
+                tokenizer.decode(&[0, u32::MAX], false)
+            });
+            if let Err(error) = outcome {
+                let error = error.to_string();
+                prop_assert!(!error.contains(char::is_control), "{:?}", error);
+            }
+        }
     }
 
     proptest! {
