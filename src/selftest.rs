@@ -9,7 +9,7 @@ use lathe_passes::egraph::cost::DeviceModel;
 use lathe_passes::pipeline::{PassConfig, compile};
 use lathe_runtime::load::{LoadOptions, expected_tensors};
 use lathe_runtime::selftest::cases::{Rng, case};
-use lathe_runtime::selftest::{Shape, Subject};
+use lathe_runtime::selftest::{Case, Shape, Subject};
 use lathe_runtime::weights::RandomWeights;
 use serde_json::{Value, json};
 
@@ -243,6 +243,15 @@ fn layouts(sizes: Sizes) -> Vec<(usize, usize, Vec<Shape>)> {
     }
 }
 
+/// How often a step of so many rows is repeated with other kernels for its GEMMs, so that each of the skinny kernel's
+/// forms and each tile has its turn in some of them.
+fn gemm_rounds(rows: usize) -> Option<usize> {
+    match rows {
+        33 | 200 | 340 => Some(18),
+        _ => None,
+    }
+}
+
 fn plan(
     variant: &Variant,
     device: DeviceModel,
@@ -291,7 +300,7 @@ pub fn subjects(
                 pages,
             };
             let mut rng = Rng::new(seed ^ subjects.len() as u64);
-            let cases = shapes
+            let mut cases: Vec<Case> = shapes
                 .iter()
                 .enumerate()
                 .map(|(i, shape)| {
@@ -300,6 +309,14 @@ pub fn subjects(
                     case(shape, draws, logits, vocab, &options, &mut rng)
                 })
                 .collect();
+            if matches!(variant.sizes, Sizes::All) && page_size == 64 {
+                let more = cases.iter().filter_map(|c| {
+                    let rounds = gemm_rounds(c.batch.tokens_len())?;
+                    Some((0..rounds).map(|number| c.clone().with_gemms(number)))
+                });
+                let more: Vec<Case> = more.flatten().collect();
+                cases.extend(more);
+            }
             subjects.push(Subject {
                 name: name.clone(),
                 plan: plan.clone(),
@@ -317,14 +334,18 @@ pub fn subjects(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use lathe_codegen::cuda::{CudaOptions, FAMILIES, Sampling, Sizes as Bucket, lower_program};
+    use lathe_codegen::cuda::{
+        CudaOptions, FAMILIES, Sampling, Sizes as Bucket, Variant, gemm_keys, lower_tuned,
+    };
+    use std::collections::BTreeSet;
 
-    /// Between them the models use every kernel family, so that a full run may insist on it. The kernel
-    /// that hands tokens on is no step of a program.
+    /// Between them the models use every kernel family, so that a full run may insist on it, and every variant of
+    /// the GEMMs. The kernel that hands tokens on is no step of a program.
     #[test]
     fn every_family_of_kernels_has_a_subject() {
         let subjects = subjects(&DeviceModel::H100, false, Effort::Full, 0);
         let subjects = subjects.unwrap_or_else(|e| panic!("{e:#}"));
+        let (mut chosen, mut possible) = (BTreeSet::new(), BTreeSet::new());
         let mut missing: Vec<&str> = FAMILIES.into_iter().filter(|f| *f != "tokens").collect();
         for subject in &subjects {
             let options = CudaOptions {
@@ -343,12 +364,32 @@ mod tests {
                     r: case.batch.rows.len(),
                 };
                 let program = subject.plan.program(case.kind).unwrap();
+                let sampling = Sampling::GreedyOnly;
+                let choices = case
+                    .choices(&subject.plan, sizes, sampling, options)
+                    .unwrap();
+                choices.iter().for_each(|(_, v)| {
+                    chosen.insert(v.to_string());
+                });
+                let keys = gemm_keys(&subject.plan, program, sizes, sampling, options).unwrap();
+                if case.gemms.is_none() {
+                    let heuristics = keys.keys().map(|key| Variant::heuristic(key, 132));
+                    chosen.extend(heuristics.map(|v| v.to_string()));
+                }
+                let all = keys.keys().flat_map(|key| Variant::all(key, 132));
+                possible.extend(all.map(|v| v.to_string()));
                 let lowered =
-                    lower_program(&subject.plan, program, sizes, Sampling::GreedyOnly, options)
+                    lower_tuned(&subject.plan, program, sizes, sampling, options, &choices)
                         .unwrap_or_else(|e| panic!("{}: {e}", subject.name));
                 missing.retain(|f| lowered.kernels.iter().all(|k| k.family != *f));
             }
         }
         assert!(missing.is_empty(), "{missing:?}");
+        let never: Vec<_> = possible.difference(&chosen).collect();
+        assert!(
+            never.is_empty() && chosen.len() > 60,
+            "{never:?} of {}",
+            chosen.len()
+        );
     }
 }

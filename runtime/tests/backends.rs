@@ -5,7 +5,7 @@ mod common;
 
 use common::{UNFUSED, h100, models, plan};
 use lathe_codegen::cuda::{
-    Choices, CudaOptions, CudaProgram, Sampling, Sizes, Variant, gemm_keys, lower_gemms,
+    Choices, CudaOptions, CudaProgram, Sampling, Sizes, Tile, Variant, gemm_keys, lower_gemms,
     lower_program, lower_tuned,
 };
 use lathe_codegen::{Plan, Program, ProgramKind};
@@ -162,11 +162,12 @@ fn lowering_honours_choices() {
                 assert!(alone.launches.iter().all(|l| l.step == steps[0]));
             }
             let mut choices = Choices::default();
-            let nonsense = Variant::Tiled {
+            let nonsense = Variant::Tiled(Tile {
                 rows: 100,
                 cols: 64,
+                teams: 1,
                 cluster: [1, 1],
-            };
+            });
             choices.insert(*key, nonsense);
             let refused = lower_tuned(&plan, program, sizes, sampling, options(false), &choices);
             let message = refused.unwrap_err().to_string();

@@ -63,7 +63,7 @@ impl fmt::Display for GemmKey {
 }
 
 /// A kernel with its geometry. Its text form is stable: `gemv`, `skinny_w1_p2`, `skinny_w1_p2_even`,
-/// `tiled_128x192_c2x1`, `cublaslt_3`.
+/// `tiled_128x192_c2x1`, `tiled_128x160_t2_c2x1`, `cublaslt_3`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Variant {
     /// The weight-streaming kernel.
@@ -79,19 +79,52 @@ pub enum Variant {
         even: bool,
     },
     /// The tiled tensor-core kernel.
-    Tiled {
-        /// Rows of a tile: 64, 128 or 192.
-        rows: usize,
-        /// Columns of a tile.
-        cols: usize,
-        /// Blocks of a cluster that share weights, and that share activations.
-        cluster: [usize; 2],
-    },
+    Tiled(Tile),
     /// The vendor's library, by its algorithm's place in the list that it proposes.
     CublasLt {
         /// Place in the list.
         algorithm: usize,
     },
+}
+
+/// How the tiled kernel divides its work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Tile {
+    /// Rows of a tile: 64, 128 or 192.
+    pub rows: usize,
+    /// Columns of a tile.
+    pub cols: usize,
+    /// 1: all warpgroups work on a tile. 2: each has its own, and one multiplies while the other stores.
+    pub teams: usize,
+    /// Blocks of a cluster that share weights, and that share activations.
+    pub cluster: [usize; 2],
+}
+
+impl fmt::Display for Tile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Tile { rows, cols, .. } = self;
+        let teams = if self.teams == 1 { "" } else { "_t2" };
+        let [a, b] = self.cluster;
+        write!(f, "{rows}x{cols}{teams}_c{a}x{b}")
+    }
+}
+
+impl Tile {
+    fn parse(text: &str) -> Option<Tile> {
+        let (tile, cluster) = text.split_once("_c")?;
+        let (tile, teams) = match tile.strip_suffix("_t2") {
+            Some(tile) => (tile, 2),
+            None => (tile, 1),
+        };
+        let (rows, cols) = tile.split_once('x')?;
+        let (a, b) = cluster.split_once('x')?;
+        Some(Tile {
+            rows: rows.parse().ok()?,
+            cols: cols.parse().ok()?,
+            teams,
+            cluster: [a.parse().ok()?, b.parse().ok()?],
+        })
+    }
 }
 
 impl fmt::Display for Variant {
@@ -106,11 +139,7 @@ impl fmt::Display for Variant {
                 let even = if *even { "_even" } else { "" };
                 write!(f, "skinny_w{warpgroups}_p{panels}{even}")
             }
-            Variant::Tiled {
-                rows,
-                cols,
-                cluster: [a, b],
-            } => write!(f, "tiled_{rows}x{cols}_c{a}x{b}"),
+            Variant::Tiled(tile) => write!(f, "tiled_{tile}"),
             Variant::CublasLt { algorithm } => write!(f, "cublaslt_{algorithm}"),
         }
     }
@@ -141,14 +170,7 @@ impl FromStr for Variant {
                     even,
                 });
             }
-            let (tile, cluster) = text.strip_prefix("tiled_")?.split_once("_c")?;
-            let (rows, cols) = tile.split_once('x')?;
-            let (a, b) = cluster.split_once('x')?;
-            Some(Variant::Tiled {
-                rows: rows.parse().ok()?,
-                cols: cols.parse().ok()?,
-                cluster: [a.parse().ok()?, b.parse().ok()?],
-            })
+            Tile::parse(text.strip_prefix("tiled_")?).map(Variant::Tiled)
         };
         // Only what prints itself again is a variant: `skinny_w+1_p2` is none.
         read()
@@ -170,11 +192,7 @@ impl Variant {
                 panels,
                 even,
             } => skinny::Shape::new(key, warpgroups, panels, even, sms).is_some(),
-            Variant::Tiled {
-                rows,
-                cols,
-                cluster,
-            } => tiled::Shape::new(key, rows, cols, cluster, sms).is_some(),
+            Variant::Tiled(tile) => tiled::Shape::new(key, tile, sms).is_some(),
             Variant::CublasLt { .. } => key.is_library_gemm(),
         };
         match fits {
@@ -194,6 +212,23 @@ impl Variant {
         }
     }
 
+    /// Every variant of lathe's own kernels that computes a GEMM.
+    pub fn all(key: &GemmKey, sms: usize) -> Vec<Variant> {
+        let mut all = vec![Variant::Gemv];
+        for (warpgroups, panels) in skinny::FORMS {
+            for even in [false, true] {
+                all.push(Variant::Skinny {
+                    warpgroups,
+                    panels,
+                    even,
+                });
+            }
+        }
+        all.extend(tiled::all().map(Variant::Tiled));
+        all.retain(|v| v.check(key, sms).is_ok());
+        all
+    }
+
     /// The variants worth timing, the heuristic's first.
     pub fn candidates(key: &GemmKey, sms: usize) -> Vec<Variant> {
         /// Tiles taken by estimated time, beside the heuristic's.
@@ -205,7 +240,7 @@ impl Variant {
             }
         };
         if key.m <= skinny::ROWS {
-            for (warpgroups, panels) in [(1, 2), (2, 1), (1, 1), (2, 2), (1, 4)] {
+            for (warpgroups, panels) in skinny::FORMS {
                 for even in [false, true] {
                     add(Variant::Skinny {
                         warpgroups,
@@ -292,6 +327,8 @@ mod tests {
                     assert_eq!(v.to_string().parse::<Variant>().as_ref(), Ok(v));
                     v.check(&key, 132).unwrap();
                 }
+                let whole = Variant::all(&key, 132);
+                assert!(all.iter().all(|v| whole.contains(v)), "{key}");
                 let distinct: std::collections::BTreeSet<_> = all.iter().collect();
                 assert_eq!(distinct.len(), all.len());
             }
@@ -301,6 +338,8 @@ mod tests {
             "gemv2",
             "skinny_w1",
             "tiled_128x_c1x1",
+            "tiled_128x128_t1_c1x1",
+            "tiled_128x128_c1x1_t2",
             "skinny_w01_p2",
             "cublaslt_-1",
         ] {
@@ -323,9 +362,14 @@ mod tests {
             "cublaslt_0",
             "tiled_256x128_c1x1",
             "tiled_128x128_c4x1",
+            "tiled_128x256_t2_c2x1",
+            "tiled_64x128_t2_c2x1",
         ] {
             refused(text, &swiglu);
         }
+        // Where both teams store, the ring has no room for the residual's tiles.
+        let down = key(384, 4096, 14336, Epilogue::Residual);
+        refused("tiled_128x128_t2_c2x1", &down);
         refused("skinny_w3_p1", &key(8, 4096, 4096, Epilogue::None));
         refused("gemv", &key(5, 4096, 4096, Epilogue::None));
     }

@@ -269,7 +269,8 @@ pub(super) fn matrix_map(
         swizzle: match box_cols {
             64 => MapSwizzle::B128,
             32 => MapSwizzle::B64,
-            _ => MapSwizzle::B32,
+            16 => MapSwizzle::B32,
+            _ => MapSwizzle::None,
         },
     })
 }

@@ -183,7 +183,7 @@ fn run(cx: &mut Context<'_>, mut g: Gemm) -> Result<(), CudaError> {
     };
     let fuses_norm = match variant {
         Some(Variant::Gemv) => gemv::takes_prologue(&g),
-        Some(Variant::Skinny { .. } | Variant::Tiled { .. }) => scale_rows(cx, &mut g),
+        Some(Variant::Skinny { .. } | Variant::Tiled(_)) => scale_rows(cx, &mut g),
         _ => false,
     };
     if g.prologue != Prologue::None && !fuses_norm {
@@ -238,15 +238,8 @@ fn own(cx: &mut Context<'_>, g: &Gemm, variant: Option<(&GemmKey, Variant)>) {
             let shape = shape.expect("the variant was checked");
             skinny::launch(cx, g, &shape, warpgroups, panels);
         }
-        Some((
-            key,
-            Variant::Tiled {
-                rows,
-                cols,
-                cluster,
-            },
-        )) => {
-            let shape = tiled::Shape::new(key, rows, cols, cluster, sms);
+        Some((key, Variant::Tiled(tile))) => {
+            let shape = tiled::Shape::new(key, tile, sms);
             tiled::launch(cx, g, &shape.expect("the variant was checked"));
         }
         Some((_, Variant::CublasLt { .. })) | None => plain(cx, g),

@@ -70,6 +70,8 @@ pub enum Ref {
 /// Swizzle of a tensor map, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MapSwizzle {
+    /// None.
+    None,
     /// 32 bytes.
     B32,
     /// 64 bytes.

@@ -22,7 +22,7 @@ mod skinny;
 mod source;
 mod tiled;
 
-pub use choice::{Choices, GemmKey, Variant};
+pub use choice::{Choices, GemmKey, Tile, Variant};
 pub use launch::{
     Arg, CudaOptions, CudaProgram, Launch, LibraryGemm, MapArg, MapSwizzle, Meta, Ref, Sampling,
     Sizes, Workspace,

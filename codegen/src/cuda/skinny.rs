@@ -11,6 +11,9 @@ use lathe_ir::Epilogue;
 /// Most rows.
 pub(super) const ROWS: usize = 128;
 
+/// Warpgroups and panels of a slot that variants have.
+pub(super) const FORMS: [(usize, usize); 5] = [(1, 2), (2, 1), (1, 1), (2, 2), (1, 4)];
+
 /// Geometry of a variant by the formulas at the top of `gemm_skinny.cu`.
 pub(super) struct Shape {
     /// Tokens that the kernel can take.

@@ -139,6 +139,7 @@ impl Resolver<'_> {
             strides: m.strides.clone(),
             block: m.block.clone(),
             swizzle: match m.swizzle {
+                MapSwizzle::None => Swizzle::CU_TENSOR_MAP_SWIZZLE_NONE,
                 MapSwizzle::B32 => Swizzle::CU_TENSOR_MAP_SWIZZLE_32B,
                 MapSwizzle::B64 => Swizzle::CU_TENSOR_MAP_SWIZZLE_64B,
                 MapSwizzle::B128 => Swizzle::CU_TENSOR_MAP_SWIZZLE_128B,

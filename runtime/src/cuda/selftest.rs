@@ -16,7 +16,7 @@ use crate::selftest::compare::{Reference, compare, numbers, rms, tolerance};
 use crate::selftest::cpu::{append_tolerance, batch_env, load, place, step_dtype};
 use crate::selftest::{Case, Outcome, POISON, Report, SelftestError, Subject, extents};
 use half::bf16;
-use lathe_codegen::cuda::{CudaOptions, CudaProgram, KernelSource, Ref, Sizes, lower_program};
+use lathe_codegen::cuda::{CudaOptions, CudaProgram, KernelSource, Ref, Sizes, lower_tuned};
 use lathe_codegen::{Operand, Program, ProgramKind, Step, ValueId};
 use lathe_ir::{DType, Op, SymEnv};
 use std::collections::BTreeMap;
@@ -116,7 +116,9 @@ impl CudaSelftest {
         let program = program.ok_or(CudaError::NoStepProgram)?;
         let (_, sizes, sampling) = bucket(case);
         let options = self.options(subject);
-        let lowered = lower_program(&subject.plan, program, sizes, sampling, options)?;
+        let choices = case.choices(&subject.plan, sizes, sampling, options)?;
+        let plan = &subject.plan;
+        let lowered = lower_tuned(plan, program, sizes, sampling, options, &choices)?;
         let wanted = |at: usize| {
             let f = self.filter.as_deref().unwrap_or("");
             families(program, &lowered, at).contains(f)

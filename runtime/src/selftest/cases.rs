@@ -5,8 +5,9 @@ use crate::load::LoadOptions;
 use crate::sampling::SamplingParams;
 use crate::step::{RowSampler, StepBatch};
 use half::bf16;
-use lathe_codegen::ProgramKind;
+use lathe_codegen::cuda::{Choices, CudaError, CudaOptions, Sampling, Sizes, Variant, gemm_keys};
 use lathe_codegen::plan::CacheSpec;
+use lathe_codegen::{Plan, ProgramKind};
 use lathe_ir::DType;
 
 /// The rows of a batch.
@@ -28,11 +29,43 @@ pub struct Case {
     /// Whether the logits are wanted beside the tokens; greedy steps of few rows keep them to
     /// themselves otherwise.
     pub logits: bool,
+    /// Which kernel each GEMM of the step gets, on a GPU: none is the heuristics' choice, and a number picks for one
+    /// after the other of those that compute it.
+    pub gemms: Option<usize>,
     /// The batch.
     pub batch: StepBatch,
 }
 
 impl Case {
+    /// The same with other kernels for its GEMMs.
+    pub fn with_gemms(mut self, number: usize) -> Case {
+        self.label = format!("{}, GEMM kernels {number}", self.label);
+        self.gemms = Some(number);
+        self
+    }
+
+    /// The kernels of the GEMMs of its step, where they are not the heuristics'.
+    ///
+    /// # Errors
+    /// A step of the program has no kernel.
+    pub fn choices(
+        &self,
+        plan: &Plan,
+        sizes: Sizes,
+        sampling: Sampling,
+        options: CudaOptions,
+    ) -> Result<Choices, CudaError> {
+        let mut choices = Choices::default();
+        if let (Some(number), Some(program)) = (self.gemms, plan.program(self.kind)) {
+            let keys = gemm_keys(plan, program, sizes, sampling, options)?;
+            for (i, key) in keys.keys().enumerate() {
+                let variants = Variant::all(key, options.sms as usize);
+                choices.insert(*key, variants[(number * keys.len() + i) % variants.len()]);
+            }
+        }
+        Ok(choices)
+    }
+
     /// Rows in the cache before the step, by sequence.
     pub fn past(&self) -> Vec<usize> {
         let b = &self.batch;
@@ -166,6 +199,7 @@ pub fn case(
         label: format!("{name}, {page}{}", if draws { ", drawn" } else { "" }),
         kind,
         logits,
+        gemms: None,
         batch,
     }
 }

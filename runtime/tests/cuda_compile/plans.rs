@@ -98,7 +98,7 @@ pub(crate) fn kernels(
 /// The kernels that `torch-opt` may choose for the GEMMs of a fused plan, by rows of the step: all that
 /// it times, and those of each family that need most registers.
 pub(crate) fn candidates(name: &str, rows: &[usize]) -> Vec<KernelSource> {
-    const GREEDIEST: [&str; 8] = [
+    const GREEDIEST: [&str; 9] = [
         "skinny_w1_p4",
         "skinny_w2_p2",
         "tiled_64x192_c2x1",
@@ -107,6 +107,7 @@ pub(crate) fn candidates(name: &str, rows: &[usize]) -> Vec<KernelSource> {
         "tiled_192x160_c1x1",
         "tiled_192x192_c2x1",
         "tiled_64x64_c1x1",
+        "tiled_128x192_t2_c2x1",
     ];
     let plan = plan(name, DType::BF16, Spelling::Fused);
     let program = plan.program(ProgramKind::General).unwrap();

@@ -211,8 +211,10 @@ LATHE_NAME(const E* q, const E* bias, const E* qnorm, const E* knorm, const floa
     if (rank == 0 && tid == 0) {
       mbar_init(bar, 1);
       mbar_init_fence();
-      mbar_expect(bar, active * SEND_BYTES);
     }
+    // The initialisation is an instruction of the whole warp, so that tools see a race with what one lane does next.
+    __syncwarp();
+    if (rank == 0 && tid == 0) mbar_expect(bar, active * SEND_BYTES);
     cluster_arrive();
   }
 #else

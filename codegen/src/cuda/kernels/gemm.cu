@@ -1,12 +1,16 @@
 // C[M, N'] = epilogue(A[M, K] W[N, K]^T), bf16 operands, f32 accumulation: the GEMM for 65 tokens
 // and more. Persistent and warp specialised: one producer warp feeds a ring of TMA tiles, CWG
-// warpgroups multiply (wgmma, 64 rows each) and store through shared memory while the producer
-// already loads the next tile. Clusters share tiles by multicast.
+// warpgroups multiply (wgmma) and store through shared memory while the producer already loads the
+// next tile. Clusters share tiles by multicast.
+// With one team all warpgroups work on a tile, 64 rows each: the largest tiles, fewest reads. With
+// two teams a warpgroup has a tile to itself and one multiplies while the other stores: the epilogue
+// is hidden, but tiles are narrower, as all accumulators of 128 rows lie in one warpgroup.
 //
 // Source: defines, prelude.cuh, hopper.cuh, this file. Defines (with LATHE_NAME, LATHE_DTYPE 1)
 //   BN        columns (rows of W) of a tile, 8..256: 64 96 128 160 192 224 256 have wrappers;
 //             a multiple of 8 CLUSTER_M, of 32 with EPI_SWIGLU, of 16 otherwise
 //   CWG       consumer warpgroups, 1 2 3; a tile has BM = 64 CWG rows (of A)
+//   TEAMS     1, or 2 with CWG 2, BN up to 192 and no residual
 //   STAGES    ring slots, each BM + BN rows of 64 k
 //   CLUSTER_M CLUSTER_N   CTAs of a cluster along M (they share the W tile) and N (they share the A
 //             tile); product <= 8; BM a multiple of 8 CLUSTER_N
@@ -18,13 +22,13 @@
 //   LATHE_PDL 1: griddepcontrol.wait before the first dependent access, launch_dependents at start
 // Derived (the glue computes the same)
 //   OBN = EPI_SWIGLU ? BN / 2 : BN    output columns of a tile
-//   PW  = 64 if OBN % 64 == 0, else 32 if OBN % 32 == 0, else 16   columns of a store panel
+//   PW  = the first of 64 (with one team), 32, 56, 40, 16 that divides OBN   columns of a store panel
 //   smem bytes = STAGES * (BM + BN) * 128 + CWG * 2 * 128 * PW + 16 * STAGES + 16
 // Parameters, in order
 //   TensorMap a    bf16 {K, M}, stride {2 lda}, box {64, a_box}, 128B swizzle
 //   TensorMap w    bf16 {K, N}, stride {2 K},   box {64, w_box}, 128B swizzle
 //   TensorMap c    bf16 {N', M}, stride {2 ldc}, box {PW, 64}, swizzle 128B / 64B / 32B for PW 64 /
-//                  32 / 16 (N' = N / 2 with EPI_SWIGLU, else N); any valid map if OUT_F32
+//                  32 / 16, else none (N' = N / 2 with EPI_SWIGLU, else N); any valid map if OUT_F32
 //   TensorMap r    the residual, bf16 {N', M}, stride {2 ldr}, box {PW, BM}, swizzle like c; may alias
 //                  c's memory; any valid map without a residual
 //   void *c_f32    f32 output, row stride N elements (OUT_F32), else null
@@ -41,13 +45,13 @@
 // CLUSTER_N) and clusters that fit from cuOccupancyMaxActiveClusters (66 of 2, 30 of 4 on an H100).
 // No workspace. SwiGLU: rows of W in blocks of 16, 8 gate rows then the 8 up rows of the same
 // features; a thread holds both as d[8b + e] and d[8b + 4 + e].
-// Choosing a variant: CLUSTER_N 1, CLUSTER_M 2 if ceil(M / BM) is even, else 1; GROUP_M 8; STAGES as
+// Choosing a variant (one team): CLUSTER_N 1, CLUSTER_M 2 if ceil(M / BM) is even, else 1; GROUP_M 8; STAGES as
 // many as fit 227 KiB, at most 8. Over CWG 1..3 and BN 64 96 128 160 192 224 256 (224 and 256 not
 // with CWG 3) take the least
 //   waves * (4.0 + ceil(K / 64) * max(BM * BN / 50140, (128 BM + 128 BN / CLUSTER_M) / 102000))  [us]
 //   waves = ceil(cluster tiles / floor(SMs / CLUSTER_M))
 // which is the tensor cores' or L2's time a step, and was within 6 % of the best measured variant for
-// most of 70 (M, N, K) on an H100 (at worst 15 %).
+// most of 70 (M, N, K) on an H100 (at worst 15 %). Two teams wait for the first start alone.
 
 #define EPI_NONE 0
 #define EPI_BIAS 1
@@ -59,7 +63,7 @@
 #define HAS_RESIDUAL (EPI == EPI_RESIDUAL || EPI == EPI_BIAS_RESIDUAL)
 #define BM (64 * CWG)
 #define OBN (EPI == EPI_SWIGLU ? BN / 2 : BN)
-#define PW (OBN % 64 == 0 ? 64 : OBN % 32 == 0 ? 32 : 16)
+#define PW (OBN % 64 == 0 && TEAMS == 1 ? 64 : OBN % 32 == 0 ? 32 : OBN % 56 == 0 ? 56 : OBN % 40 == 0 ? 40 : 16)
 #define CLUSTER (CLUSTER_M * CLUSTER_N)
 // Registers a thread after setmaxnreg; the pool is 504 (512 with four warpgroups) per 128 lanes.
 #define CONSUMER_REGS (CWG == 3 ? 160 : 232)
@@ -73,7 +77,14 @@ constexpr int PANELS = OBN / PW;
 // The residual tile travels through the ring behind the tile's last k step, as panels of BM rows.
 constexpr int RES_BYTES = BM * PW * 2;
 constexpr int RES_PER_SLOT = STAGE_BYTES / RES_BYTES;
+static_assert(TEAMS == 1 || (TEAMS == 2 && CWG == 2 && !HAS_RESIDUAL), "two teams of one warpgroup each");
 constexpr int BAR_OFFSET = STAGES * STAGE_BYTES + CWG * 2 * PANEL_BYTES;
+
+// Where TMA has byte `off` of a panel. Panels of 128, 64 or 32 bytes a row are swizzled. Rows of others are an
+// odd number of 16-byte chunks apart, which is as free of bank conflicts.
+DEV u32 in_panel(u32 off) {
+    return (PW & (PW - 1)) == 0 ? off ^ (((off >> 7) & (PW / 8 - 1)) << 4) : off;
+}
 
 struct Tile {
     int m, n;
@@ -142,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), 1)
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; ++s) {
             mbar_init(full + 8 * s, 1);
-            mbar_init(empty + 8 * s, CWG * (CLUSTER_M + CLUSTER_N - 1));
+            mbar_init(empty + 8 * s, CWG / TEAMS * (CLUSTER_M + CLUSTER_N - 1));
         }
         mbar_init_fence();
     }
@@ -225,33 +236,47 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), 1)
                 mbar_arrive_cluster(empty + 8 * slot, peer);
             }
         };
+        const u32 team = TEAMS == 1 ? 0 : wg;
         RingPos pos{0, 0};
+        if (team > 0) ring_skip<STAGES>(pos, steps);
         u32 store = 0;  // panels stored so far, modulo 2
 #if ROW_SUMS
         for (int i = blockIdx.x * (128 * CWG) + threadIdx.x; i < M; i += gridDim.x * (128 * CWG))
             next_sums[i] = 0;
 #endif
-        for (int idx = first_tile; idx < tiles; idx += tile_stride) {
+        for (int idx = first_tile + team * tile_stride; idx < tiles; idx += TEAMS * tile_stride) {
             Tile t = tile_at(idx, rows, cols, rank);
-            const int row = t.m + 64 * wg + 16 * warp + lane / 4;
+            // First of the blocks of 64 rows of the tile that are this warpgroup's, TEAMS of them.
+            const int block = TEAMS == 1 ? wg : 0;
+            const int first_row = t.m + 64 * block + 16 * warp + lane / 4;
             const int out_n = EPI == EPI_SWIGLU ? t.n / 2 : t.n;
             const int col = out_n + 2 * (lane % 4);
 #if ROW_SCALE
             // On their way while the tile is multiplied.
-            const u64 square0 = row < M ? ld_square_sum(row_sums + row) : 0;
-            const u64 square1 = row + 8 < M ? ld_square_sum(row_sums + row + 8) : 0;
+            u64 squares[TEAMS][2];
+#pragma unroll
+            for (int j = 0; j < TEAMS; ++j) {
+                const int row = first_row + 64 * j;
+                squares[j][0] = row < M ? ld_square_sum(row_sums + row) : 0;
+                squares[j][1] = row + 8 < M ? ld_square_sum(row_sums + row + 8) : 0;
+            }
 #endif
 
-            float d[BN / 2];
+            float sums[TEAMS][BN / 2];
             u32 last = 0;
+            // The other team has seen all phases of its tile begin: a parity tells only the next phase from this one.
+            if (TEAMS == 2 && idx != first_tile) named_sync(4 + team, 256);
             for (int k = 0; k < steps; ++k) {
                 u32 slot = base + pos.slot * STAGE_BYTES;
                 mbar_wait(full + 8 * pos.slot, pos.phase);
-                u64 da = wgmma_desc(slot + wg * 8192);
+                u64 da = wgmma_desc(slot + block * 8192);
                 u64 dw = wgmma_desc(slot + A_BYTES);
                 wgmma_fence();
 #pragma unroll
-                for (int i = 0; i < 4; ++i) wgmma_ss(d, da + 2 * i, dw + 2 * i, k > 0 || i > 0);
+                for (int i = 0; i < 4; ++i)
+#pragma unroll
+                    for (int j = 0; j < TEAMS; ++j)
+                        wgmma_ss(sums[j], da + j * (8192 / 16) + 2 * i, dw + 2 * i, k > 0 || i > 0);
                 wgmma_commit();
                 if (k > 0) {
                     // The previous step's reads are over: free its slot while this one runs.
@@ -261,108 +286,125 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), 1)
                 last = pos.slot;
                 ring_next<STAGES>(pos);
             }
+            if (TEAMS == 2 && idx + tile_stride < tiles) named_arrive(4 + (team ^ 1), 256);
             wgmma_wait<0>();
-            wgmma_pin(d);
+#pragma unroll
+            for (int j = 0; j < TEAMS; ++j) wgmma_pin(sums[j]);
             release(last);
+            if (TEAMS == 2) ring_skip<STAGES>(pos, steps);
 
+#pragma unroll
+            for (int j = 0; j < TEAMS; ++j) {
+                float(&d)[BN / 2] = sums[j];
+                const int tile_row = 64 * (block + j);
+                const int row = first_row + 64 * j;
 #if ROW_SCALE
-            const float f0 = row_factor(square0, K, LATHE_EPS), f1 = row_factor(square1, K, LATHE_EPS);
+                const float f0 = row_factor(squares[j][0], K, LATHE_EPS);
+                const float f1 = row_factor(squares[j][1], K, LATHE_EPS);
 #else
-            constexpr float f0 = 1.0f, f1 = 1.0f;
+                constexpr float f0 = 1.0f, f1 = 1.0f;
 #endif
-            float sum0 = 0.0f, sum1 = 0.0f;  // squares of rows `row` and `row` + 8
+                float sum0 = 0.0f, sum1 = 0.0f;  // squares of rows `row` and `row` + 8
 
 #pragma unroll
-            for (int p = 0; p < PANELS; ++p) {
-                float o[PW / 2];
-                if (HAS_RESIDUAL && p % RES_PER_SLOT == 0) mbar_wait(full + 8 * pos.slot, pos.phase);
+                for (int p = 0; p < PANELS; ++p) {
+                    float o[PW / 2];
+                    if (HAS_RESIDUAL && p % RES_PER_SLOT == 0) mbar_wait(full + 8 * pos.slot, pos.phase);
 #pragma unroll
-                for (int b = 0; b < PW / 8; ++b) {
+                    for (int b = 0; b < PW / 8; ++b) {
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) {
-                        const float f = e < 2 ? f0 : f1;  // a constant 1 without ROW_SCALE
-                        if (EPI == EPI_SWIGLU) {
-                            const int s = 8 * (p * (PW / 8) + b) + e;
-                            o[4 * b + e] = silu_f32(d[s] * f) * (d[s + 4] * f);
-                        } else {
-                            o[4 * b + e] = d[4 * (p * (PW / 8) + b) + e] * f;
+                        for (int e = 0; e < 4; e += 2) {
+                            const float f = e < 2 ? f0 : f1;  // a constant 1 without ROW_SCALE
+                            float2 v;
+                            if (EPI == EPI_SWIGLU) {
+                                const int s = 8 * (p * (PW / 8) + b) + e;
+                                v = swiglu_pair(make_float2(d[s] * f, d[s + 1] * f),
+                                                make_float2(d[s + 4] * f, d[s + 5] * f));
+                            } else {
+                                const int s = 4 * (p * (PW / 8) + b) + e;
+                                v = make_float2(d[s] * f, d[s + 1] * f);
+                            }
+                            o[4 * b + e] = v.x;
+                            o[4 * b + e + 1] = v.y;
+                        }
+                        const int cc = col + p * PW + 8 * b;
+                        if (HAS_BIAS && cc < N) {
+                            u32 v = ld_global_u32(bias + 2 * size_t(cc));
+                            o[4 * b] += bf16_lo(v);
+                            o[4 * b + 1] += bf16_hi(v);
+                            o[4 * b + 2] += bf16_lo(v);
+                            o[4 * b + 3] += bf16_hi(v);
+                        }
+                        if (HAS_RESIDUAL) {
+                            u32 off = (tile_row + 16 * warp + lane / 4) * (PW * 2) + b * 16 + lane % 4 * 4;
+                            const u32 panel = base + pos.slot * STAGE_BYTES + p % RES_PER_SLOT * RES_BYTES;
+                            // Rows g and g + 8 are a multiple of the swizzle's period apart.
+                            off = in_panel(off);
+                            u32 v0 = ld_shared_u32(panel + off), v1 = ld_shared_u32(panel + off + 16 * PW);
+                            o[4 * b] += bf16_lo(v0);
+                            o[4 * b + 1] += bf16_hi(v0);
+                            o[4 * b + 2] += bf16_lo(v1);
+                            o[4 * b + 3] += bf16_hi(v1);
                         }
                     }
-                    const int cc = col + p * PW + 8 * b;
-                    if (HAS_BIAS && cc < N) {
-                        u32 v = ld_global_u32(bias + 2 * size_t(cc));
-                        o[4 * b] += bf16_lo(v);
-                        o[4 * b + 1] += bf16_hi(v);
-                        o[4 * b + 2] += bf16_lo(v);
-                        o[4 * b + 3] += bf16_hi(v);
-                    }
-                    if (HAS_RESIDUAL) {
-                        u32 off = (64 * wg + 16 * warp + lane / 4) * (PW * 2) + b * 16 + lane % 4 * 4;
-                        const u32 panel = base + pos.slot * STAGE_BYTES + p % RES_PER_SLOT * RES_BYTES;
-                        // Rows g and g + 8 are a multiple of the swizzle's period apart.
-                        off ^= ((off >> 7) & (PW / 8 - 1)) << 4;
-                        u32 v0 = ld_shared_u32(panel + off), v1 = ld_shared_u32(panel + off + 16 * PW);
-                        o[4 * b] += bf16_lo(v0);
-                        o[4 * b + 1] += bf16_hi(v0);
-                        o[4 * b + 2] += bf16_lo(v1);
-                        o[4 * b + 3] += bf16_hi(v1);
-                    }
-                }
-                if (ROW_SUMS) {
+                    if (ROW_SUMS) {
 #pragma unroll
-                    for (int b = 0; b < PW / 8; ++b) {
-                        if (col + p * PW + 8 * b >= N) continue;  // of weights that were not fetched
-                        sum0 += o[4 * b] * o[4 * b] + o[4 * b + 1] * o[4 * b + 1];
-                        sum1 += o[4 * b + 2] * o[4 * b + 2] + o[4 * b + 3] * o[4 * b + 3];
+                        for (int b = 0; b < PW / 8; ++b) {
+                            if (col + p * PW + 8 * b >= N) continue;  // of weights that were not fetched
+                            sum0 += o[4 * b] * o[4 * b] + o[4 * b + 1] * o[4 * b + 1];
+                            sum1 += o[4 * b + 2] * o[4 * b + 2] + o[4 * b + 3] * o[4 * b + 3];
+                        }
                     }
-                }
-                if (OUT_F32) {
+                    if (OUT_F32) {
 #pragma unroll
-                    for (int b = 0; b < PW / 8; ++b) {
-                        const int cc = col + p * PW + 8 * b;
-                        float *q = c_f32 + size_t(row) * N + cc;
-                        if (cc < N && row < M)
-                            *reinterpret_cast<float2 *>(q) = make_float2(o[4 * b], o[4 * b + 1]);
-                        if (cc < N && row + 8 < M)
-                            *reinterpret_cast<float2 *>(q + 8 * size_t(N)) =
-                                make_float2(o[4 * b + 2], o[4 * b + 3]);
+                        for (int b = 0; b < PW / 8; ++b) {
+                            const int cc = col + p * PW + 8 * b;
+                            float *q = c_f32 + size_t(row) * N + cc;
+                            if (cc < N && row < M)
+                                *reinterpret_cast<float2 *>(q) = make_float2(o[4 * b], o[4 * b + 1]);
+                            if (cc < N && row + 8 < M)
+                                *reinterpret_cast<float2 *>(q + 8 * size_t(N)) =
+                                    make_float2(o[4 * b + 2], o[4 * b + 3]);
+                        }
+                        continue;
                     }
-                    continue;
-                }
-                // Two panel buffers: the one about to be written was read two stores ago.
-                u32 buf = staging + store * PANEL_BYTES;
-                if (tid == 0) bulk_wait_read<1>();
-                named_sync(1 + wg, 128);
-                if (HAS_RESIDUAL && (p % RES_PER_SLOT == RES_PER_SLOT - 1 || p == PANELS - 1)) {
-                    release(pos.slot);
-                    ring_next<STAGES>(pos);
-                }
+                    // Two panel buffers: the one about to be written was read two stores ago.
+                    u32 buf = staging + store * PANEL_BYTES;
+                    if (tid == 0) bulk_wait_read<1>();
+                    named_sync(1 + wg, 128);
+                    if (HAS_RESIDUAL && (p % RES_PER_SLOT == RES_PER_SLOT - 1 || p == PANELS - 1)) {
+                        release(pos.slot);
+                        ring_next<STAGES>(pos);
+                    }
 #pragma unroll
-                for (int b = 0; b < PW / 8; b += 2) {
-                    u32 off = st_off + b * 16;
-                    off ^= ((off >> 7) & (PW / 8 - 1)) << 4;
-                    stmatrix_x4(buf + off, pack_bf16(o[4 * b], o[4 * b + 1]),
-                                pack_bf16(o[4 * b + 2], o[4 * b + 3]),
-                                pack_bf16(o[4 * b + 4], o[4 * b + 5]),
-                                pack_bf16(o[4 * b + 6], o[4 * b + 7]));
+                    for (int b = 0; b < PW / 8; b += 2) {
+                        const u32 at = buf + in_panel(st_off + b * 16);
+                        const u32 v0 = pack_bf16(o[4 * b], o[4 * b + 1]);
+                        const u32 v1 = pack_bf16(o[4 * b + 2], o[4 * b + 3]);
+                        if (b + 1 == PW / 8)
+                            stmatrix_x2(at, v0, v1);
+                        else
+                            stmatrix_x4(at, v0, v1, pack_bf16(o[4 * b + 4], o[4 * b + 5]),
+                                        pack_bf16(o[4 * b + 6], o[4 * b + 7]));
+                    }
+                    fence_async_smem();
+                    named_sync(1 + wg, 128);
+                    if (tid == 0) {
+                        tma_store_2d(&c, buf, out_n + p * PW, t.m + tile_row);
+                        bulk_commit();
+                    }
+                    store ^= 1;
                 }
-                fence_async_smem();
-                named_sync(1 + wg, 128);
-                if (tid == 0) {
-                    tma_store_2d(&c, buf, out_n + p * PW, t.m + 64 * wg);
-                    bulk_commit();
-                }
-                store ^= 1;
-            }
 #if ROW_SUMS
 #pragma unroll
-            for (int m = 1; m < 4; m *= 2) {
-                sum0 += __shfl_xor_sync(0xffffffffu, sum0, m);
-                sum1 += __shfl_xor_sync(0xffffffffu, sum1, m);
-            }
-            if (lane % 4 == 0 && row < M) add_square_sum(out_sums + row, sum0);
-            if (lane % 4 == 0 && row + 8 < M) add_square_sum(out_sums + row + 8, sum1);
+                for (int m = 1; m < 4; m *= 2) {
+                    sum0 += __shfl_xor_sync(0xffffffffu, sum0, m);
+                    sum1 += __shfl_xor_sync(0xffffffffu, sum1, m);
+                }
+                if (lane % 4 == 0 && row < M) add_square_sum(out_sums + row, sum0);
+                if (lane % 4 == 0 && row + 8 < M) add_square_sum(out_sums + row + 8, sum1);
 #endif
+            }
         }
         if (tid == 0) bulk_wait_read<0>();
         __syncwarp();

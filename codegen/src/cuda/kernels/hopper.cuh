@@ -25,6 +25,19 @@ DEV float silu_f32(float x) {
     return __fdividef(x, 1.0f + exp2_approx(-1.4426950408889634f * x));
 }
 
+// silu(g) u for two elements of a row, with one reciprocal: an SM makes 16 exponentials or reciprocals a clock, which
+// is what a large tile's epilogue waits for. Gates below -43 count as -43, where silu is -1e-17, so that the product
+// of the two denominators stays finite. NaN stays NaN, and makes the other NaN too.
+DEV float2 swiglu_pair(float2 g, float2 u) {
+    asm("max.NaN.f32 %0, %0, 0fc22c0000;" : "+f"(g.x));
+    asm("max.NaN.f32 %0, %0, 0fc22c0000;" : "+f"(g.y));
+    const float x = 1.0f + exp2_approx(-1.4426950408889634f * g.x);
+    const float y = 1.0f + exp2_approx(-1.4426950408889634f * g.y);
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x * y));
+    return make_float2(g.x * u.x * (r * y), g.y * u.y * (r * x));
+}
+
 // ---------------------------------------------------------------------------------- mbarrier --
 
 // Arrives on the barrier at the same offset in CTA `rank` of the cluster.
@@ -45,6 +58,13 @@ template <int STAGES_> DEV void ring_next(RingPos &r) {
         r.slot = 0;
         r.phase ^= 1;
     }
+}
+
+// `n` slots further.
+template <int STAGES_> DEV void ring_skip(RingPos &r, u32 n) {
+    const u32 slot = r.slot + n;
+    r.phase ^= slot / STAGES_ & 1;
+    r.slot = slot % STAGES_;
 }
 
 // --------------------------------------------------------------------------------------- TMA --
@@ -137,6 +157,11 @@ template <int N> DEV void regs_dec() {
 DEV void stmatrix_x4(u32 addr, u32 r0, u32 r1, u32 r2, u32 r3) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(addr),
                  "r"(r0), "r"(r1), "r"(r2), "r"(r3)
+                 : "memory");
+}
+
+DEV void stmatrix_x2(u32 addr, u32 r0, u32 r1) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(addr), "r"(r0), "r"(r1)
                  : "memory");
 }
 
