@@ -13,6 +13,8 @@
 //!
 //! No input may cause a panic. Text from an input that goes into a message is made [`printable`].
 
+pub use lathe_ir::printable;
+
 use crate::config::ConfigError;
 
 /// A command line or an options file that can be read but not be meant; exits with 2 instead of 1.
@@ -33,21 +35,8 @@ pub fn is_usage(error: &anyhow::Error) -> bool {
     error.downcast_ref::<UsageError>().is_some()
 }
 
-/// Text of unknown origin, with what could break or rewrite a line of a terminal escaped.
-pub fn printable(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        if c.is_control() || matches!(c, '\u{2028}' | '\u{2029}') {
-            out.extend(c.escape_default());
-        } else {
-            out.push(c);
-        }
-    }
-    out
-}
-
-/// An error with its causes on one line. A cause that the message before it already ends with is
-/// not said twice.
+/// An error with its causes on one line, or on as many as its message lists problems. A cause that the message before
+/// it already ends with is not said twice. Control characters that a message lets through do not reach the terminal.
 pub fn one_line(error: &anyhow::Error) -> String {
     let mut line = String::new();
     for cause in error.chain() {
@@ -60,7 +49,8 @@ pub fn one_line(error: &anyhow::Error) -> String {
         }
         line += &text;
     }
-    line
+    let lines: Vec<String> = line.split('\n').map(printable).collect();
+    lines.join("\n")
 }
 
 /// Whether the failure is only that the reader of our output closed its end.
@@ -86,5 +76,7 @@ mod tests {
         let source = std::io::Error::other("no luck");
         let error = anyhow::Error::new(Read { source }).context("loading");
         assert_eq!(one_line(&error), "loading: c.json: no luck");
+        let error = anyhow::anyhow!("a\u{1b}[2J\nb\r");
+        assert_eq!(one_line(&error), "a\\u{1b}[2J\nb\\r");
     }
 }

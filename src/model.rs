@@ -3,7 +3,7 @@
 use crate::cli::GlobalOptions;
 use crate::config::{CompileBackend, GemmTuning, Resolved, Run};
 use crate::console::Task;
-use crate::errors::usage_error;
+use crate::errors::{printable, usage_error};
 use crate::frontend::import_model;
 use crate::phases::{Phases, bytes};
 pub use crate::target::Target;
@@ -152,7 +152,8 @@ impl CompiledModel {
                     );
                 }
                 if !checked.ignored.is_empty() {
-                    tracing::debug!("ignored tensors: {}", checked.ignored.join(", "));
+                    let names = printable(&checked.ignored.join(", "));
+                    tracing::debug!("ignored tensors: {names}");
                 }
                 Box::new(checkpoint)
             }

@@ -9,6 +9,8 @@ use clap::Args;
 use indexmap::IndexMap;
 use serde_json::Value;
 
+use crate::errors::printable;
+
 /// Put report files side by side, with ratios to the first.
 #[derive(Debug, Args)]
 pub struct Compare {
@@ -53,7 +55,7 @@ impl Compare {
         let names: Vec<String> = self
             .reports
             .iter()
-            .map(|path| path.display().to_string())
+            .map(|path| printable(&path.display().to_string()))
             .collect();
         std::io::stdout()
             .lock()
@@ -79,8 +81,9 @@ fn flatten(value: &Value, path: &str, leaves: &mut Leaves) {
     match value {
         Value::Object(map) => {
             for (key, value) in map {
+                let key = printable(key);
                 let path = if path.is_empty() {
-                    key.clone()
+                    key
                 } else {
                     format!("{path}.{key}")
                 };
@@ -186,7 +189,7 @@ fn number(value: f64) -> String {
 fn text_of(value: Option<&Value>) -> String {
     match value {
         None | Some(Value::Null) => "none".into(),
-        Some(Value::String(text)) => text.clone(),
+        Some(Value::String(text)) => printable(text),
         Some(other) => other.to_string(),
     }
 }

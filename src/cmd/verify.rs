@@ -14,6 +14,7 @@ use std::path::PathBuf;
 use super::config_file::ConfigFile;
 use crate::cli::GlobalOptions;
 use crate::config::{Given, Options, Resolved, Run, Source, Switch};
+use crate::errors::printable;
 use crate::model::{CompiledModel, Target, WeightChoice};
 
 /// Compare with reference logits and greedy tokens.
@@ -329,8 +330,10 @@ fn largest_missed_gap(ours: &[f32], reference: &[f32], vocab: usize) -> f32 {
 impl Golden {
     fn read(path: &std::path::Path) -> anyhow::Result<Golden> {
         let bytes = std::fs::read(path).with_context(|| format!("reading {}", path.display()))?;
-        let file =
-            SafeTensors::deserialize(&bytes).with_context(|| format!("{}", path.display()))?;
+        let file = SafeTensors::deserialize(&bytes).map_err(|error| {
+            let reason = printable(&error.to_string());
+            anyhow::anyhow!("{}: {reason}", path.display())
+        })?;
         let tensor = |name: &str| {
             file.tensor(name)
                 .with_context(|| format!("{}: tensor {name}", path.display()))

@@ -1,8 +1,9 @@
 //! Errors of weight files and of their packing.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use lathe_ir::printable;
 use safetensors::Dtype;
 
 /// A tensor whose shape is not the expected one.
@@ -25,11 +26,11 @@ pub struct WrongDtype {
     pub found: Dtype,
 }
 
-/// What can be wrong with weights. Every message is one line.
+/// What can be wrong with weights. Every message is one line, whatever the names in the files are.
 #[derive(Debug, thiserror::Error)]
 pub enum WeightsError {
     /// A file cannot be opened, read or mapped.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {source}", shown(path))]
     Io {
         /// The file.
         path: PathBuf,
@@ -37,7 +38,10 @@ pub enum WeightsError {
         source: io::Error,
     },
     /// The folder has no safetensors weights.
-    #[error("{}: no model.safetensors and no model.safetensors.index.json{hint}", folder.display())]
+    #[error(
+        "{}: no model.safetensors and no model.safetensors.index.json{hint}",
+        shown(folder)
+    )]
     NoWeights {
         /// The folder.
         folder: PathBuf,
@@ -45,7 +49,7 @@ pub enum WeightsError {
         hint: &'static str,
     },
     /// A safetensors file contradicts its own size or its header is malformed.
-    #[error("{}: not a valid safetensors file: {reason}", path.display())]
+    #[error("{}: not a valid safetensors file: {}", shown(path), printable(reason))]
     Header {
         /// The file.
         path: PathBuf,
@@ -53,7 +57,7 @@ pub enum WeightsError {
         reason: String,
     },
     /// The index is not what it should be.
-    #[error("{}: {reason}", path.display())]
+    #[error("{}: {}", shown(path), printable(reason))]
     Index {
         /// The index file.
         path: PathBuf,
@@ -61,8 +65,8 @@ pub enum WeightsError {
         reason: String,
     },
     /// The index names files that are not in the folder.
-    #[error("{}: names {} that {} not in the folder: {}", path.display(), plural(files.len(), "shard"),
-        if files.len() == 1 { "is" } else { "are" }, files.join(", "))]
+    #[error("{}: names {} that {} not in the folder: {}", shown(path), plural(files.len(), "shard"),
+        if files.len() == 1 { "is" } else { "are" }, names(files))]
     AbsentShards {
         /// The index file.
         path: PathBuf,
@@ -71,7 +75,8 @@ pub enum WeightsError {
     },
     /// The tensors are not the ones that the model's config asks for; all differences are listed.
     #[error(
-        "{origin}: the weights do not fit config.json: {}",
+        "{}: the weights do not fit config.json: {}",
+        printable(origin),
         list(missing, unexpected, misshaped, wrong_dtype)
     )]
     Mismatch {
@@ -90,7 +95,12 @@ pub enum WeightsError {
     #[error(transparent)]
     Recipe(#[from] lathe_codegen::pack::PackError),
     /// A recipe does not fit the tensors of the source.
-    #[error("{origin}: cannot pack {tensor}: {reason}")]
+    #[error(
+        "{}: cannot pack {}: {}",
+        printable(origin),
+        printable(tensor),
+        printable(reason)
+    )]
     Pack {
         /// The source.
         origin: String,
@@ -99,6 +109,14 @@ pub enum WeightsError {
         /// What was found and what was expected.
         reason: String,
     },
+}
+
+fn shown(path: &Path) -> String {
+    printable(&path.display().to_string())
+}
+
+fn names(list: &[String]) -> String {
+    printable(&list.join(", "))
 }
 
 fn plural(n: usize, what: &str) -> String {
@@ -116,32 +134,29 @@ fn list(
         parts.push(format!(
             "{} missing: {}",
             plural(missing.len(), "tensor"),
-            missing.join(", ")
+            names(missing)
         ));
     }
     if !unexpected.is_empty() {
         parts.push(format!(
             "{} unexpected: {}",
             plural(unexpected.len(), "tensor"),
-            unexpected.join(", ")
+            names(unexpected)
         ));
     }
     if !misshaped.is_empty() {
         let each = misshaped
             .iter()
             .map(|m| format!("{} is {:?}, expected {:?}", m.name, m.found, m.expected));
-        let each = each.collect::<Vec<_>>().join(", ");
+        let each = names(&each.collect::<Vec<_>>());
         parts.push(format!(
             "{} of another shape: {each}",
             plural(misshaped.len(), "tensor")
         ));
     }
     if !wrong.is_empty() {
-        let each = wrong
-            .iter()
-            .map(|w| format!("{} is {}", w.name, w.found))
-            .collect::<Vec<_>>()
-            .join(", ");
+        let each = wrong.iter().map(|w| format!("{} is {}", w.name, w.found));
+        let each = names(&each.collect::<Vec<_>>());
         let head = format!(
             "{} of a wrong dtype (expected BF16, F16 or F32)",
             plural(wrong.len(), "tensor")

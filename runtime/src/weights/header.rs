@@ -6,6 +6,7 @@
 
 use std::fmt;
 
+use lathe_ir::printable;
 use safetensors::Dtype;
 use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
@@ -70,6 +71,10 @@ impl<'de> Deserialize<'de> for RawHeader {
 /// # Errors
 /// The reason, in one line.
 pub fn parse_header(file: &[u8]) -> Result<Vec<TensorEntry>, String> {
+    parse(file).map_err(|reason| printable(&reason))
+}
+
+fn parse(file: &[u8]) -> Result<Vec<TensorEntry>, String> {
     let size = file.len() as u64;
     let Some((prefix, rest)) = file.split_first_chunk::<8>() else {
         return Err(format!(
@@ -248,6 +253,27 @@ mod tests {
             parse_header(&file(&twice, 8)).unwrap_err(),
             "tensor w is there twice"
         );
+    }
+
+    #[test]
+    fn names_do_not_break_the_line() {
+        for (header, expected) in [
+            (
+                r#"{"a\nb\u001b[2J":{"dtype":"F32","shape":[2],"data_offsets":[0,16]}}"#,
+                "tensor a\\nb\\u{1b}[2J is F32 [2] but has 16 bytes",
+            ),
+            (
+                r#"{"w":{"dtype":"F\n\u001b32","shape":[2],"data_offsets":[0,16]}}"#,
+                "tensor w has the unknown dtype F\\n\\u{1b}32",
+            ),
+            (
+                "{\"w\":{\"dtype\":\"F32\",\"shape\":\"a\\nb\",\"data_offsets\":[0,16]}}",
+                "malformed header: invalid type: string \"a\\nb\"",
+            ),
+        ] {
+            let reason = parse_header(&file(header, 16)).unwrap_err();
+            assert!(reason.starts_with(expected), "{reason}");
+        }
     }
 
     proptest! {

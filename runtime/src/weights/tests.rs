@@ -230,3 +230,58 @@ fn all_differences_are_listed_at_once() {
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
     assert!(check(&checkpoint, &first, Some(1)).is_err());
 }
+
+/// Names out of files are shown escaped, whatever is wrong with them.
+#[test]
+fn names_of_files_stay_on_the_line() {
+    const NAME: &str = "a\nb\u{1b}[2J";
+    const SHOWN: &str = "a\\nb\\u{1b}[2J";
+    let dir = TempDir::new().unwrap();
+    let fails = |index: serde_json::Value, expected: &str| {
+        write_index(dir.path(), index);
+        let message = failure(dir.path());
+        assert!(message.contains(expected), "{message}");
+        assert!(!message.contains(char::is_control), "{message:?}");
+    };
+    fails(json!({"w": NAME}), &format!("not in the folder: {SHOWN}"));
+    fails(json!({"w": "../a\nb"}), "shard \"../a\\nb\" is not");
+    write_file(&dir.path().join("a.safetensors"), &[("w", "BF16", &[2])]);
+    fails(
+        json!({NAME: "a.safetensors"}),
+        &format!("{SHOWN} in a.safetensors"),
+    );
+    fs::write(dir.path().join(NAME), "").unwrap();
+    fails(json!({"w": NAME}), &format!("{SHOWN}: not a valid"));
+
+    let check_one = |name: &'static str, dtype: &'static str, expected: (&str, &[usize])| {
+        write_file(
+            &dir.path().join("model.safetensors"),
+            &[(name, dtype, &[2])],
+        );
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        let expected = [(expected.0.to_owned(), expected.1.to_vec())];
+        let message = check(&checkpoint, &expected, None).unwrap_err().to_string();
+        assert!(!message.contains(char::is_control), "{message:?}");
+        message
+    };
+    for (message, expected) in [
+        (
+            check_one("w", "BF16", (NAME, &[2])),
+            "1 tensor missing: NAME",
+        ),
+        (
+            check_one(NAME, "BF16", ("w", &[2])),
+            "1 tensor unexpected: NAME",
+        ),
+        (
+            check_one(NAME, "BF16", (NAME, &[3])),
+            "NAME is [2], expected [3]",
+        ),
+        (check_one(NAME, "I8", (NAME, &[2])), "NAME is I8"),
+    ] {
+        assert!(
+            message.contains(&expected.replace("NAME", SHOWN)),
+            "{message}"
+        );
+    }
+}
