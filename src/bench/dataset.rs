@@ -1,6 +1,6 @@
 //! Benchmark datasets: JSON lines with `task_id`, `output_tokens` and token ids or a prompt.
 
-use std::io::BufRead;
+use std::io::{BufRead, Read};
 use std::path::Path;
 
 use lathe_runtime::text::TextTokenizer;
@@ -61,12 +61,14 @@ pub enum DatasetError {
         source: std::io::Error,
     },
     /// Lines that are no requests, or requests that do not fit.
-    #[error("{}", list_problems(path, problems))]
+    #[error("{}", list_problems(path, problems, *n_more))]
     Lines {
         /// The file.
         path: String,
-        /// Every bad line.
+        /// The first bad lines.
         problems: Vec<LineProblem>,
+        /// How many more there are.
+        n_more: usize,
     },
     /// Requests that no sequence can hold.
     #[error("{}", list_too_long(path, limit, *max_seq_len, requests))]
@@ -91,17 +93,16 @@ pub enum DatasetError {
 /// At most so many bad lines are printed; the rest is counted.
 const MAX_LISTED: usize = 10;
 
-fn list_problems(path: &str, problems: &[LineProblem]) -> String {
+/// Bytes that a line may have: enough for 2^24 token ids of any vocabulary.
+const MAX_LINE: usize = 256 << 20;
+
+fn list_problems(path: &str, problems: &[LineProblem], n_more: usize) -> String {
     let mut lines: Vec<String> = problems
         .iter()
-        .take(MAX_LISTED)
         .map(|problem| format!("{path}:{}: {}", problem.line, problem.reason))
         .collect();
-    if problems.len() > MAX_LISTED {
-        lines.push(format!(
-            "{path}: {} more bad lines",
-            problems.len() - MAX_LISTED
-        ));
+    if n_more > 0 {
+        lines.push(format!("{path}: {n_more} more bad lines"));
     }
     lines.join("\n")
 }
@@ -166,11 +167,22 @@ impl Dataset {
     /// Reads JSON lines; `path` is only the name used in messages.
     pub fn from_reader(
         path: &str,
+        reader: impl BufRead,
+        options: ReadOptions<'_>,
+    ) -> Result<Self, DatasetError> {
+        Self::from_lines(path, reader, options, MAX_LINE)
+    }
+
+    /// Reads lines of at most `max_line` bytes; a longer one ends the reading.
+    fn from_lines(
+        path: &str,
         mut reader: impl BufRead,
         options: ReadOptions<'_>,
+        max_line: usize,
     ) -> Result<Self, DatasetError> {
         let mut requests = Vec::new();
         let mut problems = Vec::new();
+        let mut n_more = 0;
         let mut bytes = Vec::new();
         for line in 1.. {
             bytes.clear();
@@ -178,20 +190,29 @@ impl Dataset {
                 path: path.into(),
                 source,
             };
-            if reader.read_until(b'\n', &mut bytes).map_err(io_error)? == 0 {
+            let mut limited = reader.by_ref().take(max_line as u64 + 1);
+            if limited.read_until(b'\n', &mut bytes).map_err(io_error)? == 0 {
                 break;
             }
-            if bytes.trim_ascii().is_empty() {
+            let too_long = bytes.strip_suffix(b"\n").unwrap_or(&bytes).len() > max_line;
+            if !too_long && bytes.trim_ascii().is_empty() {
                 continue;
             }
-            match parse_line(bytes.trim_ascii(), options) {
+            let request = if too_long {
+                Err(format!("longer than {max_line} bytes"))
+            } else {
+                parse_line(bytes.trim_ascii(), options)
+            };
+            match request {
                 Ok(request) => requests.push(request),
+                Err(_) if problems.len() == MAX_LISTED => n_more += 1,
                 Err(reason) => problems.push(LineProblem {
                     line,
-                    reason: printable(&reason),
+                    reason: shortened(&reason),
                 }),
             }
-            if options.num_requests > 0 && requests.len() + problems.len() >= options.num_requests {
+            let n_read = requests.len() + problems.len() + n_more;
+            if too_long || (options.num_requests > 0 && n_read >= options.num_requests) {
                 break;
             }
         }
@@ -199,6 +220,7 @@ impl Dataset {
             return Err(DatasetError::Lines {
                 path: path.into(),
                 problems,
+                n_more,
             });
         }
         if requests.is_empty() {
@@ -370,6 +392,16 @@ fn check_ids(ids: &[i64], vocab_size: Option<usize>) -> Result<Vec<u32>, String>
     }
 }
 
+/// A reason on one line, without the end of a long text of the file in it.
+fn shortened(reason: &str) -> String {
+    const LONGEST: usize = 300;
+    let shown = printable(reason);
+    match shown.char_indices().nth(LONGEST) {
+        Some((end, _)) => format!("{}...", &shown[..end]),
+        None => shown,
+    }
+}
+
 /// Why a line is no [`Line`].
 fn json_reason(bytes: &[u8], error: serde_json::Error) -> String {
     let value = match serde_json::from_slice(bytes) {
@@ -401,6 +433,7 @@ fn reason(error: &serde_json::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn read(text: &str, options: ReadOptions<'_>) -> Result<Dataset, DatasetError> {
         Dataset::from_reader("d.jsonl", text.as_bytes(), options)
@@ -544,6 +577,100 @@ d.jsonl:11: input_ids: invalid type: string \"x\", expected a sequence";
             error,
             "d.jsonl: request 1: 2 input + 3 output tokens are 5, max_seq_len is 4"
         );
+    }
+
+    /// Texts of a line neither break the message nor fill the screen.
+    #[test]
+    fn texts_of_a_line_stay_on_the_line() {
+        let fails = |line: &str| {
+            let error = read(line, ReadOptions::default()).unwrap_err().to_string();
+            assert!(!error.contains(char::is_control), "{error:?}");
+            error
+        };
+        assert_eq!(
+            fails(r#"{"task_id":"a\n\u001b[2Jb","input_ids":[1],"output_tokens":1}"#),
+            r#"d.jsonl:1: task_id: invalid type: string "a\n\u{1b}[2Jb", expected i64"#
+        );
+        fails("{\"task_id\":\"a\u{1b}[2J\"");
+        let long = format!("{{\"task_id\":\"{}\"}}", "x".repeat(1 << 20));
+        assert!(fails(&long).len() < 400);
+    }
+
+    #[test]
+    fn lines_without_end_are_not_read_to_it() {
+        let line = r#"{"task_id":0,"input_ids":[1],"output_tokens":1}"#;
+        let first = format!("{line}\n");
+        let read = |reader: &mut dyn BufRead, max_line| {
+            Dataset::from_lines("d.jsonl", reader, ReadOptions::default(), max_line)
+        };
+        let whole = read(&mut first.as_bytes(), line.len()).unwrap();
+        assert_eq!(whole.requests.len(), 1);
+        assert!(read(&mut first.as_bytes(), line.len() - 1).is_err());
+        let endless = first.as_bytes().chain(std::io::repeat(b' '));
+        let error = read(&mut std::io::BufReader::new(endless), 1 << 16).unwrap_err();
+        assert_eq!(error.to_string(), "d.jsonl:2: longer than 65536 bytes");
+    }
+
+    const VALID: [&str; 5] = [
+        r#"{"task_id":0,"input_ids":[1,2,3],"output_tokens":4}"#,
+        r#"{"task_id":-7,"logits":[7],"output_tokens":9,"category":"x","lora_request":null}"#,
+        r#"{"task_id":9223372036854775807,"input_ids":[4294967294,0],"output_tokens":4294967295}"#,
+        r#"{"task_id":1,"prompt":"a\u00e9\n\ud83d\ude00","output_tokens":1,"turns":["a"]}"#,
+        r#"{"task_id":1,"input_ids":[1],"output_tokens":1,"media_paths":[],"lora_request":{"a":[1e9]}}"#,
+    ];
+
+    /// What takes the place of a byte, or goes before it.
+    const PIECES: [&[u8]; 16] = [
+        b"",
+        b"\"",
+        b"\\",
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b",",
+        b":",
+        b"-",
+        b"1e999",
+        b"\0",
+        b"\x1b",
+        b"\xff",
+        b"null",
+        b"99999999999999999999",
+    ];
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        /// Valid lines with some of their bytes changed: requests, or one line that names the bad one.
+        #[test]
+        fn mutated_lines_are_named(
+            before in 0usize..3,
+            which in 0..VALID.len(),
+            changes in prop::collection::vec((any::<prop::sample::Index>(), 0..PIECES.len(), any::<bool>()), 1..6),
+            vocab_size in prop::option::of(1usize..100),
+        ) {
+            let mut line = VALID[which].as_bytes().to_vec();
+            for (at, piece, insert) in changes {
+                let at = at.index(line.len().max(1)).min(line.len());
+                let end = (at + usize::from(!insert)).min(line.len());
+                line.splice(at..end, PIECES[piece].iter().copied());
+            }
+            let intact = r#"{"task_id":0,"input_ids":[0],"output_tokens":4}"#;
+            let mut text = format!("{intact}\n").repeat(before).into_bytes();
+            text.extend_from_slice(&line);
+            let options = ReadOptions { vocab_size, ..ReadOptions::default() };
+            match Dataset::from_reader("d.jsonl", &text[..], options) {
+                Ok(dataset) => prop_assert_eq!(dataset.requests.len(), before + 1),
+                Err(error) => {
+                    let error = error.to_string();
+                    let start = format!("d.jsonl:{}: ", before + 1);
+                    prop_assert!(error.starts_with(&start), "{}", error);
+                    prop_assert!(!error.contains(char::is_control), "{:?}", error);
+                    prop_assert!(error.chars().count() < 400, "{}", error);
+                }
+            }
+        }
     }
 
     #[test]
