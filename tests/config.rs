@@ -235,3 +235,17 @@ fn malformed_yaml_has_a_position() {
     let e = refused("max_seq_len: 1\nmax_seq_len: 2\n");
     assert!(e.starts_with("c.yaml:") && e.contains("max_seq_len"), "{e}");
 }
+
+/// Reading positions takes the time of the text, not its square; no more problems are listed than one can look at.
+#[test]
+fn thousands_of_keys() {
+    let keys = |n: usize| (0..n).map(|i| format!("  key_{i}: {i}\n"));
+    let text: String = keys(20_000).collect();
+    let options = parse("c.yaml", &format!("model_kwargs:\n{text}")).unwrap();
+    assert_eq!(options.model_kwargs.len(), 20_000);
+    let source = &options.model_kwargs["key_19999"].source;
+    assert!(format!("{source:?}").contains("line: 20001"), "{source:?}");
+    let said = refused(&text.replace("  ", ""));
+    assert_eq!(said.lines().count(), 101);
+    assert!(said.ends_with("c.yaml: 19900 more problems"));
+}

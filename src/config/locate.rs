@@ -1,9 +1,11 @@
 //! Where a key of a YAML text stands.
 //!
-//! The YAML reader tells positions only with its errors. So the text is read once more by a
-//! visitor that fails on arriving at the wanted key or item; the error carries the position.
+//! The YAML reader tells positions only with its errors. So the text is read once more by a visitor that fails on
+//! every key and goes on behind it; the errors carry the positions. Values that are wrong are looked for one by one, by
+//! a visitor that fails on arriving.
 
 use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use std::collections::HashMap;
 use std::fmt;
 
 /// A line and a column, both from 1.
@@ -21,22 +23,144 @@ impl fmt::Display for Position {
     }
 }
 
-/// The position of the last key of `path` (keys of nested mappings, outermost first).
-pub(super) fn key(text: &str, path: &[&str]) -> Option<Position> {
-    let seek = Seek { path, value: false };
-    seek_in(text, seek)
+/// Where the keys of a text stand that can be asked for: of the text itself, and of the mappings in [`NESTED`].
+#[derive(Debug, Default)]
+pub(super) struct Keys {
+    at: HashMap<Vec<String>, Position>,
+    /// Where reading ended early, if it did.
+    end: Option<Position>,
+}
+
+/// Keys whose values are read for keys in turn, and how many levels of them.
+const NESTED: [(&str, usize); 2] = [("transforms", 2), ("model_kwargs", 1)];
+
+impl Keys {
+    /// Reads the text once.
+    pub(super) fn read(text: &str) -> Keys {
+        let mut keys = Keys::default();
+        let level = Level {
+            keys: &mut keys.at,
+            path: &[],
+            below: None,
+        };
+        let outcome = level.deserialize(serde_yaml::Deserializer::from_str(text));
+        keys.end = outcome.err().and_then(|error| position(&error));
+        keys
+    }
+
+    /// The position of the last key of `path` (keys of nested mappings, outermost first).
+    pub(super) fn key(&self, path: &[&str]) -> Option<Position> {
+        let path: Vec<String> = path.iter().map(|&key| key.to_owned()).collect();
+        self.at.get(&path).copied().or(self.end)
+    }
+}
+
+macro_rules! no_keys {
+    ($($visit:ident: $ty:ty),*) => {
+        $(fn $visit<E: Error>(self, _: $ty) -> Result<(), E> {
+            Ok(())
+        })*
+    };
+}
+
+/// Reads a mapping and notes its keys.
+struct Level<'a> {
+    keys: &'a mut HashMap<Vec<String>, Position>,
+    path: &'a [String],
+    /// Levels of mappings below this one; `None` for the text itself.
+    below: Option<usize>,
+}
+
+impl<'de> DeserializeSeed<'de> for Level<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, d: D) -> Result<(), D::Error> {
+        d.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Level<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a value")
+    }
+
+    no_keys!(visit_bool: bool, visit_i64: i64, visit_u64: u64, visit_f64: f64, visit_str: &str);
+
+    fn visit_unit<E: Error>(self) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<(), A::Error> {
+        while items.next_element::<IgnoredAny>()?.is_some() {}
+        Ok(())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<(), A::Error> {
+        loop {
+            let mut key = None;
+            // Reading a key fails on purpose: the error tells the position, and the key is read nevertheless.
+            let Err(error) = entries.next_key_seed(KeyText(&mut key)) else {
+                return Ok(());
+            };
+            let Some(key) = key else {
+                return Err(error);
+            };
+            let below = match self.below {
+                None => NESTED.iter().find(|n| n.0 == key).map_or(0, |n| n.1),
+                Some(below) => below - 1,
+            };
+            let path = [self.path, &[key]].concat();
+            self.keys
+                .entry(path.clone())
+                .or_insert(said_position(&error.to_string()));
+            if below > 0 {
+                entries.next_value_seed(Level {
+                    keys: self.keys,
+                    path: &path,
+                    below: Some(below),
+                })?;
+            } else {
+                entries.next_value::<IgnoredAny>()?;
+            }
+        }
+    }
+}
+
+/// The position that the text of an error ends with; it is left out where it is the first.
+fn said_position(error: &str) -> Position {
+    let said = error.rsplit_once(" at line ").and_then(|(_, at)| {
+        let (line, column) = at.split_once(" column ")?;
+        Some(Position {
+            line: line.parse().ok()?,
+            column: column.parse().ok()?,
+        })
+    });
+    said.unwrap_or(Position { line: 1, column: 1 })
+}
+
+/// Keeps the text of a scalar key and fails.
+struct KeyText<'a>(&'a mut Option<String>);
+
+impl KeyText<'_> {
+    fn keep<E: Error>(self, key: &str) -> Result<(), E> {
+        *self.0 = Some(key.to_owned());
+        Err(E::custom(FOUND))
+    }
 }
 
 /// The position of the value under `path`.
+///
+/// This reads the text again.
 pub(super) fn value(text: &str, path: &[&str]) -> Option<Position> {
-    let seek = Seek { path, value: true };
-    seek_in(text, seek)
-}
-
-fn seek_in(text: &str, seek: Seek<'_>) -> Option<Position> {
-    let error = seek
+    let error = Seek(path)
         .deserialize(serde_yaml::Deserializer::from_str(text))
         .err()?;
+    position(&error)
+}
+
+fn position(error: &serde_yaml::Error) -> Option<Position> {
     let at = error.location()?;
     Some(Position {
         line: at.line(),
@@ -44,14 +168,11 @@ fn seek_in(text: &str, seek: Seek<'_>) -> Option<Position> {
     })
 }
 
-/// Reads a value whose keys lead on to what is sought.
+/// Reads a value whose keys lead on to the one that is sought, on which it fails.
 #[derive(Clone, Copy)]
-struct Seek<'a> {
-    path: &'a [&'a str],
-    value: bool,
-}
+struct Seek<'a>(&'a [&'a str]);
 
-/// Reads one key and fails if it is the one that is sought; says whether it leads there.
+/// Says whether a key leads to what is sought.
 struct KeySeek<'a>(Seek<'a>);
 
 const FOUND: &str = "found";
@@ -74,7 +195,7 @@ macro_rules! scalar {
 
 impl Seek<'_> {
     fn end<E: Error>(self) -> Result<(), E> {
-        if self.path.is_empty() && self.value {
+        if self.0.is_empty() {
             Err(E::custom(FOUND))
         } else {
             Ok(())
@@ -105,10 +226,7 @@ impl<'de> Visitor<'de> for Seek<'_> {
         self.end::<A::Error>()?;
         while let Some(leads) = entries.next_key_seed(KeySeek(self))? {
             if leads {
-                entries.next_value_seed(Seek {
-                    path: &self.path[1..],
-                    value: self.value,
-                })?;
+                entries.next_value_seed(Seek(&self.0[1..]))?;
             } else {
                 entries.next_value::<IgnoredAny>()?;
             }
@@ -117,55 +235,59 @@ impl<'de> Visitor<'de> for Seek<'_> {
     }
 }
 
-impl<'de> DeserializeSeed<'de> for KeySeek<'_> {
-    type Value = bool;
-
-    fn deserialize<D: Deserializer<'de>>(self, d: D) -> Result<bool, D::Error> {
-        d.deserialize_any(self)
-    }
-}
-
 impl KeySeek<'_> {
-    fn compare<E: Error>(self, found: &str) -> Result<bool, E> {
-        match self.0.path {
-            [last] if *last == found && !self.0.value => Err(E::custom(FOUND)),
-            [next, ..] => Ok(*next == found),
-            [] => Ok(false),
+    fn keep<E: Error>(self, found: &str) -> Result<bool, E> {
+        Ok(self.0.0.first() == Some(&found))
+    }
+}
+
+/// A visitor of scalar keys that hands their text to its method `keep`.
+macro_rules! key_visitor {
+    ($visitor:ident -> $value:ty) => {
+        impl<'de> DeserializeSeed<'de> for $visitor<'_> {
+            type Value = $value;
+
+            fn deserialize<D: Deserializer<'de>>(self, d: D) -> Result<$value, D::Error> {
+                d.deserialize_any(self)
+            }
         }
-    }
+
+        impl<'de> Visitor<'de> for $visitor<'_> {
+            type Value = $value;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a key")
+            }
+
+            fn visit_str<E: Error>(self, v: &str) -> Result<$value, E> {
+                self.keep(v)
+            }
+
+            fn visit_bool<E: Error>(self, v: bool) -> Result<$value, E> {
+                self.keep(&v.to_string())
+            }
+
+            fn visit_i64<E: Error>(self, v: i64) -> Result<$value, E> {
+                self.keep(&v.to_string())
+            }
+
+            fn visit_u64<E: Error>(self, v: u64) -> Result<$value, E> {
+                self.keep(&v.to_string())
+            }
+
+            fn visit_f64<E: Error>(self, v: f64) -> Result<$value, E> {
+                self.keep(&v.to_string())
+            }
+
+            fn visit_unit<E: Error>(self) -> Result<$value, E> {
+                self.keep("null")
+            }
+        }
+    };
 }
 
-impl<'de> Visitor<'de> for KeySeek<'_> {
-    type Value = bool;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a key")
-    }
-
-    fn visit_str<E: Error>(self, v: &str) -> Result<bool, E> {
-        self.compare(v)
-    }
-
-    fn visit_bool<E: Error>(self, v: bool) -> Result<bool, E> {
-        self.compare(&v.to_string())
-    }
-
-    fn visit_i64<E: Error>(self, v: i64) -> Result<bool, E> {
-        self.compare(&v.to_string())
-    }
-
-    fn visit_u64<E: Error>(self, v: u64) -> Result<bool, E> {
-        self.compare(&v.to_string())
-    }
-
-    fn visit_f64<E: Error>(self, v: f64) -> Result<bool, E> {
-        self.compare(&v.to_string())
-    }
-
-    fn visit_unit<E: Error>(self) -> Result<bool, E> {
-        self.compare("null")
-    }
-}
+key_visitor!(KeySeek -> bool);
+key_visitor!(KeyText -> ());
 
 #[cfg(test)]
 mod tests {
@@ -177,13 +299,36 @@ mod tests {
 
     #[test]
     fn keys_and_values_in_block_and_flow_style() {
-        let text = "a: 1\n# note\nb:\n  c: [1, 2]\n  d: {e: 5, f: x}\n'g': 7\n";
-        assert_eq!(key(text, &["a"]), at(1, 1));
-        assert_eq!(key(text, &["b", "d"]), at(5, 3));
-        assert_eq!(key(text, &["b", "d", "f"]), at(5, 13));
-        assert_eq!(value(text, &["b", "d", "f"]), at(5, 16));
-        assert_eq!(value(text, &["b", "c"]), at(4, 6));
-        assert_eq!(key(text, &["g"]), at(6, 1));
-        assert_eq!(key(text, &["z"]), None);
+        let text = "a: 1\n# note\ntransforms:\n  c: [1, 2]\n  d: {e: 5, f: {g: x}}\n'g': {h: 7}\n1.5: {}\nnull: 2\n";
+        let keys = Keys::read(text);
+        assert_eq!(keys.key(&["a"]), at(1, 1));
+        assert_eq!(keys.key(&["transforms", "d"]), at(5, 3));
+        assert_eq!(keys.key(&["transforms", "d", "f"]), at(5, 13));
+        assert_eq!(value(text, &["transforms", "d", "e"]), at(5, 10));
+        assert_eq!(value(text, &["transforms", "c"]), at(4, 6));
+        assert_eq!(keys.key(&["g"]), at(6, 1));
+        assert_eq!(keys.key(&["1.5"]), at(7, 1));
+        assert_eq!(keys.key(&["null"]), at(8, 1));
+        // Nobody asks for these.
+        assert_eq!(keys.key(&["g", "h"]), None);
+        assert_eq!(keys.key(&["transforms", "d", "f", "g"]), None);
+        assert_eq!(keys.key(&["z"]), None);
+    }
+
+    /// Keys that are no scalars have no text to look for; what follows is said to stand there.
+    #[test]
+    fn reading_ends_at_a_key_that_is_no_scalar() {
+        let keys = Keys::read("a: 1\n? [1]\n: 2\nb: 3\n");
+        assert_eq!(keys.key(&["a"]), at(1, 1));
+        assert_eq!(keys.key(&["b"]), at(2, 3));
+    }
+
+    #[test]
+    fn anchors_are_followed() {
+        let text = "model_kwargs: &m {a: 1}\ntransforms: *m\nb: *m\nc: 1\n";
+        let keys = Keys::read(text);
+        assert_eq!(keys.key(&["model_kwargs", "a"]), at(1, 19));
+        assert_eq!(keys.key(&["transforms", "a"]), at(1, 19));
+        assert_eq!(keys.key(&["c"]), at(4, 1));
     }
 }

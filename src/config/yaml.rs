@@ -1,7 +1,7 @@
 //! Reading the YAML file. Every problem is reported, with file, line and column.
 
 use super::keys::{KEYS, nearest};
-use super::locate::{self, Position};
+use super::locate::{self, Keys, Position};
 use super::options::{Given, Options, Source, Switch};
 use super::transforms;
 use crate::errors::printable;
@@ -32,7 +32,7 @@ pub enum ConfigError {
         /// What is wrong.
         reason: String,
     },
-    /// Unknown keys and bad values, one a line.
+    /// Unknown keys and bad values, one a line; of very many the first ones and how many more there are.
     #[error("{}", .0.join("\n"))]
     Invalid(Vec<String>),
 }
@@ -59,7 +59,9 @@ pub fn parse(file: &str, text: &str) -> Result<Options, ConfigError> {
     let mut reader = Reader {
         file: file.into(),
         text,
+        keys: Keys::read(text),
         problems: Vec::new(),
+        n_unlisted: 0,
         options: Options::default(),
     };
     match &root {
@@ -75,6 +77,10 @@ pub fn parse(file: &str, text: &str) -> Result<Options, ConfigError> {
             "{file}:1:1: expected a mapping of keys to values, found {}",
             shown(other)
         )),
+    }
+    if reader.n_unlisted > 0 {
+        let more = format!("{file}: {} more problems", reader.n_unlisted);
+        reader.problems.push(more);
     }
     if reader.problems.is_empty() {
         Ok(reader.options)
@@ -98,10 +104,16 @@ fn malformed(file: &str, error: &serde_yaml::Error) -> ConfigError {
     }
 }
 
+/// At most so many problems are printed; the rest is counted. Some cost reading the text again.
+const MAX_LISTED: usize = 100;
+
 struct Reader<'a> {
     file: Arc<str>,
     text: &'a str,
+    keys: Keys,
     problems: Vec<String>,
+    /// Problems above [`MAX_LISTED`].
+    n_unlisted: usize,
     options: Options,
 }
 
@@ -291,12 +303,16 @@ impl Reader<'_> {
             value,
             source: Source::Yaml {
                 file: self.file.clone(),
-                line: locate::key(self.text, path).map_or(0, |p| p.line),
+                line: self.keys.key(path).map_or(0, |p| p.line),
             },
         }
     }
 
     fn bad(&mut self, path: &[&str], found: &Value, expected: &str) {
+        if self.problems.len() == MAX_LISTED {
+            self.n_unlisted += 1;
+            return;
+        }
         let at = locate::value(self.text, path).unwrap_or_default();
         self.problems.push(printable(&format!(
             "{}:{at}: {} is {}, expected {expected}",
@@ -313,7 +329,11 @@ impl Reader<'_> {
         path: &[&str],
         known: impl IntoIterator<Item = &'k str> + Clone,
     ) {
-        let at = locate::key(self.text, path).unwrap_or_default();
+        if self.problems.len() == MAX_LISTED {
+            self.n_unlisted += 1;
+            return;
+        }
+        let at = self.keys.key(path).unwrap_or_default();
         let hint = match nearest(word, known.clone()) {
             Some(k) => format!("did you mean '{k}'?"),
             None => {
