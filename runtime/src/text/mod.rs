@@ -6,8 +6,10 @@
 use std::path::{Path, PathBuf};
 
 mod bounds;
+mod budget;
 mod chat;
 mod guard;
+mod steps;
 mod strftime;
 #[cfg(test)]
 mod test_folder;
