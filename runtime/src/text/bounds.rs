@@ -1,124 +1,36 @@
-//! Bounds on what a filter, method or function of a chat template may allocate: fuel counts instructions, not bytes.
+//! Bounds on what a chat template may ask minijinja to allocate in one step: fuel counts instructions, not bytes.
 
-use minijinja::value::{Kwargs, Rest, Value, ValueKind};
-use minijinja::{Environment, Error, ErrorKind, State, filters, functions};
-
-use super::budget::{charge, charge_items, length, weigh};
+use minijinja::value::{Rest, Value, ValueKind};
+use minijinja::{Environment, Error, ErrorKind, State, filters};
 
 /// Greatest number that a filter which repeats or splits takes.
 const MOST: i64 = 10_000;
 
-macro_rules! bound_filters {
-    ($environment:ident: $($name:ident)*) => {
-        $(
-            $environment.add_filter(concat!("unbounded_", stringify!($name)), filters::$name);
-            $environment.add_filter(stringify!($name), |state: &State, args: Rest<Value>| {
-                bounded(state, stringify!($name), &args)
-            });
-        )*
-    };
-}
-
-/// Replaces the filters and methods that make text or lists by ones that charge for them and refuse great numbers.
+/// Replaces the filters whose work grows with a number by ones that refuse great numbers.
 pub(super) fn bound(environment: &mut Environment<'static>) {
-    bound_filters!(environment:
-        upper lower title capitalize trim string escape safe pprint sum indent format join replace
-        list split lines items dictsort reverse sort unique map select reject selectattr rejectattr groupby zip chain
-        batch slice);
-    environment.add_filter("e", |state: &State, args: Rest<Value>| {
-        bounded(state, "escape", &args)
+    environment.add_filter("unbounded_indent", filters::indent);
+    environment.add_filter("unbounded_slice", filters::slice);
+    environment.add_filter("unbounded_batch", filters::batch);
+    environment.add_filter("unbounded_format", filters::format);
+    environment.add_filter("indent", |state: &State, args: Rest<Value>| {
+        numbers(state, "indent", &args)
     });
-    // Shows all there is.
-    environment.remove_global("debug");
-    environment.add_function("dict", |value: Option<Value>, kwargs: Kwargs| {
-        charge_items(4 * value.as_ref().map_or(0, length))?;
-        functions::dict(value, kwargs)
+    environment.add_filter("slice", |state: &State, args: Rest<Value>| {
+        numbers(state, "slice", &args)
     });
-    environment.add_function("namespace", |value: Option<Value>| {
-        charge_items(4 * value.as_ref().map_or(0, length))?;
-        functions::namespace(value)
+    environment.add_filter("batch", |state: &State, args: Rest<Value>| {
+        numbers(state, "batch", &args)
+    });
+    environment.add_filter("format", |state: &State, args: Rest<Value>| {
+        check_format(args.first())?;
+        state.apply_filter("unbounded_format", &args)
     });
     environment.set_unknown_method_callback(|state, value, method, args| {
-        let all: Vec<Value> = std::iter::once(value).chain(args).cloned().collect();
-        match (value.kind(), method) {
-            (
-                ValueKind::String,
-                "startswith" | "endswith" | "find" | "rfind" | "count" | "isalpha" | "isdigit",
-            ) => {}
-            (ValueKind::String, "rsplit") => cost("split", &all)?,
-            (ValueKind::String, "splitlines") => cost("lines", &all)?,
-            (ValueKind::String, "join") => {
-                cost(
-                    "join",
-                    &[args.first().unwrap_or(value).clone(), value.clone()],
-                )?;
-            }
-            (ValueKind::String, _) => cost(method, &all)?,
-            _ => charge_items(length(value))?,
+        if method == "format" {
+            check_format(Some(value))?;
         }
         minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args)
     });
-}
-
-/// The filter, after its cost was charged.
-fn bounded(state: &State, name: &str, args: &[Value]) -> Result<Value, Error> {
-    cost(name, args)?;
-    match name {
-        "indent" | "slice" | "batch" => numbers(state, name, args),
-        _ => state.apply_filter(&format!("unbounded_{name}"), args),
-    }
-}
-
-/// Charges what a filter or a method of texts may make of its arguments, the value first.
-fn cost(name: &str, args: &[Value]) -> Result<(), Error> {
-    let Some(value) = args.first() else {
-        return Ok(());
-    };
-    let text = |index: usize| args.get(index).map_or(0, length);
-    let product = |a: u64, b: u64| charge(a.saturating_mul(b));
-    match name {
-        "list" | "lines" | "items" | "dictsort" | "reverse" | "sort" | "unique" | "map"
-        | "select" | "reject" | "selectattr" | "rejectattr" | "groupby" | "zip" | "chain" => {
-            for value in args {
-                charge_items(length(value))?;
-            }
-        }
-        "batch" | "slice" => charge_items(length(value) + MOST as u64)?,
-        "split" => {
-            charge(length(value))?;
-            charge_items(length(value) / text(1).max(1) + 1)?;
-        }
-        "replace" => {
-            charge(length(value))?;
-            product(length(value) / text(1).max(1) + 1, text(2))?;
-        }
-        "join" => {
-            charge(weigh(value)?)?;
-            product(length(value), text(1))?;
-        }
-        "indent" => {
-            let source = value.as_str().unwrap_or_default();
-            charge(source.len() as u64)?;
-            let lines = source.lines().count() as u64 + 1;
-            product(lines, if args.len() > 1 { MOST as u64 } else { 4 })?;
-        }
-        "format" => {
-            check_format(Some(value))?;
-            let source = value.as_str().unwrap_or_default();
-            let widths = source.split(|c: char| !c.is_ascii_digit());
-            charge(widths.filter_map(|n| n.parse::<u64>().ok()).sum())?;
-            let places = source.matches(['%', '{']).count() as u64 + 1;
-            for value in args {
-                product(places, weigh(value)?)?;
-            }
-        }
-        _ => {
-            for value in args {
-                charge(weigh(value)?)?;
-            }
-        }
-    }
-    Ok(())
 }
 
 /// The filter, if none of its numbers is too great.

@@ -6,10 +6,8 @@
 use std::path::{Path, PathBuf};
 
 mod bounds;
-mod budget;
 mod chat;
 mod guard;
-mod steps;
 mod strftime;
 #[cfg(test)]
 mod test_folder;
