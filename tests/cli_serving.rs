@@ -26,6 +26,12 @@ fn lathe(family: &str, arguments: &[&str]) -> Output {
         .unwrap()
 }
 
+/// `lathe throughput` on a dataset.
+fn throughput(family: &str, dataset: &Path, more: &[&str]) -> Output {
+    let dataset = ["throughput", "--dataset", dataset.to_str().unwrap()];
+    lathe(family, &[&dataset, more].concat())
+}
+
 fn json(path: &Path) -> Value {
     serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
 }
@@ -60,10 +66,9 @@ impl Files {
     /// Output tokens of all requests under the given flags.
     fn outputs(&self, family: &str, more: &[&str]) -> Value {
         let out = self.path("out.json");
-        let mut arguments = vec!["throughput", "--dataset", self.dataset.to_str().unwrap()];
-        arguments.extend(["--warmup", "0", "--output_json", out.to_str().unwrap()]);
+        let mut arguments = vec!["--warmup", "0", "--output_json", out.to_str().unwrap()];
         arguments.extend(more);
-        let output = lathe(family, &arguments);
+        let output = throughput(family, &self.dataset, &arguments);
         assert!(
             output.status.success(),
             "{family} {more:?}: {}",
@@ -100,12 +105,10 @@ fn throughput_writes_all_its_files() {
     let [report, request, log] =
         ["report.json", "request.json", "log.jsonl"].map(|f| files.path(f));
     let start = std::time::Instant::now();
-    let output = lathe(
+    let output = throughput(
         "llama-rope3-tied",
+        &files.dataset,
         &[
-            "throughput",
-            "--dataset",
-            files.dataset.to_str().unwrap(),
             "--streaming",
             "--report_json",
             report.to_str().unwrap(),
@@ -209,74 +212,45 @@ fn an_eos_ends_outputs() {
 #[test]
 fn refusals_are_one_clear_outcome() {
     let files = Files::new(3);
-    let dataset = files.dataset.to_str().unwrap();
-    let refused = |arguments: &[&str]| {
-        let output = lathe("gpt2", arguments);
-        (output.status.code(), stderr(&output))
-    };
-    let (code, text) = refused(&[
-        "throughput",
-        "--dataset",
-        dataset,
-        "--pp",
-        "2",
-        "--beam_width",
-        "4",
-    ]);
+    let outcome = |output: Output| (output.status.code(), stderr(&output));
+    let refused = |more: &[&str]| outcome(throughput("gpt2", &files.dataset, more));
+    let (code, text) = refused(&["--pp", "2", "--beam_width", "4"]);
     assert_eq!(code, Some(2));
     assert!(
         text.contains("pipeline parallelism") && text.contains("beam search"),
         "{text}"
     );
-    let (code, _) = refused(&[
-        "throughput",
-        "--dataset",
-        dataset,
-        "--pp",
-        "1",
-        "--beam_width",
-        "1",
-    ]);
+    let (code, _) = refused(&["--pp", "1", "--beam_width", "1"]);
     assert_eq!(code, Some(0), "what asks for nothing special is accepted");
-    let (code, text) = refused(&[
-        "throughput",
-        "--dataset",
-        dataset,
-        "--scheduler_policy",
-        "fifo",
-    ]);
+    let (code, text) = refused(&["--scheduler_policy", "fifo"]);
     assert_eq!(code, Some(2));
     assert!(
         text.contains("guaranteed_no_evict or max_utilization"),
         "{text}"
     );
-    let (code, text) = refused(&["latency", "--dataset", dataset, "--max_seq_len", "9"]);
+    let (code, text) = outcome(lathe(
+        "gpt2",
+        &[
+            "latency",
+            "--dataset",
+            files.dataset.to_str().unwrap(),
+            "--max_seq_len",
+            "9",
+        ],
+    ));
     assert_eq!(code, Some(1));
     assert!(text.contains("max_seq_len is 9"), "{text}");
-    let (code, text) = refused(&["throughput", "--dataset", dataset, "--eos_id", "1000000"]);
+    let (code, text) = refused(&["--eos_id", "1000000"]);
     assert_eq!(code, Some(2));
     assert!(text.contains("outside the vocabulary"), "{text}");
-    let none = [
-        "throughput",
-        "--dataset",
-        dataset,
-        "--kv_cache_free_gpu_mem_fraction",
-        "0",
-    ];
+    let none = ["--kv_cache_free_gpu_mem_fraction", "0"];
     let (code, text) = refused(&none);
     assert_eq!(code, Some(1));
     assert!(
         text.contains("KV cache") && text.lines().count() == 1,
         "{text}"
     );
-    let uncut = [
-        "throughput",
-        "--dataset",
-        dataset,
-        "--disable_chunked_context",
-        "--max_num_tokens",
-        "8",
-    ];
+    let uncut = ["--disable_chunked_context", "--max_num_tokens", "8"];
     let (code, text) = refused(&uncut);
     assert_eq!(code, Some(1));
     assert!(
@@ -293,12 +267,10 @@ fn output_files_are_checked_before_the_run() {
     let same = files.path("same.json");
     let (absent, same) = (absent.to_str().unwrap(), same.to_str().unwrap());
     let dotted = same.replace("same.json", "./same.json");
-    let output = lathe(
+    let output = throughput(
         "gpt2",
+        &files.dataset,
         &[
-            "throughput",
-            "--dataset",
-            files.dataset.to_str().unwrap(),
             "--report_json",
             absent,
             "--request_json",
@@ -353,12 +325,10 @@ fn dataset_and_model_are_compared() {
 fn a_full_disk_costs_one_file() {
     let files = Files::new(4);
     let request = files.path("request.json");
-    let output = lathe(
+    let output = throughput(
         "gpt2",
+        &files.dataset,
         &[
-            "throughput",
-            "--dataset",
-            files.dataset.to_str().unwrap(),
             "--report_json",
             "/dev/full",
             "--request_json",
@@ -411,14 +381,8 @@ fn bad_lines_in_the_middle_of_a_dataset() {
     lines.insert(4, "{\"task_id\":9,\"input_ids\":[1]}".into());
     std::fs::write(&files.dataset, lines.join("\n")).unwrap();
     let report = files.path("report.json");
-    let arguments = [
-        "throughput",
-        "--dataset",
-        files.dataset.to_str().unwrap(),
-        "--report_json",
-        report.to_str().unwrap(),
-    ];
-    let output = lathe("gpt2", &arguments);
+    let report_json = ["--report_json", report.to_str().unwrap()];
+    let output = throughput("gpt2", &files.dataset, &report_json);
     assert_eq!(output.status.code(), Some(1));
     let text = stderr(&output);
     let name = files.dataset.display();
@@ -433,10 +397,7 @@ fn bad_lines_in_the_middle_of_a_dataset() {
     assert_eq!(text.lines().count(), 2, "{text}");
     assert!(output.stdout.is_empty() && !report.exists());
     // What comes before the first bad line can be run.
-    let output = lathe(
-        "gpt2",
-        &[&arguments[..3], &["--num_requests", "2"]].concat(),
-    );
+    let output = throughput("gpt2", &files.dataset, &["--num_requests", "2"]);
     assert!(output.status.success(), "{}", stderr(&output));
 }
 
@@ -445,12 +406,10 @@ fn bad_lines_in_the_middle_of_a_dataset() {
 fn a_request_that_is_too_long_for_a_step_fails_alone() {
     let files = Files::new(6);
     let [report, requests] = ["report.json", "requests.json"].map(|name| files.path(name));
-    let output = lathe(
+    let output = throughput(
         "gpt2",
+        &files.dataset,
         &[
-            "throughput",
-            "--dataset",
-            files.dataset.to_str().unwrap(),
             "--disable_chunked_context",
             "--max_num_tokens",
             "11",
@@ -492,10 +451,7 @@ fn flags_of_trtllm_bench() {
                    --kv-cache-free-gpu-mem-fraction 0.9 --num-requests 0 --warmup 2 --concurrency -1 --eos_id -1 \
                    --scheduler_policy max_utilization --target_input_len 8 --target_output_len 8";
     let flags: Vec<&str> = neutral.split_whitespace().collect();
-    let taken = lathe(
-        "gpt2",
-        &[&["throughput", "--dataset", dataset], &flags[..]].concat(),
-    );
+    let taken = throughput("gpt2", &files.dataset, &flags);
     assert!(taken.status.success(), "{}", stderr(&taken));
     let text = String::from_utf8(taken.stdout).unwrap();
     assert!(

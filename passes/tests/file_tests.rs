@@ -11,11 +11,13 @@
 //!
 //! The result stands below a line `---`. `LATHE_BLESS=1 make rules` writes it.
 
+mod common;
+
 use lathe_ir::interp::{Interp, StepMeta, Tensor, Value};
 use lathe_ir::{DType, Dim, Graph, Op, Sym, SymEnv, Type, WeightRef, text, verify};
 use lathe_passes::egraph::cost::{CostPoint, DeviceModel};
 use lathe_passes::opt::{Goal, is_full_sequence, run, windowed};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// Sequences and positions of the evaluation.
 const BATCH: usize = 2;
@@ -102,25 +104,11 @@ fn check(graph: &Graph) -> Result<(), String> {
     }
 }
 
-fn files(dir: &Path, out: &mut Vec<PathBuf>) {
-    for entry in std::fs::read_dir(dir).unwrap() {
-        let path = entry.unwrap().path();
-        if path.is_dir() {
-            files(&path, out);
-        } else if path.extension().is_some_and(|e| e == "ir") {
-            out.push(path);
-        }
-    }
-}
-
 #[test]
 fn every_file() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/files");
     let bless = std::env::var_os("LATHE_BLESS").is_some();
-    let mut paths = Vec::new();
-    files(&root, &mut paths);
-    paths.sort();
-    assert!(paths.len() >= 12, "the files are not where they should be");
+    let paths = common::programs();
     let failures: Vec<String> = paths
         .iter()
         .filter_map(|path| {

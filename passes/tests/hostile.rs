@@ -1,12 +1,14 @@
 //! Programs in text form that nobody would write: the file tests' programs with other numbers, or with
 //! damage. They are refused, or the passes do with them what they do; nothing panics.
 
+mod common;
+
 use lathe_ir::text;
 use lathe_passes::egraph::cost::{CostPoint, DeviceModel};
 use lathe_passes::opt::{Goal, run};
 use proptest::prelude::*;
 use proptest::sample::Index;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Numbers at the bounds of what the text form takes, and some around those of real programs.
 const NUMBERS: [&str; 16] = [
@@ -32,12 +34,6 @@ const PIECES: [&str; 18] = [
 ];
 
 fn programs() -> Vec<(Vec<String>, String)> {
-    let mut paths = Vec::new();
-    files(
-        &Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/files"),
-        &mut paths,
-    );
-    paths.sort();
     let read = |path: PathBuf| {
         let content = std::fs::read_to_string(path).unwrap();
         let passes = content
@@ -47,18 +43,7 @@ fn programs() -> Vec<(Vec<String>, String)> {
         let program = content.split("\n---\n").next().unwrap().to_string() + "\n";
         (passes.map(|p| p.trim().to_string()).collect(), program)
     };
-    paths.into_iter().map(read).collect()
-}
-
-fn files(dir: &Path, out: &mut Vec<PathBuf>) {
-    for entry in std::fs::read_dir(dir).unwrap() {
-        let path = entry.unwrap().path();
-        if path.is_dir() {
-            files(&path, out);
-        } else if path.extension().is_some_and(|e| e == "ir") {
-            out.push(path);
-        }
-    }
+    common::programs().into_iter().map(read).collect()
 }
 
 /// Reads the program and runs the passes on it under each goal.

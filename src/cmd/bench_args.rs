@@ -9,6 +9,7 @@ use lathe_runtime::sampling::SamplingParams;
 use serde::Deserialize;
 
 use super::config_file::ConfigFile;
+use super::whole;
 use crate::config::{Given, Options, Resolved};
 use crate::errors::{printable, usage_error};
 
@@ -141,11 +142,7 @@ impl ForeignArgs {
 
 /// A number of warm-up requests, which are all made before the first one runs.
 fn warmup(text: &str) -> Result<usize, String> {
-    const MOST: usize = 100_000;
-    text.parse()
-        .ok()
-        .filter(|&n| n <= MOST)
-        .ok_or_else(|| format!("expected a whole number from 0 to {MOST}"))
+    whole(text, 0..=100_000)
 }
 
 fn fraction(text: &str) -> Result<f64, String> {

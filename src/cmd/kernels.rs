@@ -17,6 +17,7 @@ use lathe_runtime::weights::{Checkpoint, WeightsError};
 use lathe_runtime::{cpu, cuda};
 
 use super::config_file::ConfigFile;
+use super::whole;
 use crate::bench::files::{check_writable, write_json};
 use crate::bench::kernels::{KernelsReport, Profiled, StepPoint};
 use crate::cli::GlobalOptions;
@@ -50,19 +51,12 @@ pub struct Kernels {
 }
 
 fn positive(text: &str) -> Result<usize, String> {
-    from_one(text, 1 << 24)
+    whole(text, 1..=1 << 24)
 }
 
 /// Sequences of a step: more only take memory.
 fn sequences(text: &str) -> Result<usize, String> {
-    from_one(text, 1 << 16)
-}
-
-fn from_one(text: &str, most: usize) -> Result<usize, String> {
-    text.parse()
-        .ok()
-        .filter(|n| (1..=most).contains(n))
-        .ok_or_else(|| format!("expected a whole number from 1 to {most}"))
+    whole(text, 1..=1 << 16)
 }
 
 impl Kernels {

@@ -1,5 +1,9 @@
 //! The commands, one file each.
 
+use std::fmt::Display;
+use std::ops::{Bound, RangeBounds};
+use std::str::FromStr;
+
 use clap::Subcommand;
 
 use crate::cli::Cli;
@@ -72,4 +76,21 @@ pub fn run(cli: &Cli) -> anyhow::Result<()> {
         Command::Explain(command) => command.run(&cli.global),
         Command::Passes(command) => command.run(),
     }
+}
+
+/// A number of a flag, in whole numbers from a range that includes its bounds.
+fn whole<T: FromStr + PartialOrd + Display>(
+    text: &str,
+    range: impl RangeBounds<T>,
+) -> Result<T, String> {
+    let number = text.parse().ok().filter(|n| range.contains(n));
+    number.ok_or_else(|| {
+        let mut expected = "expected a whole number".to_string();
+        for (word, bound) in [("from", range.start_bound()), ("to", range.end_bound())] {
+            if let Bound::Included(n) = bound {
+                expected += &format!(" {word} {n}");
+            }
+        }
+        expected
+    })
 }

@@ -8,6 +8,7 @@ use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
 use lathe_runtime::text::{TextTokenizer, eos_token_ids};
 
+use super::whole;
 use crate::bench::dataset::Request;
 use crate::bench::files::write_atomically;
 use crate::bench::prepare::{
@@ -101,17 +102,11 @@ enum Kind {
 
 /// A number of tokens.
 fn length(text: &str) -> Result<u32, String> {
-    text.parse()
-        .ok()
-        .filter(|&n| n <= MAX_LENGTH)
-        .ok_or_else(|| format!("expected a whole number from 0 to {MAX_LENGTH}"))
+    whole(text, 0..=MAX_LENGTH)
 }
 
 fn positive(text: &str) -> Result<u64, String> {
-    text.parse()
-        .ok()
-        .filter(|&n| n > 0)
-        .ok_or_else(|| "expected a whole number from 1".into())
+    whole(text, 1..)
 }
 
 #[derive(Debug, Args)]

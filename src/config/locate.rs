@@ -55,10 +55,30 @@ impl Keys {
     }
 }
 
-macro_rules! no_keys {
+/// What is no mapping, for a visitor with a method `end` that says whether reading goes on behind a value.
+macro_rules! no_mappings {
+    () => {
+        type Value = ();
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a value")
+        }
+
+        no_mappings!(visit_bool: bool, visit_i64: i64, visit_u64: u64, visit_f64: f64, visit_str: &str);
+
+        fn visit_unit<E: Error>(self) -> Result<(), E> {
+            self.end()
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<(), A::Error> {
+            self.end::<A::Error>()?;
+            while items.next_element::<IgnoredAny>()?.is_some() {}
+            Ok(())
+        }
+    };
     ($($visit:ident: $ty:ty),*) => {
         $(fn $visit<E: Error>(self, _: $ty) -> Result<(), E> {
-            Ok(())
+            self.end()
         })*
     };
 }
@@ -79,23 +99,15 @@ impl<'de> DeserializeSeed<'de> for Level<'_> {
     }
 }
 
+impl Level<'_> {
+    /// What has no keys is passed over.
+    fn end<E: Error>(&self) -> Result<(), E> {
+        Ok(())
+    }
+}
+
 impl<'de> Visitor<'de> for Level<'_> {
-    type Value = ();
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a value")
-    }
-
-    no_keys!(visit_bool: bool, visit_i64: i64, visit_u64: u64, visit_f64: f64, visit_str: &str);
-
-    fn visit_unit<E: Error>(self) -> Result<(), E> {
-        Ok(())
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<(), A::Error> {
-        while items.next_element::<IgnoredAny>()?.is_some() {}
-        Ok(())
-    }
+    no_mappings!();
 
     fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<(), A::Error> {
         loop {
@@ -185,16 +197,9 @@ impl<'de> DeserializeSeed<'de> for Seek<'_> {
     }
 }
 
-macro_rules! scalar {
-    ($($visit:ident: $ty:ty),*) => {
-        $(fn $visit<E: Error>(self, _: $ty) -> Result<(), E> {
-            self.end()
-        })*
-    };
-}
-
 impl Seek<'_> {
-    fn end<E: Error>(self) -> Result<(), E> {
+    /// Fails where nothing is left to follow: this is the value.
+    fn end<E: Error>(&self) -> Result<(), E> {
         if self.0.is_empty() {
             Err(E::custom(FOUND))
         } else {
@@ -204,23 +209,7 @@ impl Seek<'_> {
 }
 
 impl<'de> Visitor<'de> for Seek<'_> {
-    type Value = ();
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a value")
-    }
-
-    scalar!(visit_bool: bool, visit_i64: i64, visit_u64: u64, visit_f64: f64, visit_str: &str);
-
-    fn visit_unit<E: Error>(self) -> Result<(), E> {
-        self.end()
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<(), A::Error> {
-        self.end::<A::Error>()?;
-        while items.next_element::<IgnoredAny>()?.is_some() {}
-        Ok(())
-    }
+    no_mappings!();
 
     fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<(), A::Error> {
         self.end::<A::Error>()?;

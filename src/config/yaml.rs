@@ -308,9 +308,15 @@ impl Reader<'_> {
         }
     }
 
+    /// Whether one more problem is printed; otherwise it is counted.
+    fn may_list(&mut self) -> bool {
+        let fits = self.problems.len() < MAX_LISTED;
+        self.n_unlisted += usize::from(!fits);
+        fits
+    }
+
     fn bad(&mut self, path: &[&str], found: &Value, expected: &str) {
-        if self.problems.len() == MAX_LISTED {
-            self.n_unlisted += 1;
+        if !self.may_list() {
             return;
         }
         let at = locate::value(self.text, path).unwrap_or_default();
@@ -329,8 +335,7 @@ impl Reader<'_> {
         path: &[&str],
         known: impl IntoIterator<Item = &'k str> + Clone,
     ) {
-        if self.problems.len() == MAX_LISTED {
-            self.n_unlisted += 1;
+        if !self.may_list() {
             return;
         }
         let at = self.keys.key(path).unwrap_or_default();

@@ -5,7 +5,7 @@ use lathe_ir::import::{HfConfig, ImportOptions, import};
 use lathe_ir::interp::{Interp, KvState, StepMeta, Tensor, Value};
 use lathe_ir::{DType, Graph, Op, Sym, SymEnv, Type, WeightRef};
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 pub type V = Value<f64>;
 
@@ -32,6 +32,27 @@ pub const LLAMA_CONFIGS: [&str; 7] = [
 
 fn fixtures() -> PathBuf {
     PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures"))
+}
+
+/// The programs of the file tests, `tests/files/**/*.ir`, in order.
+pub fn programs() -> Vec<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/files");
+    let mut paths = Vec::new();
+    find_programs(&root, &mut paths);
+    paths.sort();
+    assert!(paths.len() >= 12, "the files are not where they should be");
+    paths
+}
+
+fn find_programs(dir: &Path, out: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            find_programs(&path, out);
+        } else if path.extension().is_some_and(|e| e == "ir") {
+            out.push(path);
+        }
+    }
 }
 
 /// The configuration of a golden model or of a full-size model.
