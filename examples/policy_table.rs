@@ -6,8 +6,8 @@
 use lathe::bench::dataset::{Dataset, Request};
 use lathe::bench::schedule::{Free, StepCost, choose, predicted_seconds};
 use lathe_passes::egraph::cost::DeviceModel;
-use lathe_runtime::load::LoadOptions;
-use lathe_runtime::scheduler::EngineConfig;
+use lathe_runtime::device::load::LoadOptions;
+use lathe_runtime::engine::EngineConfig;
 
 /// Pages of 64 tokens that the cache has.
 const PAGES: usize = 7744;

@@ -13,7 +13,7 @@ use crate::cmd::Command;
 use crate::console::{self, LogWriter};
 use crate::errors::UsageError;
 use crate::usage;
-use lathe_runtime::cuda::cubin_cache::CubinCache;
+use lathe_runtime::device::cuda::cubin_cache::CubinCache;
 
 /// Compiles Hugging Face language models with an e-graph of tensor rewrites into CUDA C, and benchmarks the
 /// result.

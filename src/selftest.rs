@@ -7,7 +7,7 @@ use lathe_ir::DType;
 use lathe_ir::import::{HfConfig, ImportOptions, import};
 use lathe_passes::egraph::cost::DeviceModel;
 use lathe_passes::pipeline::{PassConfig, compile};
-use lathe_runtime::load::{LoadOptions, expected_tensors};
+use lathe_runtime::device::load::{LoadOptions, expected_tensors};
 use lathe_runtime::selftest::cases::{Rng, case};
 use lathe_runtime::selftest::{Case, Shape, Subject};
 use lathe_runtime::weights::RandomWeights;

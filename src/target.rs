@@ -4,7 +4,7 @@ use crate::cli::DeviceChoice;
 use crate::errors::usage_error;
 use anyhow::Context;
 use lathe_passes::egraph::cost::DeviceModel;
-use lathe_runtime::cuda::driver;
+use lathe_runtime::device::cuda::driver;
 
 /// The device that a command runs on.
 #[derive(Clone, Debug, PartialEq)]

@@ -8,9 +8,9 @@ use common::{compiled, goldens};
 use lathe::config::CompileBackend;
 use lathe::model::WeightChoice;
 use lathe_ir::relative_error;
-use lathe_runtime::load::LoadOptions;
+use lathe_runtime::device::load::LoadOptions;
+use lathe_runtime::device::step::{Executor, RowSampler, StepBatch};
 use lathe_runtime::sampling::SamplingParams;
-use lathe_runtime::step::{Executor, RowSampler, StepBatch};
 
 const BACKENDS: [&str; 4] = [
     "torch-simple",

@@ -124,7 +124,7 @@ fn the_target_is_said() {
     };
     assert_eq!(target(&["--device", "cpu"]), "target  cpu (by --device)");
     let here = target(&[]);
-    let gpu = lathe_runtime::cuda::driver::properties(0).is_ok();
+    let gpu = lathe_runtime::device::cuda::driver::properties(0).is_ok();
     let expected = match gpu {
         true => "target  h",
         false => "target  cpu (no usable GPU here; --target h100 or h200 needs none)",

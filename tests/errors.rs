@@ -378,7 +378,7 @@ fn devices() {
         error.starts_with("--tp 2: ") && error.contains("--tp 1"),
         "{error}"
     );
-    if lathe_runtime::cuda::driver::device_count().is_ok_and(|n| n > 0) {
+    if lathe_runtime::device::cuda::driver::device_count().is_ok_and(|n| n > 0) {
         return;
     }
     let (code, error) = case.run(&[

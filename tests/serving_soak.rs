@@ -3,9 +3,9 @@
 mod common;
 
 use lathe::model::WeightChoice;
-use lathe_runtime::load::LoadOptions;
+use lathe_runtime::device::load::LoadOptions;
+use lathe_runtime::engine::{Clock, Engine, EngineConfig, Policy, Progress, Request};
 use lathe_runtime::sampling::SamplingParams;
-use lathe_runtime::scheduler::{Clock, Engine, EngineConfig, Policy, Progress, Request};
 
 /// Resident memory of this process in KiB.
 fn resident() -> usize {

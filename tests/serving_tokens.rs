@@ -9,11 +9,11 @@ use std::sync::atomic::AtomicBool;
 use lathe::bench::dataset::{Dataset, Request};
 use lathe::bench::serve::{Load, Served, serve};
 use lathe::model::{CompiledModel, WeightChoice};
-use lathe_runtime::load::LoadOptions;
-use lathe_runtime::sampling::SamplingParams;
-use lathe_runtime::scheduler::{
+use lathe_runtime::device::load::LoadOptions;
+use lathe_runtime::engine::{
     Clock, Engine, EngineConfig, FinishReason, Finished, Policy, Progress, RequestError,
 };
+use lathe_runtime::sampling::SamplingParams;
 
 /// Prompts of 1 to 14 tokens, outputs of 1 to 18: more than a window, and not multiples of a page.
 fn dataset() -> Dataset {
@@ -115,7 +115,7 @@ fn tokens_do_not_depend_on_the_schedule() {
 /// cancelled and two are refused: each gets what it gets alone.
 #[test]
 fn requests_keep_their_own_ways() {
-    use lathe_runtime::scheduler::Request;
+    use lathe_runtime::engine::Request;
 
     let mut model = compiled(&golden("qwen3"), "");
     let options = LoadOptions {

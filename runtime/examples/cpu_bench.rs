@@ -9,13 +9,13 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use half::bf16;
-use lathe_runtime::cpu::kernels::attention::{AttentionArgs, AttentionSpec, attention};
-use lathe_runtime::cpu::kernels::linear::{
+use lathe_runtime::device::cpu::kernels::attention::{AttentionArgs, AttentionSpec, attention};
+use lathe_runtime::device::cpu::kernels::linear::{
     Epilogue, LinearArgs, LinearSpec, Prologue, linear, lm_head_argmax,
 };
-use lathe_runtime::cpu::kernels::rope::{RopeAppend, rope_append};
-use lathe_runtime::cpu::kernels::{CacheShape, Elem, Isa, StepMeta, norm, pool};
-use lathe_runtime::cpu::pages::PageBuffer;
+use lathe_runtime::device::cpu::kernels::rope::{RopeAppend, rope_append};
+use lathe_runtime::device::cpu::kernels::{CacheShape, Elem, Isa, StepMeta, norm, pool};
+use lathe_runtime::device::cpu::pages::PageBuffer;
 
 /// Bytes of weights a benchmark walks through, more than the last-level caches of common machines.
 const WORKING_SET: usize = 192 << 20;

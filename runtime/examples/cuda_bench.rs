@@ -4,11 +4,11 @@
 use lathe_ir::import::{HfConfig, ImportOptions, import};
 use lathe_passes::egraph::cost::DeviceModel;
 use lathe_passes::pipeline::{PassConfig, compile};
-use lathe_runtime::cuda::{CudaExecutor, CudaLoad};
-use lathe_runtime::load::{LoadOptions, Loadable, expected_tensors};
-use lathe_runtime::profile::ProfileOptions;
+use lathe_runtime::device::cuda::{CudaExecutor, CudaLoad};
+use lathe_runtime::device::load::{LoadOptions, Loadable, expected_tensors};
+use lathe_runtime::device::profile::ProfileOptions;
+use lathe_runtime::device::step::{Executor, RowSampler, StepBatch};
 use lathe_runtime::sampling::SamplingParams;
-use lathe_runtime::step::{Executor, RowSampler, StepBatch};
 use lathe_runtime::weights::RandomWeights;
 use std::path::Path;
 use std::time::Instant;

@@ -9,17 +9,17 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use lathe_codegen::pack::{PackDType, PackRecipe, RowPerm, Segment};
-use lathe_runtime::cuda::cubin_cache::{CubinCache, DEFAULT_LIMIT};
-use lathe_runtime::cuda::cublaslt::{CublasLt, GemmOperands, GemmShape, WORKSPACE_BYTES};
-use lathe_runtime::cuda::driver::{Device, Function, Stream};
-use lathe_runtime::cuda::graph::Graph;
-use lathe_runtime::cuda::launch::{Args, LaunchConfig, launch};
-use lathe_runtime::cuda::memory::{Arena, Pinned, bytes_of, bytes_of_mut, check_fits};
-use lathe_runtime::cuda::nvrtc::{self, Source};
-use lathe_runtime::cuda::tensor_map::TensorMapSpec;
-use lathe_runtime::cuda::timing::time_graph;
-use lathe_runtime::cuda::upload::{Placement, UploadOptions, upload_weights};
-use lathe_runtime::cuda::{CudaError, DevicePtr, library};
+use lathe_runtime::device::cuda::cubin_cache::{CubinCache, DEFAULT_LIMIT};
+use lathe_runtime::device::cuda::cublaslt::{CublasLt, GemmOperands, GemmShape, WORKSPACE_BYTES};
+use lathe_runtime::device::cuda::driver::{Device, Function, Stream};
+use lathe_runtime::device::cuda::graph::Graph;
+use lathe_runtime::device::cuda::launch::{Args, LaunchConfig, launch};
+use lathe_runtime::device::cuda::memory::{Arena, Pinned, bytes_of, bytes_of_mut, check_fits};
+use lathe_runtime::device::cuda::nvrtc::{self, Source};
+use lathe_runtime::device::cuda::tensor_map::TensorMapSpec;
+use lathe_runtime::device::cuda::timing::time_graph;
+use lathe_runtime::device::cuda::upload::{Placement, UploadOptions, upload_weights};
+use lathe_runtime::device::cuda::{CudaError, DevicePtr, library};
 use lathe_runtime::weights::pack::Packer;
 use lathe_runtime::weights::{Checkpoint, RandomWeights, WeightSource};
 

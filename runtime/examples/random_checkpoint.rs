@@ -3,7 +3,7 @@
 //! `random_checkpoint CONFIG_DIR OUT [SEED]`.
 use lathe_ir::DType;
 use lathe_ir::import::{HfConfig, ImportOptions, import};
-use lathe_runtime::load::expected_tensors;
+use lathe_runtime::device::load::expected_tensors;
 use lathe_runtime::weights::{RandomWeights, TensorData, WeightSource};
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};

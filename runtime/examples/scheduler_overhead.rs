@@ -3,11 +3,9 @@
 //! A device that does nothing runs many sequences at once; what is left is the time of the host.
 #![allow(clippy::print_stdout)] // Printing is what an example is for.
 
+use lathe_runtime::device::step::Capacity;
+use lathe_runtime::engine::{Clock, Engine, EngineConfig, NullDevice, Policy, Progress, Request};
 use lathe_runtime::sampling::SamplingParams;
-use lathe_runtime::scheduler::{
-    Clock, Engine, EngineConfig, NullDevice, Policy, Progress, Request,
-};
-use lathe_runtime::step::Capacity;
 
 fn main() {
     println!("sequences  cache    policy               plan us  whole iteration us");

@@ -1,8 +1,8 @@
 //! A static batch: all prompts are prefilled, then all sequences decode together until the last
 //! one ends. This is the whole of `runtime: demollm`, and of `generate` and `verify`.
 
+use crate::device::step::{Executor, RowSampler, StepBatch, StepError};
 use crate::sampling::SamplingParams;
-use crate::step::{Executor, RowSampler, StepBatch, StepError};
 use std::time::{Duration, Instant};
 
 /// One sequence to complete.
@@ -120,7 +120,7 @@ pub fn run_static(
 fn next_batch(
     requests: &[StaticRequest],
     sequences: &mut [Sequence],
-    capacity: &crate::step::Capacity,
+    capacity: &crate::device::step::Capacity,
     max_pages: usize,
 ) -> (StepBatch, Vec<usize>, bool) {
     let mut batch = StepBatch {

@@ -4,8 +4,8 @@ use std::fmt;
 
 use lathe_codegen::work::{KernelClass, WorkShape};
 use lathe_passes::predict::{OpClass, Prediction};
-use lathe_runtime::profile::{Ceilings, KernelTime, StepProfile};
-use lathe_runtime::step::StepKind;
+use lathe_runtime::device::profile::{Ceilings, KernelTime, StepProfile};
+use lathe_runtime::device::step::StepKind;
 use serde::Serialize;
 
 use super::table::{Align, number, table};

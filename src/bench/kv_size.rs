@@ -1,7 +1,7 @@
 //! How many pages the KV cache gets: the smaller of a fraction of the free memory and what the
 //! dataset can use.
 
-use lathe_runtime::scheduler::pages_for;
+use lathe_runtime::engine::pages_for;
 
 use super::dataset::Dataset;
 

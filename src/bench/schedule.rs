@@ -6,9 +6,9 @@
 //! is fast enough to be asked.
 
 use lathe_passes::egraph::cost::DeviceModel;
+use lathe_runtime::device::step::Capacity;
+use lathe_runtime::engine::{Clock, Engine, EngineConfig, NullDevice, Progress, Request};
 use lathe_runtime::sampling::SamplingParams;
-use lathe_runtime::scheduler::{Clock, Engine, EngineConfig, NullDevice, Progress, Request};
-use lathe_runtime::step::Capacity;
 
 use super::dataset::Dataset;
 
@@ -191,7 +191,7 @@ pub fn choose(
 mod tests {
     use super::*;
     use crate::bench::dataset::Request as Line;
-    use lathe_runtime::load::LoadOptions;
+    use lathe_runtime::device::load::LoadOptions;
 
     fn dataset(n: usize, isl: usize, osl: u32) -> Dataset {
         let line = Line {

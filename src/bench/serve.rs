@@ -6,12 +6,12 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use lathe_codegen::work::KernelClass;
-use lathe_runtime::sampling::SamplingParams;
-use lathe_runtime::scheduler::{
+use lathe_runtime::device::step::{Capacity, Executor};
+use lathe_runtime::engine::{
     Clock, ConfigError, Engine, EngineConfig, EngineError, FinishReason, Finished, Policy,
     Progress, Request, StepGroup, StepStats, Totals,
 };
-use lathe_runtime::step::{Capacity, Executor};
+use lathe_runtime::sampling::SamplingParams;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -391,7 +391,7 @@ fn iteration(step: &StepStats, capacity: &Capacity) -> IterationStats {
 mod tests {
     use std::time::{Duration, Instant};
 
-    use lathe_runtime::scheduler::sim::{SimDevice, expected_tokens};
+    use lathe_runtime::engine::sim::{SimDevice, expected_tokens};
 
     use super::*;
     use crate::bench::metrics::BenchStatistics;

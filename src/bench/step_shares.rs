@@ -4,9 +4,9 @@
 use std::time::{Duration, Instant};
 
 use lathe_codegen::work::KernelClass;
-use lathe_runtime::profile::{ProfileOptions, sample_batch};
-use lathe_runtime::scheduler::StepGroup;
-use lathe_runtime::step::{Executor, StepError};
+use lathe_runtime::device::profile::{ProfileOptions, sample_batch};
+use lathe_runtime::device::step::{Executor, StepError};
+use lathe_runtime::engine::StepGroup;
 
 /// Samples of each kernel.
 const RUNS: usize = 3;
@@ -85,8 +85,8 @@ pub fn class_times(
 mod tests {
     use super::*;
     use lathe_codegen::work::Work;
-    use lathe_runtime::profile::{KernelTime, StepProfile};
-    use lathe_runtime::step::{Capacity, StepBatch, StepKind, StepOutput};
+    use lathe_runtime::device::profile::{KernelTime, StepProfile};
+    use lathe_runtime::device::step::{Capacity, StepBatch, StepKind, StepOutput};
 
     /// Decode steps are half attention, others a quarter; the rest is GEMM.
     struct Device {

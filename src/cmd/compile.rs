@@ -11,7 +11,7 @@ use lathe_codegen::plan::ProgramKind;
 use lathe_passes::egraph::cost::{CostPoint, DeviceModel};
 use lathe_passes::pipeline::{Compiled, PassConfig, compile_with};
 use lathe_passes::predict::{Prediction, kernels_by_layer, predict};
-use lathe_runtime::cuda::DecodeBuckets;
+use lathe_runtime::device::cuda::DecodeBuckets;
 
 use super::config_file::ConfigFile;
 use crate::cli::GlobalOptions;

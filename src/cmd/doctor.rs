@@ -1,9 +1,9 @@
 //! `doctor`: what this machine has and what is missing.
 
 use clap::Args;
-use lathe_runtime::cuda::driver::{self, DeviceProperties};
-use lathe_runtime::cuda::library::{Library, ensure, loaded_from, search_folders};
-use lathe_runtime::cuda::nvrtc;
+use lathe_runtime::device::cuda::driver::{self, DeviceProperties};
+use lathe_runtime::device::cuda::library::{Library, ensure, loaded_from, search_folders};
+use lathe_runtime::device::cuda::nvrtc;
 use lathe_runtime::weights::read_folder;
 use std::io::Write;
 use std::path::PathBuf;
@@ -38,8 +38,8 @@ impl Doctor {
     pub fn run(&self, global: &GlobalOptions) -> anyhow::Result<()> {
         let mut out = std::io::stdout().lock();
         writeln!(out, "lathe     {}", env!("CARGO_PKG_VERSION"))?;
-        let isa = lathe_runtime::cpu::kernels::Isa::detected();
-        let threads = lathe_runtime::cpu::kernels::pool::threads();
+        let isa = lathe_runtime::device::cpu::kernels::Isa::detected();
+        let threads = lathe_runtime::device::cpu::kernels::pool::threads();
         writeln!(out, "cpu       {isa:?} kernels, {threads} threads")?;
         for library in [
             Library::Driver,

@@ -2,7 +2,7 @@
 
 use anyhow::Context;
 use clap::Args;
-use lathe_runtime::load::LoadOptions;
+use lathe_runtime::device::load::LoadOptions;
 use lathe_runtime::sampling::SamplingParams;
 use lathe_runtime::session::{StaticRequest, run_static};
 use lathe_runtime::text::{ChatMessage, ChatTemplate, TextTokenizer, eos_token_ids};
@@ -116,7 +116,7 @@ impl Generate {
 
     fn stream(
         &self,
-        executor: &mut dyn lathe_runtime::step::Executor,
+        executor: &mut dyn lathe_runtime::device::step::Executor,
         requests: &[StaticRequest],
         tokenizer: &TextTokenizer,
     ) -> anyhow::Result<()> {
@@ -151,7 +151,7 @@ impl Generate {
 
     fn batch(
         &self,
-        executor: &mut dyn lathe_runtime::step::Executor,
+        executor: &mut dyn lathe_runtime::device::step::Executor,
         requests: &[StaticRequest],
         tokenizer: &TextTokenizer,
     ) -> anyhow::Result<()> {

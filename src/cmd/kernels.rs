@@ -9,12 +9,12 @@ use lathe_codegen::work::Span;
 use lathe_ir::DType;
 use lathe_passes::egraph::cost::{CostPoint, DeviceModel};
 use lathe_passes::predict::predict;
-use lathe_runtime::cuda::driver;
-use lathe_runtime::load::LoadOptions;
-use lathe_runtime::profile::{Ceilings, ProfileOptions, StepProfile, sample_batch};
-use lathe_runtime::step::StepKind;
+use lathe_runtime::device::cuda::driver;
+use lathe_runtime::device::load::LoadOptions;
+use lathe_runtime::device::profile::{Ceilings, ProfileOptions, StepProfile, sample_batch};
+use lathe_runtime::device::step::StepKind;
+use lathe_runtime::device::{cpu, cuda};
 use lathe_runtime::weights::{Checkpoint, WeightsError};
-use lathe_runtime::{cpu, cuda};
 
 use super::config_file::ConfigFile;
 use super::whole;

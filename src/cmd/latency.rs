@@ -1,7 +1,7 @@
 //! `latency`: how long one request takes when it is alone.
 
 use clap::Args;
-use lathe_runtime::scheduler::Policy;
+use lathe_runtime::engine::Policy;
 use lathe_runtime::text::TextTokenizer;
 
 use super::bench_args::BenchArgs;

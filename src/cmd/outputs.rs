@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::path::Path;
 
-use lathe_runtime::cuda::driver;
+use lathe_runtime::device::cuda::driver;
 use lathe_runtime::text::TextTokenizer;
 
 use crate::bench::files::check_writable;

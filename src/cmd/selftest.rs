@@ -2,7 +2,8 @@
 
 use clap::Args;
 use lathe_codegen::cuda::FAMILIES;
-use lathe_runtime::cuda::{CudaLoad, CudaSelftest, check_steps};
+use lathe_runtime::device::cuda::CudaLoad;
+use lathe_runtime::selftest::cuda::{CudaSelftest, check_steps};
 use lathe_runtime::selftest::{Report, Subject, cpu};
 use serde_json::json;
 use std::io::Write;

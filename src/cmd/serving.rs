@@ -5,10 +5,10 @@ use std::time::Duration;
 use lathe_codegen::Plan;
 use lathe_passes::egraph::cost::{CostPoint, DeviceModel};
 use lathe_passes::predict::predict;
-use lathe_runtime::cuda::driver::Device;
+use lathe_runtime::device::cuda::driver::Device;
+use lathe_runtime::device::load::LoadOptions;
+use lathe_runtime::engine::{EngineConfig, Policy};
 use lathe_runtime::interrupt::interrupt_flag;
-use lathe_runtime::load::LoadOptions;
-use lathe_runtime::scheduler::{EngineConfig, Policy};
 use lathe_runtime::text::TextTokenizer;
 
 use super::outputs::{Outputs, engine, gpu_state, machine, phases};
@@ -176,7 +176,7 @@ impl ServingJob<'_> {
             &KvLimits {
                 page_size: options.page_size,
                 token_bytes: match model.target {
-                    Target::Cpu => lathe_runtime::cpu::token_bytes(plan),
+                    Target::Cpu => lathe_runtime::device::cpu::token_bytes(plan),
                     Target::Cuda(..) => plan.token_bytes(),
                 },
                 free_bytes,
@@ -386,7 +386,7 @@ fn mean_decode_point(served: &Served, device: DeviceModel) -> Option<CostPoint> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use lathe_runtime::scheduler::Totals;
+    use lathe_runtime::engine::Totals;
 
     #[test]
     fn the_mean_decode_step() {

@@ -4,11 +4,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use anyhow::Context;
+use lathe_runtime::device::load::LoadOptions;
+use lathe_runtime::device::step::{Capacity, Executor, StepBatch, StepError, StepOutput};
 use lathe_runtime::interrupt::interrupt_flag;
-use lathe_runtime::load::LoadOptions;
 use lathe_runtime::sampling::SamplingParams;
 use lathe_runtime::session::{StaticRequest, run_static};
-use lathe_runtime::step::{Capacity, Executor, StepBatch, StepError, StepOutput};
 use lathe_runtime::text::TextTokenizer;
 
 use super::outputs::{Outputs, engine, machine, phases};
@@ -230,7 +230,7 @@ fn run_chunk(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use lathe_runtime::scheduler::sim::SimDevice;
+    use lathe_runtime::engine::sim::SimDevice;
 
     /// Out of device memory, or Ctrl-C, in the middle of a batch: what is complete counts, the rest is
     /// kept and marked.

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use lathe_runtime::scheduler::Policy;
+use lathe_runtime::engine::Policy;
 use lathe_runtime::text::TextTokenizer;
 
 use super::bench_args::{BenchArgs, stop_tokens};

@@ -3,10 +3,10 @@
 use anyhow::Context;
 use clap::Args;
 use lathe_ir::relative_error;
-use lathe_runtime::load::{LoadOptions, Loadable};
+use lathe_runtime::device::load::{LoadOptions, Loadable};
+use lathe_runtime::device::step::{Executor, StepBatch};
 use lathe_runtime::sampling::SamplingParams;
 use lathe_runtime::session::{StaticRequest, run_static};
-use lathe_runtime::step::{Executor, StepBatch};
 use safetensors::SafeTensors;
 use std::io::Write;
 use std::path::PathBuf;
@@ -164,7 +164,8 @@ fn recomputed(model: &CompiledModel, g: &Golden) -> anyhow::Result<(Vec<f32>, Op
     };
     let run = |tokens: &[u32]| -> anyhow::Result<Vec<f32>> {
         let tokens: Vec<i32> = tokens.iter().map(|&t| t as i32).collect();
-        lathe_runtime::cpu::run_full(loadable, &tokens, g.batch).map_err(|e| anyhow::anyhow!("{e}"))
+        lathe_runtime::device::cpu::run_full(loadable, &tokens, g.batch)
+            .map_err(|e| anyhow::anyhow!("{e}"))
     };
     let logits = run(&g.input_ids)?;
     let Some((_, n)) = g.generated else {

@@ -3,8 +3,8 @@
 use super::cases::{Rng, each_vector, fill_cache};
 use super::compare::{Reference, Tolerance, compare, numbers, rms, tolerance};
 use super::{Case, Outcome, Report, SelftestError, Subject, extents};
-use crate::cpu::{Snapshot, Twin, load_twin};
-use crate::load::Loadable;
+use crate::device::cpu::{Snapshot, Twin, load_twin};
+use crate::device::load::Loadable;
 use crate::sampling::sample;
 use lathe_codegen::plan::CacheSpec;
 use lathe_codegen::{Operand, Program, Step};
@@ -348,7 +348,7 @@ fn flat(value: &Value<f64>) -> Vec<f64> {
 mod tests {
     use super::super::cases::{Shape, case};
     use super::*;
-    use crate::load::{LoadOptions, expected_tensors};
+    use crate::device::load::{LoadOptions, expected_tensors};
     use crate::weights::RandomWeights;
     use lathe_codegen::{Programs, lower};
     use lathe_ir::import::{HfConfig, ImportOptions, import};

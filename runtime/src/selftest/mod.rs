@@ -1,10 +1,10 @@
 //! The self-test: every step of a plan against another implementation, on random inputs.
 //!
 //! A *subject* is a compiled model with random weights and a list of batches of odd sizes. The CPU
-//! device runs each batch step by step ([`crate::cpu`]); what a step read and wrote is then the case of
+//! device runs each batch step by step ([`crate::device::cpu`]); what a step read and wrote is then the case of
 //! a comparison:
 //!
-//! - on a GPU ([`crate::cuda::CudaSelftest`]) the operands are uploaded, everything else is filled with
+//! - on a GPU ([`cuda::CudaSelftest`]) the operands are uploaded, everything else is filled with
 //!   [`POISON`], the launches of the step run, and the whole memory is compared: results within
 //!   [`compare::tolerance`], every element written, nothing else touched, and a second run bit for bit
 //!   the same;
@@ -16,6 +16,7 @@
 pub mod cases;
 pub mod compare;
 pub mod cpu;
+pub mod cuda;
 mod region;
 mod report;
 
@@ -23,10 +24,10 @@ pub use cases::{Case, Shape};
 pub(crate) use region::{extents, gather, spread};
 pub use report::{Failure, Outcome, Report, Row};
 
-use crate::cpu::CpuLoadError;
-use crate::cuda::CudaError;
-use crate::load::LoadOptions;
-use crate::step::StepError;
+use crate::device::cpu::CpuLoadError;
+use crate::device::cuda::CudaError;
+use crate::device::load::LoadOptions;
+use crate::device::step::StepError;
 use crate::weights::RandomWeights;
 use lathe_codegen::Plan;
 

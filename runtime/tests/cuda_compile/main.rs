@@ -18,10 +18,10 @@ use common::models;
 use lathe_codegen::ProgramKind;
 use lathe_codegen::cuda::KernelSource;
 use lathe_ir::DType;
-use lathe_runtime::cuda::cubin_cache::{CubinCache, DEFAULT_LIMIT};
-use lathe_runtime::cuda::library::{self, Library};
-use lathe_runtime::cuda::nvrtc::{Compiled, Source, compile_all, version};
-use lathe_runtime::load::LoadOptions;
+use lathe_runtime::device::cuda::cubin_cache::{CubinCache, DEFAULT_LIMIT};
+use lathe_runtime::device::cuda::library::{self, Library};
+use lathe_runtime::device::cuda::nvrtc::{Compiled, Source, compile_all, version};
+use lathe_runtime::device::load::LoadOptions;
 use plans::{Spelling, candidates, kernels, limits, plan, programs};
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -315,7 +315,7 @@ fn lost_orders_are_found() {
         let code = kernel.code().replace("LATHE_K 2048", "LATHE_K 4096");
         let code = code.replace(from, to);
         let source = Source::new(kernel.name.clone(), code.clone());
-        let compiled = lathe_runtime::cuda::nvrtc::compile(&source, dir.path()).unwrap();
+        let compiled = lathe_runtime::device::cuda::nvrtc::compile(&source, dir.path()).unwrap();
         let instructions = disassembler.disassemble(&compiled.cubin);
         order::check(&kernel.name, &code, &instructions).violations
     };

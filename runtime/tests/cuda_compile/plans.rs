@@ -7,8 +7,8 @@ use lathe_codegen::cuda::{
 };
 use lathe_codegen::{Plan, ProgramKind};
 use lathe_ir::DType;
-use lathe_runtime::cuda::steps;
-use lathe_runtime::load::LoadOptions;
+use lathe_runtime::device::cuda::steps;
+use lathe_runtime::device::load::LoadOptions;
 
 /// How a plan is spelled: `torch-compile` and `torch-opt` fuse; `torch-simple` and `torch-cudagraph` do
 /// not, and run every operation as one kernel. With and without graphs the kernels are the same.

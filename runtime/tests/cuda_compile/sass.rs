@@ -1,6 +1,6 @@
 //! Machine code by NVIDIA's disassembler, which PyPI has as a package of its own.
 
-use lathe_runtime::cuda::library::search_folders;
+use lathe_runtime::device::cuda::library::search_folders;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 

@@ -1,0 +1,497 @@
+//! Executing the steps of a program: dispatch from operations to kernels.
+
+use super::chain;
+use super::executor::CpuExecutor;
+use super::kernels::attention::{AttentionArgs, AttentionSpec, attention};
+use super::kernels::linear::{Epilogue, LinearArgs, LinearSpec, Prologue, linear};
+use super::kernels::norm::{add_rms_norm, rms_norm};
+use super::kernels::rope::{RopeAppend, rope_append};
+use super::kernels::rows::{argmax, embed};
+use super::kernels::{Elem, KernelError, StepMeta};
+use super::memory::{Layout, padded_head};
+use super::pages::PageBuffer;
+use super::plain;
+use crate::device::step::{StepBatch, StepError, StepOutput};
+use crate::sampling::sample;
+use lathe_codegen::{Operand, Program, Step, ValueId};
+use lathe_ir::{AttnSpec, DType, GemmSpec, Op, QkvSpec, SymEnv, TensorType};
+use std::time::Instant;
+
+/// What a program reads at run time.
+pub(super) struct Inputs<'a> {
+    pub(super) batch: &'a StepBatch,
+}
+
+/// One run of a program.
+pub(super) struct Run<'a, E> {
+    pub(super) model: &'a CpuExecutor<E>,
+    pub(super) program: &'a Program,
+    pub(super) layout: &'a Layout,
+    /// Start of the activations. Slots of values alive at the same time are disjoint.
+    pub(super) base: *mut u8,
+    pub(super) env: SymEnv,
+    pub(super) inputs: &'a Inputs<'a>,
+    pub(super) caches: &'a mut [PageBuffer<E>],
+    pub(super) scratch: &'a mut Vec<E>,
+}
+
+impl<'a, E: Elem> Run<'a, E> {
+    /// Runs all steps and reads the results. With `seconds`, the time of each step is added to it.
+    pub(super) fn all(
+        &mut self,
+        logits: bool,
+        mut seconds: Option<&mut Vec<f64>>,
+    ) -> Result<StepOutput, StepError> {
+        for step in &self.program.steps {
+            let start = seconds.is_some().then(Instant::now);
+            self.step(step).map_err(|e| {
+                StepError::Device(format!("{} ({}): {e}", step.op.name(), step.prov.path))
+            })?;
+            if let (Some(all), Some(start)) = (seconds.as_deref_mut(), start) {
+                all.push(start.elapsed().as_secs_f64());
+            }
+        }
+        let mut out = StepOutput::default();
+        for (name, operand, ty) in &self.program.outputs {
+            let Operand::Value(v) = operand else { continue };
+            match name.as_str() {
+                "next" => out.next = self.read::<i32>(*v, ty).to_vec(),
+                "logits" if logits => {
+                    out.logits = Some(self.read::<E>(*v, ty).iter().map(|x| x.to_f32()).collect());
+                }
+                _ => {}
+            }
+        }
+        Ok(out)
+    }
+
+    pub(super) fn step(&mut self, step: &Step) -> Result<(), String> {
+        let fail = |e: KernelError| e.to_string();
+        match &step.op {
+            // The kernels take one element type; Gemma's norms are in f32 whatever the model is.
+            Op::RmsNorm { .. } | Op::AddRms { .. } | Op::Linear if !self.in_elem(step) => {
+                plain::step(self, step)
+            }
+            Op::Embedding if self.takes_tokens(step, 1) => {
+                let (table, k) = (self.floats(step, 0)?, self.last(step, 0));
+                embed(&self.inputs.batch.tokens, table, k, None, self.out(step, 0)).map_err(fail)
+            }
+            Op::Select => {
+                let ids = &self.inputs.batch.rows;
+                let k = self.len(step.tensor(0).ok_or("no tensor")?) / self.rows(step, 0);
+                embed(ids, self.floats(step, 0)?, k, None, self.out(step, 0)).map_err(fail)
+            }
+            Op::RmsNorm { eps } => {
+                let k = self.last(step, 0);
+                let (x, gamma) = (self.floats(step, 0)?, self.floats(step, 1)?);
+                rms_norm(x, Some(gamma), eps.get() as f32, 0.0, k, self.out(step, 0)).map_err(fail)
+            }
+            Op::AddRms { eps } => {
+                let k = self.last(step, 0);
+                let (r, d, gamma) = (
+                    self.floats(step, 0)?,
+                    self.floats(step, 1)?,
+                    self.floats(step, 2)?,
+                );
+                let eps = eps.get() as f32;
+                match (step.results[0], step.results[1]) {
+                    (Some(_), Some(_)) => {
+                        let (sum, h) = (self.out(step, 0), self.out(step, 1));
+                        add_rms_norm(r, d, gamma, eps, 0.0, k, sum, h).map_err(fail)
+                    }
+                    _ => {
+                        // One of the two is not read: it goes to scratch memory.
+                        let mut spare = vec![E::default(); r.len()];
+                        let (sum, h) = match step.results[0] {
+                            Some(_) => (self.out(step, 0), &mut spare[..]),
+                            None => (&mut spare[..], self.out(step, 1)),
+                        };
+                        add_rms_norm(r, d, gamma, eps, 0.0, k, sum, h).map_err(fail)
+                    }
+                }
+            }
+            Op::Linear => self.gemm(step, &GemmSpec::PLAIN),
+            Op::Gemm(spec) => self.gemm(step, spec),
+            Op::AttnQkv(spec) => self.attn_qkv(step, spec),
+            Op::AttnStep(spec) => self.attn_step(step, spec),
+            Op::Sample => self.sample(step),
+            Op::Chain(_) => chain::step(self, step),
+            _ => plain::step(self, step),
+        }
+    }
+
+    fn gemm(&mut self, step: &Step, spec: &GemmSpec) -> Result<(), String> {
+        let (k, n) = (self.last(step, 1), self.rows(step, 1));
+        let x = self.floats(step, 0)?;
+        let m = x.len() / k.max(1);
+        let optional = |i: usize| match step.operands.get(i) {
+            None | Some(Operand::None) => Ok(None),
+            Some(_) => self.floats(step, i).map(Some),
+        };
+        let (prologue, tuple) = match spec.prologue {
+            lathe_ir::Prologue::None => (Prologue::None, false),
+            lathe_ir::Prologue::Rms { eps } => {
+                let eps = eps.get() as f32;
+                (Prologue::RmsNorm { eps }, false)
+            }
+            lathe_ir::Prologue::AddRms { eps } => {
+                let eps = eps.get() as f32;
+                (Prologue::AddRmsNorm { eps }, true)
+            }
+        };
+        let mut spare = Vec::new();
+        let sum = match (tuple, step.results[0]) {
+            (false, _) => None,
+            (true, Some(_)) => Some(self.out(step, 0)),
+            (true, None) => {
+                spare.resize(x.len(), E::default());
+                Some(&mut spare[..])
+            }
+        };
+        let spec = LinearSpec {
+            prologue,
+            weight_offset: 0.0,
+            epilogue: match spec.epilogue {
+                lathe_ir::Epilogue::None => Epilogue::None,
+                lathe_ir::Epilogue::Residual => Epilogue::Residual,
+                lathe_ir::Epilogue::SwiGlu => Epilogue::SwiGlu,
+            },
+        };
+        let args = LinearArgs {
+            m,
+            n,
+            k,
+            x,
+            delta: optional(5)?,
+            sum,
+            gamma: optional(4)?,
+            w: self.floats(step, 1)?,
+            bias: optional(2)?,
+            residual: optional(3)?,
+            y: self.out(step, usize::from(tuple)),
+        };
+        linear(&spec, args).map_err(|e| e.to_string())
+    }
+
+    fn meta(&self) -> StepMeta<'a> {
+        let b = self.inputs.batch;
+        StepMeta {
+            positions: &b.positions,
+            row_seq: &b.row_seq,
+            cu_seqlens: &b.cu_seqlens,
+            kv_lens: &b.kv_lens,
+            block_table: &b.block_table,
+            max_pages: b.max_pages,
+            page_size: self.model.options.page_size,
+        }
+    }
+
+    fn attn_qkv(&mut self, step: &Step, spec: &QkvSpec) -> Result<(), String> {
+        let qkv = self.floats(step, 0)?;
+        let optional = |i: usize| match step.operands[i] {
+            Operand::None => Ok(None),
+            _ => self.floats(step, i).map(Some),
+        };
+        let tables = match (spec.rope, &step.operands[4]) {
+            (Some(rope), Operand::Table(t)) => {
+                let key = (*t, rope.scaling.get().to_bits());
+                self.model.rope.get(&key).map(|(c, s)| (&c[..], &s[..]))
+            }
+            _ => None,
+        };
+        let (q_norm, k_norm) = (optional(1)?, optional(2)?);
+        let shape = Heads {
+            heads: spec.heads as usize,
+            kv_heads: spec.kv_heads as usize,
+            head_dim: spec.head_dim as usize,
+        };
+        let eps = spec.head_norm.map_or(0.0, |e| e.get() as f32);
+        self.append_and_attend(
+            step,
+            &spec.attn,
+            shape,
+            qkv,
+            Extra {
+                q_norm,
+                k_norm,
+                eps,
+                tables,
+            },
+        )
+    }
+
+    /// Unfused cached attention: q, k and v come apart and are put side by side first.
+    fn attn_step(&mut self, step: &Step, spec: &AttnSpec) -> Result<(), String> {
+        let dims = |i: usize| -> Result<Vec<usize>, String> {
+            let t = step.tensor(i).ok_or("no tensor")?;
+            Ok(t.shape.iter().map(|d| d.eval(&self.env) as usize).collect())
+        };
+        let (qd, kd) = (dims(0)?, dims(1)?);
+        let shape = Heads {
+            heads: qd[1],
+            kv_heads: kd[1],
+            head_dim: qd[2],
+        };
+        let (q, k, v) = (
+            self.floats(step, 0)?,
+            self.floats(step, 1)?,
+            self.floats(step, 2)?,
+        );
+        let (nq, nk) = (qd[1] * qd[2], kd[1] * kd[2]);
+        let mut qkv = Vec::with_capacity(q.len() + 2 * k.len());
+        for t in 0..qd[0] {
+            qkv.extend_from_slice(&q[t * nq..][..nq]);
+            qkv.extend_from_slice(&k[t * nk..][..nk]);
+            qkv.extend_from_slice(&v[t * nk..][..nk]);
+        }
+        let extra = Extra {
+            q_norm: None,
+            k_norm: None,
+            eps: 0.0,
+            tables: None,
+        };
+        self.append_and_attend(step, spec, shape, &qkv, extra)
+    }
+
+    fn append_and_attend(
+        &mut self,
+        step: &Step,
+        spec: &AttnSpec,
+        shape: Heads,
+        qkv: &[E],
+        extra: Extra<'_, E>,
+    ) -> Result<(), String> {
+        let cache = step
+            .operands
+            .iter()
+            .find_map(|o| match o {
+                Operand::Cache(c) => Some(*c),
+                _ => None,
+            })
+            .ok_or("no cache operand")?;
+        let meta = self.meta();
+        let rows = meta.positions.len();
+        let (narrow, shape) = (shape.head_dim, shape.padded());
+        let widened;
+        let qkv = if shape.head_dim == narrow {
+            qkv
+        } else if extra.q_norm.is_some() || extra.k_norm.is_some() || extra.tables.is_some() {
+            // Rewrites pack norms and rotations into attention only where the head has whole blocks.
+            return Err(format!(
+                "a head of {narrow} with a norm or a rotation, not a multiple of 16"
+            ));
+        } else {
+            widened = with_width(qkv, narrow, shape.head_dim);
+            &widened
+        };
+        let width = shape.heads * shape.head_dim;
+        let mut q = std::mem::take(self.scratch);
+        q.resize(rows * width, E::default());
+        let append = RopeAppend {
+            q_heads: shape.heads,
+            kv_heads: shape.kv_heads,
+            head_dim: shape.head_dim,
+            qkv,
+            bias: None,
+            q_norm: extra.q_norm,
+            k_norm: extra.k_norm,
+            eps: extra.eps,
+            weight_offset: 0.0,
+            tables: extra.tables,
+            meta,
+            q: &mut q,
+            cache: &mut self.caches[cache],
+        };
+        rope_append(append).map_err(|e| e.to_string())?;
+        let attend = AttentionSpec {
+            scale: spec.scale.get() as f32,
+            causal: spec.mask.causal,
+            window: spec.mask.window,
+            softcap: spec.softcap.map(|c| c.get() as f32),
+            groups: shape.heads / shape.kv_heads.max(1),
+        };
+        let run = |out: &mut [E]| {
+            let args = AttentionArgs {
+                kv_heads: shape.kv_heads,
+                head_dim: shape.head_dim,
+                q: &q,
+                cache: &self.caches[cache],
+                meta: self.meta(),
+                out,
+            };
+            attention(&attend, args).map_err(|e| e.to_string())
+        };
+        let result = if step.results[0].is_none() {
+            Ok(())
+        } else if shape.head_dim == narrow {
+            run(self.out(step, 0))
+        } else {
+            let mut wide = vec![E::default(); q.len()];
+            run(&mut wide).map(|()| {
+                let out = with_width(&wide, shape.head_dim, narrow);
+                self.out(step, 0).copy_from_slice(&out);
+            })
+        };
+        *self.scratch = q;
+        result
+    }
+
+    fn sample(&mut self, step: &Step) -> Result<(), String> {
+        let logits = self.floats(step, 0)?;
+        let n = self.last(step, 0);
+        let v = step.results[0].ok_or("unread sample")?;
+        let ty = step.result_type(0).ok_or("no result")?;
+        let next = self.write::<i32>(v, ty);
+        let samplers = &self.inputs.batch.samplers;
+        if samplers.iter().all(|s| s.params.is_greedy()) {
+            return argmax(logits, n, next).map_err(|e| e.to_string());
+        }
+        for (i, (row, out)) in logits.chunks_exact(n).zip(next).enumerate() {
+            let row: Vec<f32> = row.iter().map(|x| x.to_f32()).collect();
+            let s = samplers.get(i).ok_or("a sampled row without parameters")?;
+            let token = sample(&row, &s.params, s.request, s.position);
+            *out = token.ok_or("no logit is a number")? as i32;
+        }
+        Ok(())
+    }
+
+    /// Whether an operand is the run-time input of token ids, rather than of positions.
+    fn takes_tokens(&self, step: &Step, operand: usize) -> bool {
+        let Operand::Input(n) = step.operands[operand] else {
+            return false;
+        };
+        matches!(self.program.inputs[n].0.as_str(), "tokens" | "step.tokens")
+    }
+
+    /// Whether all operands have the plan's element type.
+    fn in_elem(&self, step: &Step) -> bool {
+        let types = (0..step.operands.len()).filter_map(|i| step.tensor(i));
+        types.into_iter().all(|t| is_elem::<E>(t.dtype))
+    }
+
+    /// Elements of a tensor type at this run's sizes.
+    pub(super) fn len(&self, ty: &TensorType) -> usize {
+        ty.elements(&self.env)
+    }
+
+    fn last(&self, step: &Step, operand: usize) -> usize {
+        let shape = step.tensor(operand).map(|t| &t.shape[..]);
+        shape
+            .and_then(<[_]>::last)
+            .map_or(1, |d| d.eval(&self.env) as usize)
+    }
+
+    fn rows(&self, step: &Step, operand: usize) -> usize {
+        let shape = step.tensor(operand).map(|t| &t.shape[..]);
+        shape
+            .and_then(<[_]>::first)
+            .map_or(1, |d| d.eval(&self.env) as usize)
+    }
+
+    /// A float operand in the plan's element type.
+    fn floats(&self, step: &Step, operand: usize) -> Result<&'a [E], String> {
+        let ty = step.tensor(operand).ok_or("operand is no tensor")?;
+        match &step.operands[operand] {
+            Operand::Weight(w) if is_elem::<E>(ty.dtype) => Ok(self.weight(*w, ty)),
+            Operand::Value(v) if is_elem::<E>(ty.dtype) => Ok(self.read(*v, ty)),
+            other => Err(format!("operand {operand} is {other:?} of {}", ty.dtype)),
+        }
+    }
+
+    /// The memory of a value, for reading.
+    pub(super) fn read<T>(&self, v: ValueId, ty: &TensorType) -> &'a [T] {
+        let n = self.len(ty);
+        debug_assert_eq!(std::mem::size_of::<T>(), ty.dtype.size());
+        // SAFETY: the slot holds `n` elements of the value's type at the sizes that the arena was
+        // laid out for, offsets are multiples of 64, and every producer has written all of them.
+        unsafe { std::slice::from_raw_parts(self.place(v).cast::<T>(), n) }
+    }
+
+    /// The memory of a result, for writing.
+    #[allow(clippy::mut_from_ref)] // slots of live values are disjoint: see `liveness`
+    pub(super) fn write<T>(&self, v: ValueId, ty: &TensorType) -> &'a mut [T] {
+        let n = self.len(ty);
+        debug_assert_eq!(std::mem::size_of::<T>(), ty.dtype.size());
+        // SAFETY: as in `read`; the result's slot is disjoint from the slots of the step's
+        // operands and other results (liveness gives results their slots before operands end).
+        unsafe { std::slice::from_raw_parts_mut(self.place(v).cast::<T>(), n) }
+    }
+
+    /// The bytes of a value.
+    pub(super) fn bytes(&self, v: ValueId) -> &[u8] {
+        let n = self.program.values[v.0 as usize].0.bytes(&self.env);
+        // SAFETY: as in `read`.
+        unsafe { std::slice::from_raw_parts(self.place(v), n) }
+    }
+
+    /// The bytes of a result, for writing.
+    pub(super) fn bytes_mut(&mut self, v: ValueId) -> &mut [u8] {
+        let n = self.program.values[v.0 as usize].0.bytes(&self.env);
+        // SAFETY: as in `write`.
+        unsafe { std::slice::from_raw_parts_mut(self.place(v), n) }
+    }
+
+    /// A weight as elements of its type, which is `T`.
+    pub(super) fn weight<T: Elem>(&self, w: usize, ty: &TensorType) -> &'a [T] {
+        let data: &'a [E] = &self.model.weights[w];
+        let n = self.len(ty);
+        assert!(n * size_of::<T>() <= size_of_val(data) && ty.dtype.name() == T::NAME);
+        // SAFETY: the buffer is aligned to a page, has these bytes, and holds elements of the
+        // weight's type, of which any bytes are values.
+        unsafe { std::slice::from_raw_parts(data.as_ptr().cast::<T>(), n) }
+    }
+
+    fn place(&self, v: ValueId) -> *mut u8 {
+        let offset = self.layout.offsets[self.program.slot(v)];
+        // SAFETY: offsets lie inside the arena by construction of the layout.
+        unsafe { self.base.add(offset) }
+    }
+
+    /// The memory of a step's float result.
+    #[allow(clippy::mut_from_ref)] // as `write`
+    fn out(&self, step: &Step, i: usize) -> &'a mut [E] {
+        match (step.results[i], step.result_type(i)) {
+            (Some(v), Some(ty)) => self.write(v, ty),
+            _ => &mut [],
+        }
+    }
+}
+
+struct Heads {
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+}
+
+impl Heads {
+    /// With heads as wide as the kernels and the cache have them.
+    fn padded(self) -> Heads {
+        Heads {
+            head_dim: padded_head(self.head_dim),
+            ..self
+        }
+    }
+}
+
+/// Heads of `from` features as heads of `to`, cut off or filled up with zeros: these add nothing to a
+/// score and give outputs that nobody reads.
+fn with_width<E: Elem>(heads: &[E], from: usize, to: usize) -> Vec<E> {
+    let kept = from.min(to);
+    let mut out = vec![E::default(); heads.len() / from * to];
+    for (head, out) in heads.chunks_exact(from).zip(out.chunks_exact_mut(to)) {
+        out[..kept].copy_from_slice(&head[..kept]);
+    }
+    out
+}
+
+struct Extra<'a, E> {
+    q_norm: Option<&'a [E]>,
+    k_norm: Option<&'a [E]>,
+    eps: f32,
+    tables: Option<(&'a [f32], &'a [f32])>,
+}
+
+/// Whether `E` stores this element type.
+pub(super) fn is_elem<E: Elem>(dtype: DType) -> bool {
+    dtype.name() == E::NAME
+}

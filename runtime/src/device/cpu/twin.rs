@@ -1,0 +1,118 @@
+//! The CPU device step by step: every value of a program on the way, for the self-test.
+
+use super::executor::CpuExecutor;
+use super::kernels::Elem;
+use super::{CpuLoadError, exec::Run};
+use crate::device::load::{LoadOptions, Loadable, RopeTables};
+use crate::device::step::StepBatch;
+use crate::selftest::{POISON, SelftestError};
+use half::bf16;
+use lathe_codegen::{ProgramKind, ValueId};
+use lathe_ir::DType;
+
+/// What memory holds right after a step: the step's operands and results are all alive.
+pub(crate) trait Snapshot {
+    /// The bytes of a value.
+    fn value(&self, v: ValueId) -> &[u8];
+    /// The bytes of a cache.
+    fn cache(&self, i: usize) -> &[u8];
+}
+
+/// Called after each step with its index in the program.
+pub(crate) type EachStep<'a> = dyn FnMut(usize, &dyn Snapshot) -> Result<(), SelftestError> + 'a;
+
+/// A plan on the CPU that shows what it does.
+pub(crate) trait Twin {
+    /// The bytes of a packed weight.
+    fn weight(&self, i: usize) -> &[u8];
+    /// Cosines and sines.
+    fn rope(&self) -> &RopeTables;
+    /// The bytes of a cache, to be filled before a run.
+    fn cache_mut(&mut self, i: usize) -> &mut [u8];
+    /// Runs a program on a batch that fits the options. Each step's results are filled with
+    /// [`POISON`] before it.
+    fn trace(
+        &mut self,
+        kind: ProgramKind,
+        batch: &StepBatch,
+        each: &mut EachStep<'_>,
+    ) -> Result<(), SelftestError>;
+}
+
+/// Loads a plan.
+///
+/// # Errors
+/// As [`super::load`].
+pub(crate) fn load_twin(
+    model: Loadable<'_>,
+    options: LoadOptions,
+) -> Result<Box<dyn Twin>, CpuLoadError> {
+    Ok(match model.plan.dtype {
+        DType::F32 => Box::new(CpuExecutor::<f32>::new(model, options)?),
+        DType::BF16 => Box::new(CpuExecutor::<bf16>::new(model, options)?),
+        other => return Err(CpuLoadError::DType(other)),
+    })
+}
+
+fn bytes<E: Elem>(values: &[E]) -> &[u8] {
+    // SAFETY: E is f32 or bf16, plain bytes without padding.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), std::mem::size_of_val(values)) }
+}
+
+fn bytes_mut<E: Elem>(values: &mut [E]) -> &mut [u8] {
+    // SAFETY: as above, and every byte pattern is a value of E.
+    unsafe {
+        std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), std::mem::size_of_val(values))
+    }
+}
+
+impl<E: Elem> Twin for CpuExecutor<E> {
+    fn weight(&self, i: usize) -> &[u8] {
+        bytes(&self.weights[i])
+    }
+
+    fn rope(&self) -> &RopeTables {
+        &self.rope
+    }
+
+    fn cache_mut(&mut self, i: usize) -> &mut [u8] {
+        bytes_mut(&mut self.caches[i])
+    }
+
+    fn trace(
+        &mut self,
+        kind: ProgramKind,
+        batch: &StepBatch,
+        each: &mut EachStep<'_>,
+    ) -> Result<(), SelftestError> {
+        super::executor::check_batch(batch, &self.options, self.vocab)?;
+        self.with_run(kind, batch, |run| {
+            for (at, step) in run.program.steps.iter().enumerate() {
+                for v in step.results.iter().copied().flatten() {
+                    poison(run.bytes_mut(v));
+                }
+                run.step(step).map_err(|e| {
+                    SelftestError::Cpu(format!("step {at} ({}): {e}", step.op.name()))
+                })?;
+                each(at, &*run)?;
+            }
+            Ok(())
+        })
+    }
+}
+
+fn poison(out: &mut [u8]) {
+    for (i, b) in out.iter_mut().enumerate() {
+        *b = POISON.to_le_bytes()[i % 4];
+    }
+}
+
+impl<E: Elem> Snapshot for Run<'_, E> {
+    fn value(&self, v: ValueId) -> &[u8] {
+        self.bytes(v)
+    }
+
+    fn cache(&self, i: usize) -> &[u8] {
+        bytes(&self.caches[i])
+    }
+}
