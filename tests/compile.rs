@@ -528,3 +528,30 @@ fn generated_sources_are_written_on_demand() {
     assert!(launches.lines().count() > 160, "{launches}");
     assert!(launches.contains("model.layers.31.self_attn"), "{launches}");
 }
+
+#[test]
+fn sources_of_all_buckets_are_written_on_demand() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().to_str().unwrap();
+    let emit = ["--emit", "cuda-buckets", "--dump-dir", dir];
+    compile(&[&emit[..], &["--target", "h100", "--max_batch_size", "12"]].concat());
+    let read = |name: &str| std::fs::read_to_string(folder.path().join("cuda").join(name)).unwrap();
+    let decode = read("decode.txt");
+    for rows in [1, 2, 4, 8, 16] {
+        let sizes = format!("Sizes {{ t: {rows}, b: {rows}, r: {rows} }} GreedyOnly");
+        assert_eq!(decode.contains(&sizes), rows <= 4, "{rows}");
+        assert!(decode.contains(&sizes.replace("GreedyOnly", "Greedy")));
+    }
+    // GEMMs are there with every kernel that they can choose, each kernel with its text.
+    assert!(decode.contains("m8_n4096_k4096_residual of "));
+    let kernels = |line: &str| line.split_whitespace().nth(1).map(|k| format!("{k}.cu"));
+    let launched: std::collections::BTreeSet<_> = decode
+        .lines()
+        .filter(|l| l.contains(" grid ["))
+        .filter_map(kernels)
+        .collect();
+    assert!(launched.len() > 20, "{launched:?}");
+    for kernel in launched {
+        assert!(read(&kernel).contains("__global__"), "{kernel}");
+    }
+}

@@ -12,6 +12,7 @@ use lathe_passes::egraph::cost::{CostPoint, DeviceModel};
 use lathe_passes::pipeline::{Compiled, PassConfig, compile_with};
 use lathe_passes::predict::{Prediction, kernels_by_layer, predict};
 use lathe_runtime::device::cuda::DecodeBuckets;
+use lathe_runtime::device::load::LoadOptions;
 
 use super::config_file::ConfigFile;
 use crate::cli::GlobalOptions;
@@ -66,8 +67,24 @@ pub struct Compile {
 /// `--emit`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum Emit {
-    /// CUDA C.
+    /// CUDA C of the sizes for which the programs were chosen
     Cuda,
+    /// CUDA C of all sizes that a run may meet, and of all kernels that GEMMs can choose
+    CudaBuckets,
+}
+
+/// What a run is limited to, for its buckets; where nobody says, by the default of a serving run.
+fn limits(config: &Resolved, max_pages: usize) -> LoadOptions {
+    let sequences = config.max_batch_size.value.map_or(256, |n| n as usize);
+    let page_size = config.attn_page_size.value as usize;
+    LoadOptions {
+        max_tokens: config.max_num_tokens.value.map_or(2048, |n| n as usize),
+        max_rows: sequences,
+        max_sequences: sequences,
+        max_seq_len: max_pages * page_size,
+        page_size,
+        pages: max_pages * sequences,
+    }
 }
 
 /// Folder of dumps without `--dump-dir`.
@@ -113,8 +130,14 @@ impl Compile {
         programs(&mut out, &compiled, &pass_config);
         phases.end("report");
         self.dump(&mut out, &imported, &compiled, &pass_config, &mut phases)?;
-        if let Some(Emit::Cuda) = self.emit {
-            let written = dump::emit_cuda(&self.dump_dir(), &plan, &pass_config, kernels)?;
+        if let Some(emit) = self.emit {
+            let dir = self.dump_dir();
+            let written = match emit {
+                Emit::Cuda => dump::emit_cuda(&dir, &plan, &pass_config, kernels)?,
+                Emit::CudaBuckets => {
+                    dump::emit_buckets(&dir, &plan, &limits(&config, kernels.max_pages), kernels)?
+                }
+            };
             let _ = writeln!(out);
             for path in written {
                 let _ = writeln!(out, "emit {}", path.display());

@@ -1,9 +1,11 @@
 //! Dumps of a program between passes: text that `opt` reads back, Graphviz, JSON, or one page.
 
+mod buckets;
 mod cuda;
 mod html;
 mod summary;
 
+pub use buckets::emit_buckets;
 pub use cuda::{emit_cuda, kernel_options, workspace_bytes};
 pub use html::html;
 pub use summary::{StageSummary, summaries};
