@@ -1,4 +1,4 @@
-//! Rewrite rules as data: name, stage, equation, exactness, patterns, action, samples.
+//! Rewrite rules as data: name, stage, equation, exactness, patterns, action. Their samples are files.
 //!
 //! README.md beside this crate has the rules for writing rules.
 
@@ -6,9 +6,8 @@ use crate::egraph::analysis::{Applied, Value};
 use crate::egraph::convert::add_op;
 use crate::egraph::mask::Fact;
 use crate::egraph::{EGraph, Lang, TensorAnalysis};
-use crate::sample::Gen;
 use egg::{Applier, Id, Pattern, PatternAst, Rewrite, Subst, Symbol, Var};
-use lathe_ir::{Graph, Op, TensorType, Type, infer};
+use lathe_ir::{Op, TensorType, Type, infer};
 
 /// The rulesets, in the order in which they run on one e-graph.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -63,9 +62,6 @@ impl Exactness {
     }
 }
 
-/// A graph that looks like a rule's left side but must not match: why, and the graph.
-pub type NearMiss = (&'static str, fn(&mut Gen) -> Graph);
-
 /// One rewrite rule. Rules are directed: the form on the right is one that some kernel or a later
 /// rule prefers.
 #[derive(Clone, Copy)]
@@ -84,10 +80,6 @@ pub struct Rule {
     pub lhs: &'static [&'static str],
     /// Checks the condition and adds the right side; `None` if the condition does not hold.
     pub rhs: fn(&mut Apply<'_>) -> Option<Id>,
-    /// A random graph in which the rule must match.
-    pub sample: fn(&mut Gen) -> Graph,
-    /// Graphs that look alike and must not match: why, and the graph.
-    pub near_misses: &'static [NearMiss],
 }
 
 impl std::fmt::Debug for Rule {

@@ -3,6 +3,7 @@
 
 mod common;
 
+use common::build::{Build, b, n, s};
 use common::model;
 use egg::Id;
 use lathe_ir::{BinaryFn, DType, Graph, Node, NodeId, Op, ReduceFn, UnaryFn};
@@ -10,7 +11,6 @@ use lathe_passes::egraph::convert::to_graph;
 use lathe_passes::egraph::cost::DeviceModel;
 use lathe_passes::egraph::extract::{extract, node_cost};
 use lathe_passes::pipeline::{CompileError, PassConfig, compile, terms_of};
-use lathe_passes::sample::{Build, b, n, s};
 
 const D: DType = DType::F32;
 const HIDDEN: f64 = f32::MIN as f64;

@@ -3,6 +3,7 @@
 
 mod common;
 
+use common::build::{Build, b, n, s};
 use common::{
     LLAMA_SHAPE, Noise, V, config, distance, graph_of, model, random_input, random_weight,
 };
@@ -17,7 +18,6 @@ use lathe_passes::egraph::cost::{CostPoint, DeviceModel, INFINITE};
 use lathe_passes::egraph::extract::{extract, node_cost};
 use lathe_passes::pipeline::{PassConfig, Terms, terms_of};
 use lathe_passes::region::{cut, whole};
-use lathe_passes::sample::{Build, b, n, s};
 use lathe_passes::{EGraph, Lang};
 use std::collections::BTreeMap;
 

@@ -186,6 +186,9 @@ fn the_rule_of_the_readme() {
         at += line.len();
     }
     assert!(at > 0);
+    let samples = root.join("samples/canonicalize/mul-one.ir");
+    let samples = std::fs::read_to_string(samples).unwrap();
+    assert!(readme.contains(&samples), "not in README.md:\n{samples}");
 }
 
 /// Lines only in the expectation with `-`, lines only in the result with `+`.

@@ -3,6 +3,7 @@
 
 mod common;
 
+use common::build::{Build, b, n, s};
 use common::{
     LLAMA_CONFIGS, LLAMA_SHAPE, Session, Weights, distance, is_kernel, model, term_hashes,
 };
@@ -12,7 +13,6 @@ use lathe_ir::{BinaryFn, DType, Graph, Op, Type, WeightRef};
 use lathe_passes::egraph::cost::DeviceModel;
 use lathe_passes::pipeline::{CompileError, Compiled, PassConfig, compile};
 use lathe_passes::predict::weight_only;
-use lathe_passes::sample::{Build, b, n, s};
 use lathe_passes::{Stage, chains, rules};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;

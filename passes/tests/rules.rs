@@ -9,7 +9,7 @@ use indexmap::IndexMap;
 use lathe_ir::interp::{Interp, KvState, StepMeta, Tensor, Value};
 use lathe_ir::{Graph, Op, Sym, SymEnv, Type, WeightRef};
 use lathe_passes::egraph::convert::{Choice, add_graph, to_graph};
-use lathe_passes::sample::Gen;
+use lathe_passes::sample::{self, SampleError, Samples, Template};
 use lathe_passes::{EGraph, Exactness, Lang, Rule, Stage, rules};
 use proptest::test_runner::{
     Config, FileFailurePersistence, RngAlgorithm, TestCaseError, TestRng, TestRunner,
@@ -44,6 +44,10 @@ fn saturate(graph: &Graph, rewrites: &Rewrites) -> (EGraph, Vec<Id>) {
         runner.stop_reason
     );
     (runner.egraph, ids)
+}
+
+fn samples(rule: &Rule) -> Samples {
+    Samples::of(rule).unwrap_or_else(|e| panic!("{e}"))
 }
 
 fn fired(egraph: &EGraph, rule: &Rule) -> usize {
@@ -157,8 +161,8 @@ impl World<'_> {
 
 /// Checks that the rule matches its sample of this seed and that all forms of all values are
 /// equal. Returns how many forms were compared.
-fn check(rule: &Rule, rewrites: &Rewrites, seed: u64) -> Result<usize, String> {
-    let sample = (rule.sample)(&mut Gen::new(seed));
+fn check(rule: &Rule, rewrites: &Rewrites, samples: &Samples, seed: u64) -> Result<usize, String> {
+    let sample = samples.sample(seed).map_err(|e| e.to_string())?;
     let (egraph, ids) = saturate(&sample, rewrites);
     if fired(&egraph, rule) == 0 {
         return Err(format!(
@@ -223,10 +227,10 @@ fn samples_match_and_all_forms_are_equal() {
             ..Config::default()
         };
         let rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
-        let rewrites = rule.rewrites();
+        let (rewrites, samples) = (rule.rewrites(), samples(rule));
         let result =
             TestRunner::new_with_rng(config, rng).run(&proptest::arbitrary::any::<u64>(), |seed| {
-                match check(rule, &rewrites, seed) {
+                match check(rule, &rewrites, &samples, seed) {
                     Ok(_) => Ok(()),
                     Err(e) => Err(TestCaseError::fail(e)),
                 }
@@ -245,8 +249,9 @@ fn every_pattern_matches_some_sample() {
     for rule in rules::all() {
         for (i, rewrite) in rule.rewrites().into_iter().enumerate() {
             let one = vec![rewrite];
+            let samples = samples(rule);
             let reached = (0..200).any(|seed| {
-                let sample = (rule.sample)(&mut Gen::new(seed));
+                let sample = samples.sample(seed).unwrap();
                 fired(&saturate(&sample, &one).0, rule) > 0
             });
             if !reached {
@@ -262,12 +267,12 @@ fn near_misses_do_not_match() {
     let mut matched = Vec::new();
     for rule in rules::all() {
         let rewrites = rule.rewrites();
-        for (why, build) in rule.near_misses {
+        for near_miss in samples(rule).near_misses {
             for seed in 0..16 {
-                let graph = build(&mut Gen::new(seed));
+                let graph = near_miss.graph(seed).unwrap();
                 let (egraph, _) = saturate(&graph, &rewrites);
                 if fired(&egraph, rule) > 0 {
-                    matched.push(format!("{}: {why} (seed {seed})", rule.name));
+                    matched.push(format!("{}: {} (seed {seed})", rule.name, near_miss.title));
                     break;
                 }
             }
@@ -281,8 +286,9 @@ fn near_misses_do_not_match() {
 #[test]
 fn near_misses_are_programs() {
     for rule in rules::all() {
-        for (why, build) in rule.near_misses {
-            let graph = build(&mut Gen::new(3));
+        for near_miss in samples(rule).near_misses {
+            let why = &near_miss.title;
+            let graph = near_miss.graph(3).unwrap();
             let errors: Vec<String> = lathe_ir::verify(&graph)
                 .iter()
                 .filter(|e| e.kind != lathe_ir::verify::VerifyKind::OpenAttention)
@@ -309,13 +315,8 @@ fn rules_are_complete() {
         );
         assert!(!rule.lhs.is_empty(), "{name}: no pattern");
         assert_eq!(rule.rewrites().len(), rule.lhs.len(), "{name}");
-        let sample = (rule.sample)(&mut Gen::new(0));
-        assert!(!sample.outputs().is_empty(), "{name}: the sample is empty");
-        if rule.near_misses.is_empty() {
+        if samples(rule).near_misses.is_empty() {
             bare.insert(name);
-        }
-        for (why, _) in rule.near_misses {
-            assert!(!why.is_empty(), "{name}: a near miss without a reason");
         }
         assert!(
             !matches!(rule.exactness, Exactness::Approximate(t) if t > 1e-6),
@@ -324,6 +325,105 @@ fn rules_are_complete() {
         assert!(rules::by_name(name).is_some());
     }
     assert_eq!(bare, BTreeSet::from(UNCONDITIONAL));
+}
+
+/// Every program of every file is well typed whatever stands in its holes, and must match.
+#[test]
+fn every_sample_matches() {
+    let mut missed = Vec::new();
+    for rule in rules::all() {
+        let rewrites = rule.rewrites();
+        for (i, sample) in samples(rule).samples.iter().enumerate() {
+            for seed in 0..8 {
+                let graph = sample.graph(seed).unwrap();
+                assert!(!graph.outputs().is_empty(), "{}: sample {i}", rule.name);
+                if fired(&saturate(&graph, &rewrites).0, rule) == 0 {
+                    missed.push(format!("{}: sample {i} (seed {seed})", rule.name));
+                    break;
+                }
+            }
+        }
+    }
+    assert!(missed.is_empty(), "{}", missed.join("\n"));
+}
+
+#[test]
+fn every_file_of_samples_is_of_a_rule() {
+    let rules: BTreeSet<String> = rules::all().into_iter().map(sample::path).collect();
+    let files: BTreeSet<String> = sample::files().into_iter().collect();
+    assert_eq!(files, rules);
+}
+
+/// Reads a file of one sample with this header and body.
+fn read(header: &str, body: &str) -> Result<Template, SampleError> {
+    let program = format!("graph \"g\" {{\n  %x = {body}\n  return y=%x\n}}\n");
+    let content = format!("// A comment.\n{header}--- sample\n{program}");
+    Ok(Samples::parse("f.ir", &content)?.samples.remove(0))
+}
+
+#[test]
+fn files_of_samples_are_strict() {
+    let body = "input {name=\"x\"} : f32[$(2 * h + 1)]";
+    let sample = read("//! let h = 3 | 4\n", body).unwrap();
+    let texts: BTreeSet<String> = (0..20)
+        .map(|seed| sample.graph(seed).unwrap())
+        .map(|g| lathe_ir::text::print(&g))
+        .collect();
+    assert_eq!(texts.len(), 2);
+    assert!(texts.iter().any(|t| t.contains("f32[7]")), "{texts:?}");
+
+    let cases = [
+        (
+            "//! lot h = 3\n",
+            body,
+            "f.ir:2: unknown word 'lot'; known is 'let'",
+        ),
+        (
+            "//! let h: 3\n",
+            body,
+            "f.ir:2: expected 'let NAME, .. = CHOICE | ..'",
+        ),
+        ("//! let H = 3\n", body, "f.ir:2: 'H' is no name of a hole"),
+        ("//! let h, k = 3\n", body, "f.ir:2: no program uses 'k'"),
+        (
+            "--- samples\n",
+            body,
+            "f.ir:2: expected '--- sample' or '--- near miss: REASON'",
+        ),
+        (
+            "--- near miss\n",
+            body,
+            "f.ir:2: a near miss without a reason",
+        ),
+        (
+            "graph\n",
+            body,
+            "f.ir:2: expected '--- sample' above the first program",
+        ),
+    ];
+    for (header, body, message) in cases {
+        assert_eq!(read(header, body).unwrap_err().to_string(), message);
+    }
+    let cases = [
+        ("", "input {name=\"x\"} : f32[$h]", "f.ir:4: no hole '$h'"),
+        (
+            "//! let h = a\n",
+            body,
+            "f.ir:5: '2 * h + 1' is no expression such as '2 * h + 1'",
+        ),
+        (
+            "",
+            "input {name=\"x\"} : f32[$(2]",
+            "f.ir:4: expected ')' after '$('",
+        ),
+    ];
+    for (header, body, message) in cases {
+        let e = read(header, body).unwrap().graph(0).unwrap_err();
+        assert_eq!(e.to_string(), message);
+    }
+    let e = read("", "exp %y : f32[]").unwrap().graph(0).unwrap_err();
+    assert!(e.to_string().starts_with("f.ir:4: "), "{e}");
+    assert!(Samples::parse("f.ir", "").is_err());
 }
 
 /// Elementwise rules have one pattern a function, in the order of the functions.
@@ -352,6 +452,8 @@ fn a_wrong_rule_is_found() {
         },
         ..*rules::by_name("mul-one").expect("a rule")
     };
-    let found = check(&wrong, &wrong.rewrites(), Noise::new(1, "seed").next());
+    let samples = samples(rules::by_name("mul-one").expect("a rule"));
+    let seed = Noise::new(1, "seed").next();
+    let found = check(&wrong, &wrong.rewrites(), &samples, seed);
     assert!(found.is_err_and(|e| e.contains("differs by")));
 }

@@ -6,7 +6,7 @@ use std::io::Write as _;
 use clap::Args;
 use lathe_ir::text;
 use lathe_passes::opt::{Goal, run};
-use lathe_passes::sample::Gen;
+use lathe_passes::sample::Samples;
 use lathe_passes::{Exactness, Rule, Stage, chains, rules};
 
 use crate::config::nearest;
@@ -143,13 +143,21 @@ fn explain(rule: &Rule) -> anyhow::Result<String> {
     for lhs in rule.lhs {
         let _ = writeln!(out, "  {lhs}");
     }
-    if !rule.near_misses.is_empty() {
+    let samples = Samples::of(rule)?;
+    if !samples.near_misses.is_empty() {
         let _ = writeln!(out, "\ndoes not match if");
-        for (why, _) in rule.near_misses {
+        // Several programs may stand for one reason.
+        let mut reasons: Vec<&str> = samples
+            .near_misses
+            .iter()
+            .map(|m| m.title.as_str())
+            .collect();
+        reasons.dedup();
+        for why in reasons {
             let _ = writeln!(out, "  {why}");
         }
     }
-    let before = (rule.sample)(&mut Gen::new(1));
+    let before = samples.samples[0].graph(1)?;
     let after = run(&before, &[rule.name], &Goal::Rewritten)?;
     let _ = writeln!(out, "\nexample\n{}", plain(&before));
     let _ = writeln!(out, "becomes\n{}", plain(&after.graph).trim_end());

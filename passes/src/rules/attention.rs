@@ -5,9 +5,8 @@
 
 use crate::egraph::mask::{Fact, HIDDEN};
 use crate::rule::{Apply, Exactness, Rule, Stage};
-use crate::sample::{Build, Gen, b, n, s};
 use egg::Id;
-use lathe_ir::{AttnSpec, BinaryFn, DType, Graph, Mask, NodeId, Op, Real, SdpaStage, UnaryFn};
+use lathe_ir::{AttnSpec, Dim, Op, Real, SdpaStage};
 
 pub(super) const RULES: &[Rule] = &[
     REPEAT_KV,
@@ -38,32 +37,16 @@ const REPEAT_KV: Rule = Rule {
             return None;
         };
         let g = e.get(2)?.known()?;
-        if r1 != [b, h, n(1), s, d] || e != [b, h, n(g), s, d] || r2 != [b, h * g, s, d] {
+        if r1 != [b, h, Dim::new(1), s, d]
+            || e != [b, h, Dim::new(g), s, d]
+            || r2 != [b, h * g, s, d]
+        {
             return None;
         }
         let x = a.id("?x");
         a.add(Op::RepeatKv { groups: g as u32 }, &[x])
     },
-    sample: |g| repeat(g, 2),
-    near_misses: &[("whole rounds of heads, not copies of each", |g| {
-        repeat(g, 1)
-    })],
 };
-
-/// Repeats heads `g` times: each head in a row when the new axis is 2, in rounds when it is 1.
-fn repeat(g: &mut Gen, axis: usize) -> Graph {
-    let mut q = Build::new();
-    let (h, copies, d) = (g.wide(), g.wide(), g.dim());
-    let x = q.input("x", g.float(), &[b(), n(h), s(), n(d)]);
-    let mut one = vec![b(), n(h), s(), n(d)];
-    one.insert(axis, n(1));
-    let mut many = one.clone();
-    many[axis] = n(copies);
-    let y = q.reshape(x, &one);
-    let y = q.op(Op::Expand(many), &[y]);
-    let y = q.reshape(y, &[b(), n(h * copies), s(), n(d)]);
-    q.done(&[y])
-}
 
 const OPEN: Rule = Rule {
     name: "attention-open",
@@ -80,20 +63,6 @@ const OPEN: Rule = Rule {
         let (s, v) = (a.id("?s"), a.id("?v"));
         a.add(Op::Sdpa(AttnSpec::open()), &[s, v])
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let (scores, v) = operands(&mut q, g, DType::F32);
-        let p = q.op(Op::Softmax, &[scores]);
-        let y = q.op(Op::Matmul, &[p, v]);
-        q.done(&[y])
-    },
-    near_misses: &[("the weights are not normalised", |g| {
-        let mut q = Build::new();
-        let (scores, v) = operands(&mut q, g, DType::F32);
-        let p = q.un(UnaryFn::Exp, scores);
-        let y = q.op(Op::Matmul, &[p, v]);
-        q.done(&[y])
-    })],
 };
 
 const PEEL_MASK: Rule = Rule {
@@ -122,50 +91,6 @@ const PEEL_MASK: Rule = Rule {
         };
         a.add(Op::Sdpa(spec), &[s, v])
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let dt = g.float();
-        let (scores, v) = operands(&mut q, g, dt);
-        let (window, spelling) = (g.pick(&[None, Some(3)]), g.pick(&[0, 1, 2, 3]));
-        let m = mask(&mut q, dt, window, spelling);
-        let (x, y) = g.pick(&[(scores, m), (m, scores)]);
-        let y = q.bin(BinaryFn::Add, x, y);
-        let y = q.op(Op::Sdpa(AttnSpec::open()), &[y, v]);
-        q.done(&[y])
-    },
-    near_misses: &[
-        ("an arbitrary bias", |g| {
-            let mut q = Build::new();
-            let (scores, v) = operands(&mut q, g, DType::F32);
-            let m = q.input("bias", DType::F32, &[s(), s()]);
-            let y = q.bin(BinaryFn::Add, scores, m);
-            let y = q.op(Op::Sdpa(AttnSpec::open()), &[y, v]);
-            q.done(&[y])
-        }),
-        ("only later keys are seen", |g| {
-            let mut q = Build::new();
-            let (scores, v) = operands(&mut q, g, DType::F32);
-            let (i, j) = indices(&mut q);
-            let seen = q.bin(BinaryFn::Gt, j, i);
-            let m = additive(&mut q, seen, DType::F32);
-            let y = q.bin(BinaryFn::Add, scores, m);
-            let y = q.op(Op::Sdpa(AttnSpec::open()), &[y, v]);
-            q.done(&[y])
-        }),
-        ("the mask is under a scale that was peeled already", |g| {
-            let mut q = Build::new();
-            let (scores, v) = operands(&mut q, g, DType::F32);
-            let m = mask(&mut q, DType::F32, None, 0);
-            let y = q.bin(BinaryFn::Add, scores, m);
-            let spec = AttnSpec {
-                scale: Real::new(0.5),
-                stage: SdpaStage::Scale,
-                ..AttnSpec::open()
-            };
-            let y = q.op(Op::Sdpa(spec), &[y, v]);
-            q.done(&[y])
-        }),
-    ],
 };
 
 /// Whether the inner scores have the full extents: a mask or factor that widens them is no
@@ -214,43 +139,7 @@ const PEEL_MASK_FILL: Rule = Rule {
         };
         a.add(Op::Sdpa(spec), &[s, v])
     },
-    sample: |g| fill(g, true),
-    near_misses: &[
-        ("the seen pairs are filled", |g| fill(g, false)),
-        ("the filler is a score", |g| {
-            let mut q = Build::new();
-            let (scores, v) = operands(&mut q, g, DType::F32);
-            let (i, j) = indices(&mut q);
-            let seen = q.bin(BinaryFn::Le, j, i);
-            let small = q.konst(-1.0, DType::F32);
-            let y = q.op(Op::Where, &[seen, scores, small]);
-            let y = q.op(Op::Sdpa(AttnSpec::open()), &[y, v]);
-            q.done(&[y])
-        }),
-    ],
 };
-
-fn fill(g: &mut Gen, keep_seen: bool) -> Graph {
-    let mut q = Build::new();
-    let (scores, v) = operands(&mut q, g, DType::F32);
-    let (i, j) = indices(&mut q);
-    let big = q.konst(-1e9, DType::F32);
-    // `masked_fill` says what is hidden, `where` what is seen.
-    let says_seen = g.pick(&[true, false]);
-    let f = if says_seen {
-        BinaryFn::Le
-    } else {
-        BinaryFn::Gt
-    };
-    let said = q.bin(f, j, i);
-    let y = if says_seen == keep_seen {
-        q.op(Op::Where, &[said, scores, big])
-    } else {
-        q.op(Op::Where, &[said, big, scores])
-    };
-    let y = q.op(Op::Sdpa(AttnSpec::open()), &[y, v]);
-    q.done(&[y])
-}
 
 const PEEL_SOFTCAP: Rule = Rule {
     name: "attention-softcap",
@@ -283,26 +172,7 @@ const PEEL_SOFTCAP: Rule = Rule {
         }
         a.add(Op::Sdpa(spec), &[s, v])
     },
-    sample: |g| softcap(g, 5.0, 5.0),
-    near_misses: &[("the factors differ", |g| softcap(g, 5.0, 4.0))],
 };
-
-fn softcap(g: &mut Gen, inner: f64, outer: f64) -> Graph {
-    let mut q = Build::new();
-    let (scores, v) = operands(&mut q, g, DType::F32);
-    let y = if g.pick(&[true, false]) {
-        let c = q.konst(inner, DType::F32);
-        q.bin(BinaryFn::Div, scores, c)
-    } else {
-        let c = q.konst(1.0 / inner, DType::F32);
-        q.bin(BinaryFn::Mul, scores, c)
-    };
-    let y = q.un(UnaryFn::Tanh, y);
-    let c = q.konst(outer, DType::F32);
-    let y = q.bin(BinaryFn::Mul, y, c);
-    let y = q.op(Op::Sdpa(AttnSpec::open()), &[y, v]);
-    q.done(&[y])
-}
 
 const PEEL_SCALE: Rule = Rule {
     name: "attention-scale",
@@ -328,23 +198,6 @@ const PEEL_SCALE: Rule = Rule {
         };
         a.add(Op::Sdpa(spec), &[s, v])
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let (scores, v) = operands(&mut q, g, DType::F32);
-        let c = q.konst(0.25, DType::F32);
-        let f = g.pick(&[BinaryFn::Mul, BinaryFn::Div]);
-        let y = q.bin(f, scores, c);
-        let y = q.op(Op::Sdpa(AttnSpec::open()), &[y, v]);
-        q.done(&[y])
-    },
-    near_misses: &[("the factor is no constant", |g| {
-        let mut q = Build::new();
-        let (scores, v) = operands(&mut q, g, DType::F32);
-        let c = q.input("c", DType::F32, &[]);
-        let y = q.bin(BinaryFn::Mul, scores, c);
-        let y = q.op(Op::Sdpa(AttnSpec::open()), &[y, v]);
-        q.done(&[y])
-    })],
 };
 
 const CLOSE: Rule = Rule {
@@ -368,28 +221,7 @@ const CLOSE: Rule = Rule {
         let ops = [a.id("?q"), a.id("?k"), a.id("?v")];
         a.add(Op::Attn(spec), &ops)
     },
-    sample: |g| close(g, false),
-    near_misses: &[("scores of other rows than the values", |g| close(g, true))],
 };
-
-fn close(g: &mut Gen, foreign: bool) -> Graph {
-    let mut q = Build::new();
-    let (dt, h, d) = (g.float(), g.dim(), g.wide());
-    let shape = [b(), n(h), s(), n(d)];
-    let x = q.input("q", dt, &shape);
-    let v = q.input("v", dt, &shape);
-    let kt = if foreign {
-        // Keys that come transposed along the heads are no keys of these values.
-        let k = q.input("k", dt, &[b(), s(), n(h), n(d)]);
-        q.permute(k, &[0, 2, 3, 1])
-    } else {
-        let k = q.input("k", dt, &shape);
-        q.permute(k, &[0, 1, 3, 2])
-    };
-    let y = q.op(Op::Matmul, &[x, kt]);
-    let y = q.op(Op::Sdpa(AttnSpec::open()), &[y, v]);
-    q.done(&[y])
-}
 
 const GQA: Rule = Rule {
     name: "attention-gqa",
@@ -409,95 +241,4 @@ const GQA: Rule = Rule {
         let ops = [a.id("?q"), a.id("?k"), a.id("?v")];
         a.add(Op::Attn(spec), &ops)
     },
-    sample: |g| gqa(g, true),
-    near_misses: &[("only the keys are repeated", |g| gqa(g, false))],
 };
-
-fn gqa(g: &mut Gen, both: bool) -> Graph {
-    let mut q = Build::new();
-    let (dt, h, groups, d) = (g.float(), g.dim(), g.wide(), g.dim());
-    let few = [b(), n(h), s(), n(d)];
-    let many = [b(), n(h * groups), s(), n(d)];
-    let repeat = Op::RepeatKv {
-        groups: groups as u32,
-    };
-    let x = q.input("q", dt, &many);
-    let k = q.input("k", dt, &few);
-    let k = q.op(repeat.clone(), &[k]);
-    let v = if both {
-        let v = q.input("v", dt, &few);
-        q.op(repeat, &[v])
-    } else {
-        q.input("v", dt, &many)
-    };
-    let spec = AttnSpec {
-        stage: SdpaStage::Closed,
-        mask: Mask::CAUSAL,
-        ..AttnSpec::open()
-    };
-    let y = q.op(Op::Attn(spec), &[x, k, v]);
-    q.done(&[y])
-}
-
-/// Scores `[B,H,S,S]` and values `[B,H,S,D]`.
-fn operands(q: &mut Build, g: &mut Gen, dt: DType) -> (NodeId, NodeId) {
-    let (h, d) = (g.dim(), g.dim());
-    let scores = q.input("scores", dt, &[b(), n(h), s(), s()]);
-    let v = q.input("v", dt, &[b(), n(h), s(), n(d)]);
-    (scores, v)
-}
-
-/// Query indices `[S,1]` and key indices `[1,S]`.
-fn indices(q: &mut Build) -> (NodeId, NodeId) {
-    let i = q.op(
-        Op::Iota {
-            len: s(),
-            dtype: DType::I64,
-        },
-        &[],
-    );
-    let rows = q.reshape(i, &[s(), n(1)]);
-    let cols = q.reshape(i, &[n(1), s()]);
-    (rows, cols)
-}
-
-fn additive(q: &mut Build, seen: NodeId, dt: DType) -> NodeId {
-    let zero = q.konst(0.0, dt);
-    let min = q.konst(-1e9, dt);
-    q.op(Op::Where, &[seen, zero, min])
-}
-
-/// A causal mask, with a window if given, in one of four spellings.
-fn mask(q: &mut Build, dt: DType, window: Option<i64>, spelling: u8) -> NodeId {
-    let (i, j) = indices(q);
-    let mut seen = match spelling {
-        0 => q.bin(BinaryFn::Le, j, i),
-        1 => q.bin(BinaryFn::Ge, i, j),
-        2 => {
-            let one = q.konst(1.0, DType::I64);
-            let next = q.bin(BinaryFn::Add, i, one);
-            q.bin(BinaryFn::Lt, j, next)
-        }
-        _ => {
-            let later = q.bin(BinaryFn::Gt, j, i);
-            q.un(UnaryFn::Not, later)
-        }
-    };
-    if let Some(w) = window {
-        let w = q.konst(w as f64, DType::I64);
-        let first = q.bin(BinaryFn::Sub, i, w);
-        let recent = q.bin(BinaryFn::Gt, j, first);
-        seen = q.bin(BinaryFn::And, seen, recent);
-    }
-    let m = if spelling == 3 {
-        // (1 - seen) * min, as in older models.
-        let one = q.konst(1.0, dt);
-        let seen = q.op(Op::Cast(dt), &[seen]);
-        let hidden = q.bin(BinaryFn::Sub, one, seen);
-        let min = q.konst(-1e9, dt);
-        q.bin(BinaryFn::Mul, hidden, min)
-    } else {
-        additive(q, seen, dt)
-    };
-    q.reshape(m, &[n(1), n(1), s(), s()])
-}

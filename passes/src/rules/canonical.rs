@@ -1,8 +1,7 @@
 //! Spellings of the same thing get one form, so that later rules need one pattern each.
 
 use crate::rule::{Exactness, Rule, Stage};
-use crate::sample::{Build, b, n, s};
-use lathe_ir::{BinaryFn, DType, Op};
+use lathe_ir::{BinaryFn, Op};
 
 pub(super) const RULES: &[Rule] = &[
     MUL_ONE,
@@ -25,33 +24,6 @@ const MUL_ONE: Rule = Rule {
         let x = a.id("?x");
         (a.konst("?c") == Some(1.0) && a.value(x).ty == a.value(a.root).ty).then_some(x)
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let d = g.float();
-        let x = q.input("x", d, &[n(g.dim()), n(g.dim())]);
-        let c = q.konst(1.0, d);
-        let (a, b) = g.pick(&[(x, c), (c, x)]);
-        let y = q.bin(BinaryFn::Mul, a, b);
-        q.done(&[y])
-    },
-    near_misses: &[
-        ("the constant is not 1", |g| {
-            let mut q = Build::new();
-            let x = q.input("x", DType::F32, &[n(g.dim())]);
-            let c = q.konst(1.5, DType::F32);
-            let y = q.bin(BinaryFn::Mul, x, c);
-            q.done(&[y])
-        }),
-        ("the constant widens x", |_| {
-            let mut q = Build::new();
-            let x = q.input("x", DType::F32, &[n(1)]);
-            let c = q.konst(1.0, DType::F32);
-            let c = q.reshape(c, &[n(1)]);
-            let c = q.op(Op::Expand(vec![n(3)]), &[c]);
-            let y = q.bin(BinaryFn::Mul, x, c);
-            q.done(&[y])
-        }),
-    ],
 };
 
 const MUL_CONST_RIGHT: Rule = Rule {
@@ -73,22 +45,6 @@ const MUL_CONST_RIGHT: Rule = Rule {
         }
         a.add(Op::Binary(BinaryFn::Mul), &[x, w])
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let (d, h) = (g.float(), g.dim());
-        let x = q.input("x", d, &[n(g.dim()), n(h)]);
-        let w = q.weight("w", d, &[h]);
-        let y = q.bin(BinaryFn::Mul, w, x);
-        q.done(&[y])
-    },
-    near_misses: &[("both sides vary", |g| {
-        let mut q = Build::new();
-        let h = g.dim();
-        let x = q.input("x", DType::F32, &[n(h)]);
-        let z = q.input("z", DType::F32, &[n(h)]);
-        let y = q.bin(BinaryFn::Mul, x, z);
-        q.done(&[y])
-    })],
 };
 
 const LINEAR: Rule = Rule {
@@ -107,35 +63,6 @@ const LINEAR: Rule = Rule {
         let y = a.add(Op::Linear, &[x, w])?;
         (a.value(y).ty == a.value(a.root).ty).then_some(y)
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let (d, k, o) = (g.float(), g.dim(), g.dim());
-        let x = q.input("x", d, &[b(), s(), n(k)]);
-        let w = q.weight("w", d, &[o, k]);
-        let wt = q.permute(w, &[1, 0]);
-        let y = q.op(Op::Matmul, &[x, wt]);
-        q.done(&[y])
-    },
-    near_misses: &[
-        ("a batch of transposes", |g| {
-            let mut q = Build::new();
-            let (h, k) = (g.wide(), g.dim());
-            let x = q.input("x", DType::F32, &[n(h), n(3), n(k)]);
-            let z = q.input("z", DType::F32, &[n(h), n(5), n(k)]);
-            let zt = q.permute(z, &[0, 2, 1]);
-            let y = q.op(Op::Matmul, &[x, zt]);
-            q.done(&[y])
-        }),
-        ("no transpose", |g| {
-            let mut q = Build::new();
-            let k = g.dim();
-            let x = q.input("x", DType::F32, &[n(3), n(k)]);
-            let w = q.weight("w", DType::F32, &[k, k]);
-            let w = q.permute(w, &[0, 1]);
-            let y = q.op(Op::Matmul, &[x, w]);
-            q.done(&[y])
-        }),
-    ],
 };
 
 const LINEAR_STORED: Rule = Rule {
@@ -163,39 +90,6 @@ const LINEAR_STORED: Rule = Rule {
         let y = a.add(Op::Linear, &[x, wt])?;
         (a.value(y).ty == a.value(a.root).ty).then_some(y)
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let (d, k, o) = (g.float(), g.dim(), g.dim());
-        let x = q.input("x", d, &[b(), s(), n(k)]);
-        let w = q.weight("w", d, &[k, o + 2]);
-        let cut = q.op(
-            Op::Slice {
-                axis: 1,
-                start: 1,
-                end: o + 1,
-            },
-            &[w],
-        );
-        let w = g.pick(&[w, cut]);
-        let y = q.op(Op::Matmul, &[x, w]);
-        q.done(&[y])
-    },
-    near_misses: &[("the second factor varies", |g| {
-        let mut q = Build::new();
-        let k = g.dim();
-        let x = q.input("x", DType::F32, &[n(3), n(k)]);
-        let z = q.input("z", DType::F32, &[n(k), n(k + 2)]);
-        let z = q.op(
-            Op::Slice {
-                axis: 1,
-                start: 0,
-                end: k,
-            },
-            &[z],
-        );
-        let y = q.op(Op::Matmul, &[x, z]);
-        q.done(&[y])
-    })],
 };
 
 const SCALE_OUT_OF_SCORES: Rule = Rule {
@@ -212,26 +106,6 @@ const SCALE_OUT_OF_SCORES: Rule = Rule {
         let y = a.add(Op::Binary(BinaryFn::Mul), &[scores, c])?;
         (a.value(y).ty == a.value(a.root).ty).then_some(y)
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let (d, h, e) = (g.float(), g.dim(), g.dim());
-        let x = q.input("q", d, &[b(), n(h), s(), n(e)]);
-        let k = q.input("k", d, &[b(), n(h), n(e), s()]);
-        let c = q.konst(0.25, d);
-        let x = q.bin(BinaryFn::Mul, x, c);
-        let y = q.op(Op::Matmul, &[x, k]);
-        q.done(&[y])
-    },
-    near_misses: &[("the factor varies over the features", |g| {
-        let mut q = Build::new();
-        let e = g.wide();
-        let x = q.input("q", DType::F32, &[s(), n(e)]);
-        let k = q.input("k", DType::F32, &[n(e), s()]);
-        let c = q.weight("c", DType::F32, &[e]);
-        let x = q.bin(BinaryFn::Mul, x, c);
-        let y = q.op(Op::Matmul, &[x, k]);
-        q.done(&[y])
-    })],
 };
 
 const RESHAPE_RESHAPE: Rule = Rule {
@@ -248,22 +122,4 @@ const RESHAPE_RESHAPE: Rule = Rule {
         let x = a.id("?x");
         a.reshape(x, to)
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let (h, d) = (g.dim(), g.wide());
-        let x = q.input("x", g.float(), &[n(h * d)]);
-        let y = q.reshape(x, &[n(h), n(d)]);
-        let back: [&[lathe_ir::Dim]; 2] = [&[n(h * d)], &[n(d), n(h)]];
-        let y = q.reshape(y, back[g.pick(&[0, 1])]);
-        q.done(&[y])
-    },
-    near_misses: &[("a transpose between the views", |g| {
-        let mut q = Build::new();
-        let (h, d) = (g.wide(), g.wide());
-        let x = q.input("x", DType::F32, &[n(h * d)]);
-        let y = q.reshape(x, &[n(h), n(d)]);
-        let y = q.permute(y, &[1, 0]);
-        let y = q.reshape(y, &[n(h * d)]);
-        q.done(&[y])
-    })],
 };

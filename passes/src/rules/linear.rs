@@ -1,9 +1,7 @@
 //! Projections become GEMMs with bias and residual.
 
-use super::norm::gemm;
 use crate::rule::{Exactness, Rule, Stage};
-use crate::sample::{Build, n, t};
-use lathe_ir::{BinaryFn, DType, Epilogue, GemmSpec, Op, Type};
+use lathe_ir::{Epilogue, GemmSpec, Op, Type};
 
 pub(super) const RULES: &[Rule] = &[GEMM, GEMM_BIAS, GEMM_RESIDUAL];
 
@@ -22,22 +20,6 @@ const GEMM: Rule = Rule {
         let none = a.none();
         a.add(Op::Gemm(GemmSpec::PLAIN), &[x, w, none, none, none, none])
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let (d, k, o) = (g.float(), g.dim(), g.dim());
-        let x = q.input("x", d, &[t(), n(k)]);
-        let w = q.weight("w", d, &[o, k]);
-        let y = q.op(Op::Linear, &[x, w]);
-        q.done(&[y])
-    },
-    near_misses: &[("x is no matrix of rows", |g| {
-        let mut q = Build::new();
-        let k = g.dim();
-        let x = q.input("x", DType::F32, &[n(2), t(), n(k)]);
-        let w = q.weight("w", DType::F32, &[3, k]);
-        let y = q.op(Op::Linear, &[x, w]);
-        q.done(&[y])
-    })],
 };
 
 const GEMM_BIAS: Rule = Rule {
@@ -57,26 +39,6 @@ const GEMM_BIAS: Rule = Rule {
         let y = a.add(Op::Gemm(GemmSpec::PLAIN), &[x, w, b, none, none, none])?;
         (a.value(y).ty == a.value(a.root).ty).then_some(y)
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let (d, k, o) = (g.float(), g.dim(), g.dim());
-        let x = q.input("x", d, &[t(), n(k)]);
-        let w = q.weight("w", d, &[o, k]);
-        let b = q.weight("b", d, &[o]);
-        let y = q.op(Op::Linear, &[x, w]);
-        let y = q.bin(BinaryFn::Add, y, b);
-        q.done(&[y])
-    },
-    near_misses: &[("the addend varies with the rows", |g| {
-        let mut q = Build::new();
-        let (k, o) = (g.dim(), g.dim());
-        let x = q.input("x", DType::F32, &[t(), n(k)]);
-        let z = q.input("z", DType::F32, &[t(), n(o)]);
-        let w = q.weight("w", DType::F32, &[o, k]);
-        let y = q.op(Op::Linear, &[x, w]);
-        let y = q.bin(BinaryFn::Add, y, z);
-        q.done(&[y])
-    })],
 };
 
 const GEMM_RESIDUAL: Rule = Rule {
@@ -113,23 +75,4 @@ const GEMM_RESIDUAL: Rule = Rule {
         let y = a.add(Op::Gemm(spec), &ops)?;
         (a.value(y).ty == a.value(a.root).ty && a.value(y).ty != Type::None).then_some(y)
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let (d, k, o) = (g.float(), g.dim(), g.dim());
-        let x = q.input("x", d, &[t(), n(k)]);
-        let r = q.input("r", d, &[t(), n(o)]);
-        let y = gemm(&mut q, x, k, o, d);
-        let (a, b) = g.pick(&[(r, y), (y, r)]);
-        let y = q.bin(BinaryFn::Add, a, b);
-        q.done(&[y])
-    },
-    near_misses: &[("the addend is one row for all", |g| {
-        let mut q = Build::new();
-        let (k, o) = (g.dim(), g.dim());
-        let x = q.input("x", DType::F32, &[t(), n(k)]);
-        let r = q.input("r", DType::F32, &[n(o)]);
-        let y = gemm(&mut q, x, k, o, DType::F32);
-        let y = q.bin(BinaryFn::Add, r, y);
-        q.done(&[y])
-    })],
 };

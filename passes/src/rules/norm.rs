@@ -2,11 +2,8 @@
 
 use super::softmax::reduces_last;
 use crate::rule::{Apply, Exactness, Rule, Stage};
-use crate::sample::{Build, Gen, n, t};
 use egg::Id;
-use lathe_ir::{
-    BinaryFn, DType, Epilogue, GemmSpec, Graph, NodeId, Op, Prologue, Real, ReduceFn, UnaryFn,
-};
+use lathe_ir::{BinaryFn, DType, GemmSpec, Op, Prologue, Real, ReduceFn};
 
 pub(super) const RECOGNIZE: &[Rule] = &[RMSNORM, RMSNORM_UPCAST];
 pub(super) const FUSE: &[Rule] = &[
@@ -27,40 +24,6 @@ const RMSNORM: Rule = Rule {
         let x = a.id("?x");
         recognize(a, x)
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let h = g.dim();
-        let x = q.input("x", DType::F32, &[n(g.dim()), n(h)]);
-        let y = parts(&mut q, x, h, DType::F32, 2.0);
-        q.done(&[y])
-    },
-    near_misses: &[
-        ("a cube, not a square", |g| {
-            let mut q = Build::new();
-            let h = g.dim();
-            let x = q.input("x", DType::F32, &[n(g.dim()), n(h)]);
-            let y = parts(&mut q, x, h, DType::F32, 3.0);
-            q.done(&[y])
-        }),
-        ("the mean is over rows", |g| {
-            let mut q = Build::new();
-            let h = g.wide();
-            let x = q.input("x", DType::F32, &[n(3), n(h)]);
-            let two = q.konst(2.0, DType::F32);
-            let p = q.bin(BinaryFn::Pow, x, two);
-            let f = ReduceFn::Mean;
-            let m = q.op(
-                Op::Reduce {
-                    f,
-                    axis: 0,
-                    keepdim: true,
-                },
-                &[p],
-            );
-            let y = finish(&mut q, x, m, h, DType::F32);
-            q.done(&[y])
-        }),
-    ],
 };
 
 const RMSNORM_UPCAST: Rule = Rule {
@@ -80,20 +43,6 @@ const RMSNORM_UPCAST: Rule = Rule {
         let x = a.id("?x");
         recognize(a, x)
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let h = g.dim();
-        let x = q.input("x", DType::BF16, &[n(g.dim()), n(h)]);
-        let y = parts(&mut q, x, h, DType::BF16, 2.0);
-        q.done(&[y])
-    },
-    near_misses: &[("the result has another type than x", |g| {
-        let mut q = Build::new();
-        let h = g.dim();
-        let x = q.input("x", DType::BF16, &[n(g.dim()), n(h)]);
-        let y = parts(&mut q, x, h, DType::F16, 2.0);
-        q.done(&[y])
-    })],
 };
 
 fn recognize(a: &mut Apply<'_>, x: Id) -> Option<Id> {
@@ -125,25 +74,6 @@ const ADD_RMSNORM: Rule = Rule {
         a.unite(sum, first);
         a.add(Op::Get(1), &[both])
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let (dt, h) = (g.float(), g.dim());
-        let shape = [t(), n(h)];
-        let r = q.input("r", dt, &shape);
-        let d = q.input("d", dt, &shape);
-        let x = q.bin(BinaryFn::Add, r, d);
-        let y = norm(&mut q, x, h, dt);
-        q.done(&[x, y])
-    },
-    near_misses: &[("the delta broadcasts", |g| {
-        let mut q = Build::new();
-        let h = g.wide();
-        let r = q.input("r", DType::F32, &[t(), n(h)]);
-        let d = q.input("d", DType::F32, &[n(h)]);
-        let x = q.bin(BinaryFn::Add, r, d);
-        let y = norm(&mut q, x, h, DType::F32);
-        q.done(&[y])
-    })],
 };
 
 const PROLOGUE_RMS: Rule = Rule {
@@ -171,31 +101,6 @@ const PROLOGUE_RMS: Rule = Rule {
             &[ops[0], ops[1], ops[2], ops[3], ops[4], none],
         )
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let (dt, h, o) = (g.float(), g.dim(), g.dim());
-        let x = q.input("x", dt, &[t(), n(h)]);
-        let y = norm(&mut q, x, h, dt);
-        let y = gemm(&mut q, y, h, o, dt);
-        q.done(&[y])
-    },
-    near_misses: &[("the GEMM has a prologue already", |g| {
-        let mut q = Build::new();
-        let h = g.wide();
-        let x = q.input("x", DType::F32, &[t(), n(h)]);
-        let y = norm(&mut q, x, h, DType::F32);
-        let w = q.weight("w", DType::F32, &[h, h]);
-        let g2 = q.weight("g2", DType::F32, &[h]);
-        let none = q.none();
-        let spec = GemmSpec {
-            prologue: Prologue::Rms {
-                eps: Real::new(1e-5),
-            },
-            epilogue: Epilogue::None,
-        };
-        let y = q.op(Op::Gemm(spec), &[y, w, none, none, g2, none]);
-        q.done(&[y])
-    })],
 };
 
 const GAMMA_INTO_WEIGHT: Rule = Rule {
@@ -225,47 +130,7 @@ const GAMMA_INTO_WEIGHT: Rule = Rule {
         let (x, b, res, none) = (a.id("?x"), a.id("?b"), a.id("?res"), a.none());
         a.add(Op::Gemm(spec), &[x, scaled, b, res, none, none])
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let (dt, h, o) = (g.float(), g.dim(), g.dim());
-        let x = q.input("x", dt, &[t(), n(h)]);
-        let w = q.weight("w", dt, &[o, h]);
-        let y = rms_gemm(&mut q, x, w, h, dt);
-        q.done(&[y])
-    },
-    near_misses: &[
-        ("the weight is an embedding too", |g| {
-            let mut q = Build::new();
-            let (dt, h) = (g.float(), g.dim());
-            let x = q.input("x", dt, &[t(), n(h)]);
-            let w = q.weight("w", dt, &[8, h]);
-            let ids = q.input("ids", DType::I32, &[t()]);
-            let e = q.op(Op::Embedding, &[w, ids]);
-            let y = rms_gemm(&mut q, x, w, h, dt);
-            q.done(&[e, y])
-        }),
-        ("the weight varies", |g| {
-            let mut q = Build::new();
-            let (dt, h) = (g.float(), g.dim());
-            let x = q.input("x", dt, &[t(), n(h)]);
-            let w = q.input("w", dt, &[n(3), n(h)]);
-            let y = rms_gemm(&mut q, x, w, h, dt);
-            q.done(&[y])
-        }),
-    ],
 };
-
-fn rms_gemm(q: &mut Build, x: NodeId, w: NodeId, h: i64, dt: DType) -> NodeId {
-    let gamma = q.weight("gamma", dt, &[h]);
-    let none = q.none();
-    let spec = GemmSpec {
-        prologue: Prologue::Rms {
-            eps: Real::new(1e-5),
-        },
-        epilogue: Epilogue::None,
-    };
-    q.op(Op::Gemm(spec), &[x, w, none, none, gamma, none])
-}
 
 const PROLOGUE_ADD_RMS: Rule = Rule {
     name: "add-norm-into-gemm",
@@ -294,55 +159,4 @@ const PROLOGUE_ADD_RMS: Rule = Rule {
         a.unite(old_sum, new_sum);
         a.add(Op::Get(1), &[both])
     },
-    sample: |g| add_norm_gemm(g, 1),
-    near_misses: &[("the GEMM reads the sum, not the norm", |g| {
-        add_norm_gemm(g, 0)
-    })],
 };
-
-fn add_norm_gemm(g: &mut Gen, element: u8) -> Graph {
-    let mut q = Build::new();
-    let (dt, h, o) = (g.float(), g.dim(), g.dim());
-    let shape = [t(), n(h)];
-    let r = q.input("r", dt, &shape);
-    let d = q.input("d", dt, &shape);
-    let w = q.weight("gamma", dt, &[h]);
-    let eps = Real::new(1e-5);
-    let both = q.op(Op::AddRms { eps }, &[r, d, w]);
-    let sum = q.op(Op::Get(0), &[both]);
-    let y = q.op(Op::Get(element), &[both]);
-    let y = gemm(&mut q, y, h, o, dt);
-    q.done(&[sum, y])
-}
-
-fn norm(q: &mut Build, x: NodeId, h: i64, dt: DType) -> NodeId {
-    let w = q.weight("gamma", dt, &[h]);
-    let eps = Real::new(1e-5);
-    q.op(Op::RmsNorm { eps }, &[x, w])
-}
-
-/// A plain GEMM of `[T, k]` rows with an `[o, k]` weight.
-pub(super) fn gemm(q: &mut Build, x: NodeId, k: i64, o: i64, dt: DType) -> NodeId {
-    let w = q.weight("w", dt, &[o, k]);
-    let none = q.none();
-    q.op(Op::Gemm(GemmSpec::PLAIN), &[x, w, none, none, none, none])
-}
-
-/// RMSNorm in parts as Hugging Face writes it, with the result in type `out`.
-fn parts(q: &mut Build, x: NodeId, h: i64, out: DType, power: f64) -> NodeId {
-    let x32 = q.cast(x, DType::F32);
-    let two = q.konst(power, DType::F32);
-    let p = q.bin(BinaryFn::Pow, x32, two);
-    let m = q.reduce_last(ReduceFn::Mean, p);
-    finish(q, x32, m, h, out)
-}
-
-fn finish(q: &mut Build, x32: NodeId, mean: NodeId, h: i64, out: DType) -> NodeId {
-    let eps = q.konst(1e-5, DType::F32);
-    let v = q.bin(BinaryFn::Add, mean, eps);
-    let r = q.un(UnaryFn::Rsqrt, v);
-    let y = q.bin(BinaryFn::Mul, x32, r);
-    let y = q.cast(y, out);
-    let w = q.weight("w", out, &[h]);
-    q.bin(BinaryFn::Mul, y, w)
-}

@@ -1,12 +1,8 @@
 //! Packed projections of q, k and v with head norms and RoPE, joined in the attention step.
 
 use crate::rule::{Apply, Exactness, Rule, Stage};
-use crate::sample::{Build, Gen, n, t};
 use egg::Id;
-use lathe_ir::{
-    AttnSpec, BinaryFn, DType, GemmSpec, Graph, Mask, NodeId, Op, PackKind, ProjSpec, QkvSpec,
-    Real, RopeSpec, SdpaStage,
-};
+use lathe_ir::{Dim, GemmSpec, Op, PackKind, ProjSpec, QkvSpec};
 
 pub(super) const RULES: &[Rule] = &[PROJ, PROJ_BIAS, PROJ_NORM, PROJ_ROPE, QKV_JOIN];
 
@@ -21,20 +17,6 @@ const PROJ: Rule = Rule {
         let none = a.none();
         project(a, none)
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let y = heads(&mut q, g, false);
-        q.done(&[y])
-    },
-    near_misses: &[("the rows are split, not the features", |g| {
-        let mut q = Build::new();
-        let k = g.dim();
-        let x = q.input("x", DType::F32, &[t(), n(2), n(k)]);
-        let w = q.weight("w", DType::F32, &[6, k]);
-        let y = q.op(Op::Linear, &[x, w]);
-        let y = q.reshape(y, &[t(), n(4), n(3)]);
-        q.done(&[y])
-    })],
 };
 
 const PROJ_BIAS: Rule = Rule {
@@ -51,22 +33,6 @@ const PROJ_BIAS: Rule = Rule {
         }
         project(a, b)
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let y = heads(&mut q, g, true);
-        q.done(&[y])
-    },
-    near_misses: &[("the bias is no weight", |g| {
-        let mut q = Build::new();
-        let k = g.dim();
-        let x = q.input("x", DType::F32, &[t(), n(k)]);
-        let b = q.input("b", DType::F32, &[n(6)]);
-        let w = q.weight("w", DType::F32, &[6, k]);
-        let y = q.op(Op::Linear, &[x, w]);
-        let y = q.bin(BinaryFn::Add, y, b);
-        let y = q.reshape(y, &[t(), n(2), n(3)]);
-        q.done(&[y])
-    })],
 };
 
 fn project(a: &mut Apply<'_>, bias: Id) -> Option<Id> {
@@ -120,36 +86,6 @@ const PROJ_NORM: Rule = Rule {
         ];
         a.add(Op::Proj(spec), &ops)
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let y = proj(&mut q, g, None);
-        let w = q.weight("g", DType::F32, &[6]);
-        let y = q.op(
-            Op::RmsNorm {
-                eps: Real::new(1e-6),
-            },
-            &[y, w],
-        );
-        q.done(&[y])
-    },
-    near_misses: &[("RoPE came first", |g| {
-        let mut q = Build::new();
-        let y = proj(
-            &mut q,
-            g,
-            Some(RopeSpec {
-                scaling: Real::new(1.0),
-            }),
-        );
-        let w = q.weight("g", DType::F32, &[6]);
-        let y = q.op(
-            Op::RmsNorm {
-                eps: Real::new(1e-6),
-            },
-            &[y, w],
-        );
-        q.done(&[y])
-    })],
 };
 
 const PROJ_ROPE: Rule = Rule {
@@ -166,7 +102,7 @@ const PROJ_ROPE: Rule = Rule {
         let rows = a.ty("?x")?.shape[0];
         if spec.rope.is_some()
             || a.ty("?pos")?.shape != [rows]
-            || a.op("?s") != Op::Reshape(vec![rows, n(1)])
+            || a.op("?s") != Op::Reshape(vec![rows, Dim::new(1)])
         {
             return None;
         }
@@ -184,34 +120,6 @@ const PROJ_ROPE: Rule = Rule {
         ];
         a.add(Op::Proj(spec), &ops)
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let y = proj(&mut q, g, None);
-        let pos = q.input("positions", DType::I64, &[t()]);
-        let pos = q.reshape(pos, &[t(), n(1)]);
-        let f = q.freqs(3);
-        let y = q.op(
-            Op::Rope(RopeSpec {
-                scaling: Real::new(1.0),
-            }),
-            &[y, pos, f],
-        );
-        q.done(&[y])
-    },
-    near_misses: &[("each head has its own position", |g| {
-        let mut q = Build::new();
-        let y = proj(&mut q, g, None);
-        let pos = q.input("positions", DType::I64, &[n(2)]);
-        let pos = q.reshape(pos, &[n(1), n(2)]);
-        let f = q.freqs(3);
-        let y = q.op(
-            Op::Rope(RopeSpec {
-                scaling: Real::new(1.0),
-            }),
-            &[y, pos, f],
-        );
-        q.done(&[y])
-    })],
 };
 
 const QKV_JOIN: Rule = Rule {
@@ -273,121 +181,4 @@ const QKV_JOIN: Rule = Rule {
         let ops = [qkv, gq, gk, a.id("?pos"), a.id("?f"), a.id("?c")];
         a.add(Op::AttnQkv(spec), &ops)
     },
-    sample: |g| {
-        let with = (
-            g.pick(&[false, true]),
-            g.pick(&[false, true]),
-            g.pick(&[false, true]),
-        );
-        step(g, with, false)
-    },
-    near_misses: &[
-        ("keys are projected from other rows", |g| {
-            step(g, (false, false, true), true)
-        }),
-        ("a head of 8 features has no interleaved layout", |g| {
-            step_of(g, (false, false, true), false, 8)
-        }),
-    ],
 };
-
-fn step(g: &mut Gen, with: (bool, bool, bool), foreign: bool) -> Graph {
-    step_of(g, with, foreign, 16)
-}
-
-/// A step from three projections, with biases, head norms and RoPE as asked for.
-fn step_of(g: &mut Gen, (bias, norm, rope): (bool, bool, bool), foreign: bool, d: i64) -> Graph {
-    let mut q = Build::new();
-    let (dt, k, kv, groups) = (g.float(), g.dim(), g.pick(&[1, 2]), g.pick(&[1, 3]));
-    let x = q.input("x", dt, &[t(), n(k)]);
-    let other = if foreign {
-        q.input("z", dt, &[t(), n(k)])
-    } else {
-        x
-    };
-    let none = q.none();
-    let (pos, f) = if rope {
-        (q.input("positions", DType::I64, &[t()]), q.freqs(d / 2))
-    } else {
-        (none, none)
-    };
-    let mut part = |name: &str, x: NodeId, heads: i64, query_or_key: bool| {
-        let spec = ProjSpec {
-            heads: heads as u32,
-            head_dim: d as u32,
-            head_norm: (norm && query_or_key).then(|| Real::new(1e-6)),
-            rope: (rope && query_or_key).then(|| RopeSpec {
-                scaling: Real::new(1.0),
-            }),
-        };
-        let w = q.weight(&format!("w{name}"), dt, &[heads * d, k]);
-        let b = if bias {
-            q.weight(&format!("b{name}"), dt, &[heads * d])
-        } else {
-            none
-        };
-        let gamma = if spec.head_norm.is_some() {
-            q.weight(&format!("g{name}"), dt, &[d])
-        } else {
-            none
-        };
-        let (p, f) = if spec.rope.is_some() {
-            (pos, f)
-        } else {
-            (none, none)
-        };
-        q.op(Op::Proj(spec), &[x, w, b, gamma, p, f])
-    };
-    let query = part("q", x, kv * groups, true);
-    let key = part("k", other, kv, true);
-    let value = part("v", x, kv, false);
-    let cache = q.op(
-        Op::Cache {
-            layer: 0,
-            kv_heads: kv as u32,
-            head_dim: d as u32,
-        },
-        &[],
-    );
-    let spec = AttnSpec {
-        groups: groups as u32,
-        mask: Mask::CAUSAL,
-        stage: SdpaStage::Closed,
-        ..AttnSpec::open()
-    };
-    let y = q.op(Op::AttnStep(spec), &[query, key, value, cache]);
-    let y = q.op(Op::Get(0), &[y]);
-    q.done(&[y])
-}
-
-fn heads(q: &mut Build, g: &mut Gen, bias: bool) -> NodeId {
-    let (dt, k, h, d) = (g.float(), g.dim(), g.dim(), g.dim());
-    let x = q.input("x", dt, &[t(), n(k)]);
-    let w = q.weight("w", dt, &[h * d, k]);
-    let mut y = q.op(Op::Linear, &[x, w]);
-    if bias {
-        let b = q.weight("b", dt, &[h * d]);
-        y = q.bin(BinaryFn::Add, y, b);
-    }
-    q.reshape(y, &[t(), n(h), n(d)])
-}
-
-/// A projection into two heads of six features.
-fn proj(q: &mut Build, g: &mut Gen, rope: Option<RopeSpec>) -> NodeId {
-    let k = g.dim();
-    let x = q.input("x", DType::F32, &[t(), n(k)]);
-    let w = q.weight("w", DType::F32, &[12, k]);
-    let none = q.none();
-    let (p, f) = if rope.is_some() {
-        (q.input("positions", DType::I64, &[t()]), q.freqs(3))
-    } else {
-        (none, none)
-    };
-    let spec = ProjSpec {
-        heads: 2,
-        head_dim: 6,
-        head_norm: None,
-        rope,
-    };
-    q.op(Op::Proj(spec), &[x, w, none, none, p, f])
-}

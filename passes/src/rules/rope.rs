@@ -1,9 +1,8 @@
 //! Rotary position embedding from its parts.
 
 use crate::rule::{Apply, Exactness, Rule, Stage};
-use crate::sample::{Build, Gen, b, n, s};
 use egg::Id;
-use lathe_ir::{BinaryFn, DType, Graph, NodeId, Op, Real, RopeSpec, UnaryFn};
+use lathe_ir::{DType, Dim, Op, Real, RopeSpec};
 
 pub(super) const RULES: &[Rule] = &[ANGLES, ROPE];
 
@@ -21,8 +20,8 @@ const ANGLES: Rule = Rule {
         };
         if f.rank() != 1
             || p.rank() != 2
-            || rf != [n(1), f.shape[0], n(1)]
-            || rp != [p.shape[0], n(1), p.shape[1]]
+            || rf != [Dim::new(1), f.shape[0], Dim::new(1)]
+            || rp != [p.shape[0], Dim::new(1), p.shape[1]]
             || a.op("?t") != Op::Permute(vec![0, 2, 1])
             || a.op("?c") != Op::Cast(DType::F32)
         {
@@ -32,16 +31,6 @@ const ANGLES: Rule = Rule {
         let y = a.add(Op::Angles, &[p, f])?;
         (a.value(y).ty == a.value(a.root).ty).then_some(y)
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let y = angles(&mut q, g.dim(), &[0, 2, 1]);
-        q.done(&[y])
-    },
-    near_misses: &[("not transposed", |g| {
-        let mut q = Build::new();
-        let y = angles(&mut q, g.dim(), &[0, 1, 2]);
-        q.done(&[y])
-    })],
 };
 
 const ROPE: Rule = Rule {
@@ -80,16 +69,6 @@ const ROPE: Rule = Rule {
         let x = a.id("?x");
         a.add(Op::Rope(spec), &[x, positions, ops[1]])
     },
-    sample: |g| {
-        let scaling = g.pick(&[1.0, 1.25]);
-        rope(g, scaling, scaling, false)
-    },
-    near_misses: &[
-        ("cos and sin are scaled differently", |g| {
-            rope(g, 1.0, 1.5, false)
-        }),
-        ("the halves are not exchanged", |g| rope(g, 1.0, 1.0, true)),
-    ],
 };
 
 /// What a cos or sin operand was made of.
@@ -129,52 +108,4 @@ fn wave(a: &Apply<'_>, id: Id, f: &str) -> Option<Wave> {
             id = ops[0];
         }
     }
-}
-
-/// Angles in parts, as Hugging Face computes them; `perm` is the final transpose.
-fn angles(q: &mut Build, f: i64, perm: &[u8]) -> NodeId {
-    let freq = q.freqs(f);
-    let freq = q.reshape(freq, &[n(1), n(f), n(1)]);
-    let freq = q.op(Op::Expand(vec![b(), n(f), n(1)]), &[freq]);
-    let p = q.input("positions", DType::I64, &[b(), s()]);
-    let p = q.cast(p, DType::F32);
-    let p = q.reshape(p, &[b(), n(1), s()]);
-    let y = q.op(Op::Matmul, &[freq, p]);
-    q.permute(y, perm)
-}
-
-fn rope(g: &mut Gen, cos_scaling: f64, sin_scaling: f64, straight: bool) -> Graph {
-    let mut q = Build::new();
-    let (dt, h, f) = (g.float(), g.dim(), g.dim());
-    let freq = q.freqs(f);
-    let p = q.input("positions", DType::I64, &[b(), s()]);
-    let angles = q.op(Op::Angles, &[p, freq]);
-    let x = q.input("x", dt, &[b(), n(h), s(), n(2 * f)]);
-    let both = q.op(Op::Concat { axis: 2 }, &[angles, angles]);
-    let mut wave = |fun, scaling: f64| {
-        let y = q.un(fun, both);
-        let y = if scaling == 1.0 {
-            y
-        } else {
-            let c = q.konst(scaling, DType::F32);
-            q.bin(BinaryFn::Mul, y, c)
-        };
-        let y = q.cast(y, dt);
-        q.reshape(y, &[b(), n(1), s(), n(2 * f)])
-    };
-    let cos = wave(UnaryFn::Cos, cos_scaling);
-    let sin = wave(UnaryFn::Sin, sin_scaling);
-    let hi = q.slice(x, 3, f, 2 * f);
-    let lo = q.slice(x, 3, 0, f);
-    let rotated = if straight {
-        let lo = q.un(UnaryFn::Neg, lo);
-        q.op(Op::Concat { axis: 3 }, &[lo, hi])
-    } else {
-        let hi = q.un(UnaryFn::Neg, hi);
-        q.op(Op::Concat { axis: 3 }, &[hi, lo])
-    };
-    let y = q.bin(BinaryFn::Mul, x, cos);
-    let z = q.bin(BinaryFn::Mul, rotated, sin);
-    let y = q.bin(BinaryFn::Add, y, z);
-    q.done(&[y])
 }

@@ -2,14 +2,9 @@
 //! sampled.
 
 use crate::rule::{Exactness, Rule, Stage};
-use crate::sample::{Build, n, t};
-use lathe_ir::{BinaryFn, DType, Dim, Op, Real, Sym};
+use lathe_ir::{BinaryFn, Op};
 
 pub(super) const RULES: &[Rule] = &[SELECT_LINEAR, SELECT_RMSNORM, SELECT_ADD];
-
-fn r() -> Dim {
-    Dim::sym(Sym::R)
-}
 
 const SELECT_LINEAR: Rule = Rule {
     name: "select-linear",
@@ -26,26 +21,6 @@ const SELECT_LINEAR: Rule = Rule {
         let x = a.add(Op::Select, &[x, r])?;
         a.add(Op::Linear, &[x, w])
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let (d, k, o) = (g.float(), g.dim(), g.dim());
-        let x = q.input("x", d, &[t(), n(k)]);
-        let w = q.weight("w", d, &[o, k]);
-        let y = q.op(Op::Linear, &[x, w]);
-        let rows = q.input("rows", DType::I32, &[r()]);
-        let y = q.op(Op::Select, &[y, rows]);
-        q.done(&[y])
-    },
-    near_misses: &[("x is one row", |g| {
-        let mut q = Build::new();
-        let k = g.dim();
-        let x = q.input("x", DType::F32, &[n(k)]);
-        let w = q.weight("w", DType::F32, &[5, k]);
-        let y = q.op(Op::Linear, &[x, w]);
-        let rows = q.input("few", DType::I32, &[n(2)]);
-        let y = q.op(Op::Select, &[y, rows]);
-        q.done(&[y])
-    })],
 };
 
 const SELECT_RMSNORM: Rule = Rule {
@@ -63,36 +38,6 @@ const SELECT_RMSNORM: Rule = Rule {
         let x = a.add(Op::Select, &[x, r])?;
         a.add(e, &[x, w])
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let (d, k) = (g.float(), g.dim());
-        let x = q.input("x", d, &[t(), n(k)]);
-        let w = q.weight("w", d, &[k]);
-        let y = q.op(
-            Op::RmsNorm {
-                eps: Real::new(1e-5),
-            },
-            &[x, w],
-        );
-        let rows = q.input("rows", DType::I32, &[r()]);
-        let y = q.op(Op::Select, &[y, rows]);
-        q.done(&[y])
-    },
-    near_misses: &[("features are selected, not rows", |g| {
-        let mut q = Build::new();
-        let k = g.wide();
-        let x = q.input("x", DType::F32, &[n(k)]);
-        let w = q.weight("w", DType::F32, &[k]);
-        let y = q.op(
-            Op::RmsNorm {
-                eps: Real::new(1e-5),
-            },
-            &[x, w],
-        );
-        let rows = q.input("few", DType::I32, &[n(2)]);
-        let y = q.op(Op::Select, &[y, rows]);
-        q.done(&[y])
-    })],
 };
 
 const SELECT_ADD: Rule = Rule {
@@ -111,24 +56,4 @@ const SELECT_ADD: Rule = Rule {
         let y = a.add(Op::Select, &[y, r])?;
         a.add(Op::Binary(BinaryFn::Add), &[x, y])
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let (d, k) = (g.float(), g.dim());
-        let x = q.input("x", d, &[t(), n(k)]);
-        let z = q.input("z", d, &[t(), n(k)]);
-        let y = q.bin(BinaryFn::Add, x, z);
-        let rows = q.input("rows", DType::I32, &[r()]);
-        let y = q.op(Op::Select, &[y, rows]);
-        q.done(&[y])
-    },
-    near_misses: &[("one side has no rows", |g| {
-        let mut q = Build::new();
-        let k = g.dim();
-        let x = q.input("x", DType::F32, &[t(), n(k)]);
-        let z = q.input("z", DType::F32, &[n(k)]);
-        let y = q.bin(BinaryFn::Add, x, z);
-        let rows = q.input("rows", DType::I32, &[r()]);
-        let y = q.op(Op::Select, &[y, rows]);
-        q.done(&[y])
-    })],
 };

@@ -1,8 +1,7 @@
 //! Softmax from its parts.
 
 use crate::rule::{Exactness, Rule, Stage};
-use crate::sample::{Build, n};
-use lathe_ir::{BinaryFn, DType, NodeId, Op, ReduceFn, UnaryFn};
+use lathe_ir::{DType, Op, ReduceFn};
 
 pub(super) const RULES: &[Rule] = &[SOFTMAX, SOFTMAX_UPCAST];
 
@@ -32,46 +31,6 @@ const SOFTMAX: Rule = Rule {
         }
         a.add(Op::Softmax, &[s])
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let x = q.input("s", g.float(), &[n(g.dim()), n(g.dim())]);
-        let y = parts(&mut q, x);
-        q.done(&[y])
-    },
-    near_misses: &[
-        ("the sum is over another axis", |g| {
-            let mut q = Build::new();
-            let x = q.input("s", DType::F32, &[n(3), n(g.wide())]);
-            let m = q.reduce_last(ReduceFn::Amax, x);
-            let e = q.bin(BinaryFn::Sub, x, m);
-            let e = q.un(UnaryFn::Exp, e);
-            let sum = q.op(
-                Op::Reduce {
-                    f: ReduceFn::Sum,
-                    axis: 0,
-                    keepdim: true,
-                },
-                &[e],
-            );
-            let y = q.bin(BinaryFn::Div, e, sum);
-            q.done(&[y])
-        }),
-        ("the sum is of other scores", |g| {
-            let mut q = Build::new();
-            let shape = [n(3), n(g.wide())];
-            let x = q.input("s", DType::F32, &shape);
-            let z = q.input("z", DType::F32, &shape);
-            let m = q.reduce_last(ReduceFn::Amax, x);
-            let e = q.bin(BinaryFn::Sub, x, m);
-            let e = q.un(UnaryFn::Exp, e);
-            let mz = q.reduce_last(ReduceFn::Amax, z);
-            let ez = q.bin(BinaryFn::Sub, z, mz);
-            let ez = q.un(UnaryFn::Exp, ez);
-            let sum = q.reduce_last(ReduceFn::Sum, ez);
-            let y = q.bin(BinaryFn::Div, e, sum);
-            q.done(&[y])
-        }),
-    ],
 };
 
 const SOFTMAX_UPCAST: Rule = Rule {
@@ -92,30 +51,4 @@ const SOFTMAX_UPCAST: Rule = Rule {
         let s = a.id("?s");
         a.add(Op::Softmax, &[s])
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let d = g.pick(&[DType::BF16, DType::F16]);
-        let x = q.input("s", d, &[n(g.dim()), n(g.dim())]);
-        let x = q.cast(x, DType::F32);
-        let y = q.op(Op::Softmax, &[x]);
-        let y = q.cast(y, d);
-        q.done(&[y])
-    },
-    near_misses: &[("the result has another type than the scores", |g| {
-        let mut q = Build::new();
-        let x = q.input("s", DType::BF16, &[n(g.dim()), n(g.dim())]);
-        let x = q.cast(x, DType::F32);
-        let y = q.op(Op::Softmax, &[x]);
-        let y = q.cast(y, DType::F16);
-        q.done(&[y])
-    })],
 };
-
-/// Softmax over the last axis in parts.
-pub(super) fn parts(q: &mut Build, x: NodeId) -> NodeId {
-    let m = q.reduce_last(ReduceFn::Amax, x);
-    let e = q.bin(BinaryFn::Sub, x, m);
-    let e = q.un(UnaryFn::Exp, e);
-    let sum = q.reduce_last(ReduceFn::Sum, e);
-    q.bin(BinaryFn::Div, e, sum)
-}

@@ -7,12 +7,8 @@
 
 use crate::egraph::analysis::is_step_shape;
 use crate::rule::{Apply, Exactness, Rule, Stage};
-use crate::sample::{Build, Gen, b, n, s};
 use egg::Id;
-use lathe_ir::{
-    AttnSpec, BinaryFn, DType, Dim, Graph, Mask, NodeId, Op, Real, ReduceFn, RopeSpec, SdpaStage,
-    Sym, UnaryFn, WinSpec,
-};
+use lathe_ir::{BinaryFn, Dim, Op, Sym, UnaryFn, WinSpec};
 
 pub(super) const RULES: &[Rule] = &[
     INPUT, POSITIONS, UNARY, CAST, BINARY, WHERE, REDUCE, LINEAR, ROWWISE, RMSNORM, SWIGLU, ANGLES,
@@ -108,18 +104,6 @@ const INPUT: Rule = Rule {
         let name = format!("{STEP}{name}");
         a.add(Op::Input { name, dtype, shape }, &[])
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let x = full(&mut q, g, "x", DType::F32);
-        let y = q.win(x, Some(0), Some(1));
-        q.done(&[y])
-    },
-    near_misses: &[("the window holds whole sequences", |g| {
-        let mut q = Build::new();
-        let x = full(&mut q, g, "x", DType::F32);
-        let y = q.win(x, Some(0), None);
-        q.done(&[y])
-    })],
 };
 
 const POSITIONS: Rule = Rule {
@@ -135,32 +119,8 @@ const POSITIONS: Rule = Rule {
         };
         let name = format!("{STEP}positions");
         let shape = vec![Dim::sym(Sym::T)];
-        (len == s()).then(|| a.add(Op::Input { name, dtype, shape }, &[]))?
+        (len == Dim::sym(Sym::S)).then(|| a.add(Op::Input { name, dtype, shape }, &[]))?
     },
-    sample: |_| {
-        let mut q = Build::new();
-        let x = q.op(
-            Op::Iota {
-                len: s(),
-                dtype: DType::I64,
-            },
-            &[],
-        );
-        let y = q.win(x, None, Some(0));
-        q.done(&[y])
-    },
-    near_misses: &[("a count of sequences", |_| {
-        let mut q = Build::new();
-        let x = q.op(
-            Op::Iota {
-                len: b(),
-                dtype: DType::I64,
-            },
-            &[],
-        );
-        let y = q.win(x, Some(0), None);
-        q.done(&[y])
-    })],
 };
 
 const UNARY: Rule = Rule {
@@ -185,20 +145,6 @@ const UNARY: Rule = Rule {
         "(win ?w (not ?x))",
     ],
     rhs: |a| pointwise(a, Op::Unary(UnaryFn::ALL[a.spelling]), &["?x"]),
-    sample: |g| {
-        let mut q = Build::new();
-        let f = g.pick(&UnaryFn::ALL);
-        let dt = if f == UnaryFn::Not {
-            DType::Bool
-        } else {
-            DType::F32
-        };
-        let x = full(&mut q, g, "x", dt);
-        let y = q.un(f, x);
-        let y = q.win(y, Some(0), Some(1));
-        q.done(&[y])
-    },
-    near_misses: &[],
 };
 
 const CAST: Rule = Rule {
@@ -212,14 +158,6 @@ const CAST: Rule = Rule {
         let c = a.op("?c");
         pointwise(a, c, &["?x"])
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let x = full(&mut q, g, "x", DType::BF16);
-        let y = q.cast(x, DType::F32);
-        let y = q.win(y, Some(0), Some(1));
-        q.done(&[y])
-    },
-    near_misses: &[],
 };
 
 const BINARY: Rule = Rule {
@@ -246,36 +184,6 @@ const BINARY: Rule = Rule {
         "(win ?w (or ?x ?y))",
     ],
     rhs: |a| pointwise(a, Op::Binary(BinaryFn::ALL[a.spelling]), &["?x", "?y"]),
-    sample: |g| {
-        let mut q = Build::new();
-        let (h, d) = (g.dim(), g.dim());
-        let f = g.pick(&BinaryFn::ALL);
-        let dt = if matches!(f, BinaryFn::And | BinaryFn::Or) {
-            DType::Bool
-        } else {
-            DType::F32
-        };
-        let x = q.input("x", dt, &[b(), n(h), s(), n(d)]);
-        let shapes: [&[Dim]; 5] = [
-            &[b(), n(1), s(), n(d)],
-            &[n(1), n(1), s(), n(1)],
-            &[s(), n(1)],
-            &[n(h), n(1), n(d)],
-            &[b(), n(1), n(1), n(d)],
-        ];
-        let y = q.input("y", dt, shapes[g.pick(&[0, 1, 2, 3, 4])]);
-        let y = q.bin(f, x, y);
-        let y = q.win(y, Some(0), Some(2));
-        q.done(&[y])
-    },
-    near_misses: &[("one side is the keys of all rows", |g| {
-        let mut q = Build::new();
-        let x = q.input("x", DType::F32, &[b(), s(), n(1)]);
-        let y = q.input("y", DType::F32, &[b(), s(), n(g.wide())]);
-        let y = q.bin(BinaryFn::Mul, x, y);
-        let y = q.win(y, Some(0), None);
-        q.done(&[y])
-    })],
 };
 
 const WHERE: Rule = Rule {
@@ -286,24 +194,6 @@ const WHERE: Rule = Rule {
     doc: "Elementwise, as win-binary.",
     lhs: &["(win ?w (where ?c ?x ?y))"],
     rhs: |a| pointwise(a, Op::Where, &["?c", "?x", "?y"]),
-    sample: |g| {
-        let mut q = Build::new();
-        let x = full(&mut q, g, "x", DType::F32);
-        let zero = q.konst(0.0, DType::F32);
-        let c = q.bin(BinaryFn::Gt, x, zero);
-        let y = q.op(Op::Where, &[c, x, zero]);
-        let y = q.win(y, Some(0), Some(1));
-        q.done(&[y])
-    },
-    near_misses: &[("whole sequences are chosen from", |g| {
-        let mut q = Build::new();
-        let x = full(&mut q, g, "x", DType::F32);
-        let zero = q.konst(0.0, DType::F32);
-        let c = q.bin(BinaryFn::Gt, x, zero);
-        let y = q.op(Op::Where, &[c, x, zero]);
-        let y = q.win(y, Some(0), None);
-        q.done(&[y])
-    })],
 };
 
 const REDUCE: Rule = Rule {
@@ -335,37 +225,6 @@ const REDUCE: Rule = Rule {
         let x = a.add(Op::Win(w), &[x])?;
         a.add(Op::Reduce { f, axis, keepdim }, &[x])
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let x = full(&mut q, g, "x", DType::F32);
-        let f = g.pick(&ReduceFn::ALL);
-        let keepdim = g.pick(&[false, true]);
-        let y = q.op(
-            Op::Reduce {
-                f,
-                axis: 2,
-                keepdim,
-            },
-            &[x],
-        );
-        let y = q.win(y, Some(0), Some(1));
-        q.done(&[y])
-    },
-    near_misses: &[("a mean over the sequence", |g| {
-        let mut q = Build::new();
-        let x = full(&mut q, g, "x", DType::F32);
-        let f = ReduceFn::Mean;
-        let y = q.op(
-            Op::Reduce {
-                f,
-                axis: 1,
-                keepdim: false,
-            },
-            &[x],
-        );
-        let y = q.win(y, Some(0), None);
-        q.done(&[y])
-    })],
 };
 
 /// `win(f(x, ..)) => f(win(x), ..)` for functions of the last axis of x.
@@ -399,24 +258,6 @@ const LINEAR: Rule = Rule {
         }
         rowwise(a, op, &[m])
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let (k, o) = (g.dim(), g.dim());
-        let x = q.input("x", DType::F32, &[b(), s(), n(k)]);
-        let (op, shape) = [(Op::Linear, [o, k]), (Op::Matmul, [k, o])][g.pick(&[0, 1])].clone();
-        let w = q.weight("w", DType::F32, &shape);
-        let y = q.op(op, &[x, w]);
-        let y = q.win(y, Some(0), Some(1));
-        q.done(&[y])
-    },
-    near_misses: &[("the sum is over the sequence", |g| {
-        let mut q = Build::new();
-        let x = q.input("x", DType::F32, &[b(), s(), s()]);
-        let v = q.input("v", DType::F32, &[s(), n(g.dim())]);
-        let y = q.op(Op::Matmul, &[x, v]);
-        let y = q.win(y, Some(0), Some(1));
-        q.done(&[y])
-    })],
 };
 
 const ROWWISE: Rule = Rule {
@@ -434,21 +275,6 @@ const ROWWISE: Rule = Rule {
         };
         rowwise(a, op, &[])
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let x = full(&mut q, g, "x", DType::F32);
-        let softmax = g.pick(&[true, false]);
-        let y = q.op(if softmax { Op::Softmax } else { Op::Silu }, &[x]);
-        let y = q.win(y, Some(0), Some(1));
-        q.done(&[y])
-    },
-    near_misses: &[("a softmax over the sequence", |_| {
-        let mut q = Build::new();
-        let x = q.input("x", DType::F32, &[b(), n(2), s()]);
-        let y = q.op(Op::Softmax, &[x]);
-        let y = q.win(y, Some(0), Some(2));
-        q.done(&[y])
-    })],
 };
 
 const RMSNORM: Rule = Rule {
@@ -462,33 +288,6 @@ const RMSNORM: Rule = Rule {
         let (e, g) = (a.op("?e"), a.id("?g"));
         rowwise(a, e, &[g])
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let h = g.dim();
-        let x = q.input("x", DType::F32, &[b(), s(), n(h)]);
-        let w = q.weight("w", DType::F32, &[h]);
-        let y = q.op(
-            Op::RmsNorm {
-                eps: Real::new(1e-5),
-            },
-            &[x, w],
-        );
-        let y = q.win(y, Some(0), Some(1));
-        q.done(&[y])
-    },
-    near_misses: &[("a norm over the sequence", |_| {
-        let mut q = Build::new();
-        let x = q.input("x", DType::F32, &[b(), n(2), s()]);
-        let w = q.input("w", DType::F32, &[s()]);
-        let y = q.op(
-            Op::RmsNorm {
-                eps: Real::new(1e-5),
-            },
-            &[x, w],
-        );
-        let y = q.win(y, Some(0), Some(2));
-        q.done(&[y])
-    })],
 };
 
 const SWIGLU: Rule = Rule {
@@ -503,16 +302,6 @@ const SWIGLU: Rule = Rule {
         let u = a.add(Op::Win(w), &[u])?;
         rowwise(a, Op::SwiGlu, &[u])
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let d = g.dim();
-        let x = q.input("x", DType::F32, &[b(), s(), n(d)]);
-        let u = q.input("u", DType::F32, &[b(), s(), n(d)]);
-        let y = q.op(Op::SwiGlu, &[x, u]);
-        let y = q.win(y, Some(0), Some(1));
-        q.done(&[y])
-    },
-    near_misses: &[],
 };
 
 const ANGLES: Rule = Rule {
@@ -528,15 +317,6 @@ const ANGLES: Rule = Rule {
         let y = a.add(Op::Angles, &[x, f])?;
         (a.value(y).ty == a.value(a.root).ty).then_some(y)
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let p = q.input("p", DType::I64, &[b(), s()]);
-        let f = q.freqs(g.dim());
-        let y = q.op(Op::Angles, &[p, f]);
-        let y = q.win(y, Some(0), Some(1));
-        q.done(&[y])
-    },
-    near_misses: &[],
 };
 
 const ROPE: Rule = Rule {
@@ -552,22 +332,6 @@ const ROPE: Rule = Rule {
         let p = operand(a, w, lead, p)?;
         rowwise(a, r, &[p, f])
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let (h, f) = (g.dim(), g.dim());
-        let x = q.input("x", DType::F32, &[b(), n(h), s(), n(2 * f)]);
-        let p = q.input("p", DType::I64, &[b(), n(1), s()]);
-        let f = q.freqs(f);
-        let y = q.op(
-            Op::Rope(RopeSpec {
-                scaling: Real::new(1.0),
-            }),
-            &[x, p, f],
-        );
-        let y = q.win(y, Some(0), Some(2));
-        q.done(&[y])
-    },
-    near_misses: &[],
 };
 
 const EMBEDDING: Rule = Rule {
@@ -584,22 +348,6 @@ const EMBEDDING: Rule = Rule {
         let x = a.add(Op::Win(w), &[x])?;
         a.add(Op::Embedding, &[t, x])
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let t = q.weight("t", DType::F32, &[7, g.dim()]);
-        let ids = q.input("ids", DType::I64, &[b(), s()]);
-        let y = q.op(Op::Embedding, &[t, ids]);
-        let y = q.win(y, Some(0), Some(1));
-        q.done(&[y])
-    },
-    near_misses: &[("the table holds whole sequences", |_| {
-        let mut q = Build::new();
-        let t = q.input("t", DType::F32, &[n(7), s()]);
-        let ids = q.input("ids", DType::I64, &[b()]);
-        let y = q.op(Op::Embedding, &[t, ids]);
-        let y = q.win(y, Some(0), Some(1));
-        q.done(&[y])
-    })],
 };
 
 const ATTENTION: Rule = Rule {
@@ -634,49 +382,4 @@ const ATTENTION: Rule = Rule {
         let step = a.add(Op::AttnStep(p), &ops)?;
         a.add(Op::Get(0), &[step])
     },
-    sample: |g| {
-        let window = g.pick(&[None, Some(2)]);
-        attend(
-            g,
-            Mask {
-                causal: true,
-                window,
-            },
-        )
-    },
-    near_misses: &[
-        ("every row sees every other", |g| attend(g, Mask::ALL)),
-        ("a window without a causal mask", |g| {
-            attend(
-                g,
-                Mask {
-                    causal: false,
-                    window: Some(2),
-                },
-            )
-        }),
-    ],
 };
-
-fn attend(g: &mut Gen, mask: Mask) -> Graph {
-    let mut q = Build::new();
-    let (kv, groups, d) = (g.dim(), g.pick(&[1, 2]), g.dim());
-    let few = [b(), n(kv), s(), n(d)];
-    let x = q.input("q", DType::F32, &[b(), n(kv * groups), s(), n(d)]);
-    let k = q.input("k", DType::F32, &few);
-    let v = q.input("v", DType::F32, &few);
-    let spec = AttnSpec {
-        mask,
-        groups: groups as u32,
-        stage: SdpaStage::Closed,
-        ..AttnSpec::open()
-    };
-    let y = q.op(Op::Attn(spec), &[x, k, v]);
-    let y = q.win(y, Some(0), Some(2));
-    q.done(&[y])
-}
-
-/// A full-sequence input `[B,S,d]`.
-pub(super) fn full(q: &mut Build, g: &mut Gen, name: &str, dtype: DType) -> NodeId {
-    q.input(name, dtype, &[b(), s(), n(g.dim())])
-}

@@ -1,11 +1,10 @@
 //! `win` through operations that only move elements.
 
-use super::win::{full, operand, spec, window_axis};
+use super::win::{operand, spec, window_axis};
 use crate::rule::{Apply, Exactness, Rule, Stage};
-use crate::sample::{Build, b, n, s};
 use egg::Id;
 use lathe_ir::shape::element_count;
-use lathe_ir::{DType, Dim, Op, Sym, WinSpec};
+use lathe_ir::{Dim, Op, Sym, WinSpec};
 
 pub(super) const RULES: &[Rule] = &[RESHAPE, PERMUTE, EXPAND, SLICE, CONCAT, REPEAT_KV, OUTER];
 
@@ -39,22 +38,6 @@ const RESHAPE: Rule = Rule {
         let shape = a.tensor(root)?.shape;
         a.reshape(x, shape)
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let (h, d) = (g.dim(), g.dim());
-        let x = q.input("x", DType::F32, &[b(), s(), n(h * d)]);
-        let y = q.reshape(x, &[b(), s(), n(h), n(d)]);
-        let y = q.win(y, Some(0), Some(1));
-        q.done(&[y])
-    },
-    near_misses: &[("heads come before the sequence in the result", |g| {
-        let mut q = Build::new();
-        let (h, d) = (g.wide(), g.wide());
-        let x = q.input("x", DType::F32, &[b(), s(), n(h * d)]);
-        let y = q.reshape(x, &[b(), n(h), s(), n(d)]);
-        let y = q.win(y, Some(0), Some(2));
-        q.done(&[y])
-    })],
 };
 
 const PERMUTE: Rule = Rule {
@@ -85,17 +68,6 @@ const PERMUTE: Rule = Rule {
         }
         a.add(Op::Permute(perm), &[x])
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let x = q.input("x", DType::F32, &[b(), s(), n(g.dim()), n(g.dim())]);
-        let perm: [&[u8]; 3] = [&[0, 2, 1, 3], &[0, 3, 2, 1], &[3, 1, 0, 2]];
-        let perm = perm[g.pick(&[0, 1, 2])];
-        let y = q.permute(x, perm);
-        let at = |axis: u8| perm.iter().position(|&p| p == axis).map(|i| i as u8);
-        let y = q.win(y, at(0), at(1));
-        q.done(&[y])
-    },
-    near_misses: &[],
 };
 
 const EXPAND: Rule = Rule {
@@ -120,27 +92,6 @@ const EXPAND: Rule = Rule {
         }
         a.add(Op::Expand(to), &[x])
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let (h, d) = (g.dim(), g.dim());
-        let shapes: [&[Dim]; 3] = [
-            &[b(), n(1), s(), n(d)],
-            &[n(1), n(h), s(), n(1)],
-            &[n(1), n(1), n(1), n(d)],
-        ];
-        let x = q.input("x", DType::F32, shapes[g.pick(&[0, 1, 2])]);
-        let y = q.op(Op::Expand(vec![b(), n(h), s(), n(d)]), &[x]);
-        let y = q.win(y, Some(0), Some(2));
-        q.done(&[y])
-    },
-    near_misses: &[("stretched to whole sequences", |g| {
-        let mut q = Build::new();
-        let d = n(g.dim());
-        let x = q.input("x", DType::F32, &[b(), n(1), d]);
-        let y = q.op(Op::Expand(vec![b(), s(), d]), &[x]);
-        let y = q.win(y, Some(0), None);
-        q.done(&[y])
-    })],
 };
 
 const SLICE: Rule = Rule {
@@ -159,21 +110,6 @@ const SLICE: Rule = Rule {
         let x = a.add(Op::Win(w), &[x])?;
         a.add(Op::Slice { axis, start, end }, &[x])
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let d = g.wide();
-        let x = q.input("x", DType::F32, &[b(), s(), n(d)]);
-        let y = q.slice(x, 2, 1, d);
-        let y = q.win(y, Some(0), Some(1));
-        q.done(&[y])
-    },
-    near_misses: &[("features of whole sequences", |g| {
-        let mut q = Build::new();
-        let x = q.input("x", DType::F32, &[b(), s(), n(g.wide())]);
-        let y = q.slice(x, 2, 0, 1);
-        let y = q.win(y, Some(0), None);
-        q.done(&[y])
-    })],
 };
 
 const CONCAT: Rule = Rule {
@@ -193,21 +129,6 @@ const CONCAT: Rule = Rule {
         let y = a.add(Op::Win(w), &[y])?;
         a.add(Op::Concat { axis }, &[x, y])
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let x = full(&mut q, g, "x", DType::F32);
-        let y = full(&mut q, g, "y", DType::F32);
-        let y = q.op(Op::Concat { axis: 2 }, &[x, y]);
-        let y = q.win(y, Some(0), Some(1));
-        q.done(&[y])
-    },
-    near_misses: &[("one sequence after another", |g| {
-        let mut q = Build::new();
-        let x = full(&mut q, g, "x", DType::F32);
-        let y = q.op(Op::Concat { axis: 1 }, &[x, x]);
-        let y = q.win(y, Some(0), None);
-        q.done(&[y])
-    })],
 };
 
 const REPEAT_KV: Rule = Rule {
@@ -234,21 +155,6 @@ const REPEAT_KV: Rule = Rule {
         let x = a.add(Op::Expand(vec![t, h, g, d]), &[x])?;
         a.reshape(x, vec![t, h * i64::from(groups), d])
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let x = q.input("x", DType::F32, &[b(), n(g.dim()), s(), n(g.dim())]);
-        let groups = g.wide() as u32;
-        let y = q.op(Op::RepeatKv { groups }, &[x]);
-        let y = q.win(y, Some(0), Some(2));
-        q.done(&[y])
-    },
-    near_misses: &[("the heads are windowed away as a sequence", |_| {
-        let mut q = Build::new();
-        let x = q.input("x", DType::F32, &[b(), s(), n(3), n(2)]);
-        let y = q.op(Op::RepeatKv { groups: 1 }, &[x]);
-        let y = q.win(y, Some(0), Some(1));
-        q.done(&[y])
-    })],
 };
 
 const OUTER: Rule = Rule {
@@ -274,24 +180,6 @@ const OUTER: Rule = Rule {
         let shape = a.tensor(a.root)?.shape;
         a.reshape(product, shape)
     },
-    sample: |g| {
-        let mut q = Build::new();
-        let (m, k) = (g.dim(), g.dim());
-        let first = g.pick(&[b(), n(1)]);
-        let x = q.input("x", DType::F32, &[first, n(m), n(k)]);
-        let y = q.input("y", DType::F32, &[b(), n(k), s()]);
-        let y = q.op(Op::Matmul, &[x, y]);
-        let y = q.win(y, Some(0), Some(2));
-        q.done(&[y])
-    },
-    near_misses: &[("the sum is over the sequence", |g| {
-        let mut q = Build::new();
-        let x = q.input("x", DType::F32, &[b(), n(g.dim()), s()]);
-        let y = q.input("y", DType::F32, &[b(), s(), s()]);
-        let y = q.op(Op::Matmul, &[x, y]);
-        let y = q.win(y, Some(0), Some(2));
-        q.done(&[y])
-    })],
 };
 
 /// `y [B or 1,K,S]` as `[T,K,1]`: the column of each token.

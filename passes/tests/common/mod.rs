@@ -1,6 +1,8 @@
 //! Golden models, random values and runs of the interpreter that the tests of the passes share.
 #![allow(dead_code, unreachable_pub)]
 
+pub mod build;
+
 use lathe_ir::import::{HfConfig, ImportOptions, import};
 use lathe_ir::interp::{Interp, KvState, StepMeta, Tensor, Value};
 use lathe_ir::{DType, Graph, Op, Sym, SymEnv, Type, WeightRef};
