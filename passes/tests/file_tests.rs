@@ -1,98 +1,29 @@
 //! Tests of passes as files: `tests/files/**/*.ir`.
 //!
-//! A file is a program in text form. Comment lines above it are commands, all others are for
-//! readers:
-//!
-//! - `// run: NAME,...`: stages and rules, run in this order on one e-graph, and `chains`;
-//! - `// goal: GOAL`: what the result is chosen by (`size`, `rewritten`, `decode[:BATCH]`,
-//!   `prefill[:TOKENS]` on an H100), `rewritten` if absent;
-//! - `// interp`: the program and the result are also evaluated on random inputs and compared;
-//! - `// error: TEXT`: the file does not read, or the passes fail, with this in the message.
-//!
-//! The result stands below a line `---`. `LATHE_BLESS=1 make rules` writes it.
+//! `common::case` describes their format. `LATHE_BLESS=1 make rules` writes the results.
 
 mod common;
 
+use common::case::Case;
 use lathe_ir::interp::{Interp, StepMeta, Tensor, Value};
 use lathe_ir::{DType, Dim, Graph, Op, Sym, SymEnv, Type, WeightRef, text, verify};
-use lathe_passes::egraph::cost::{CostPoint, DeviceModel};
-use lathe_passes::opt::{Goal, is_full_sequence, run, windowed};
+use lathe_passes::opt::{is_full_sequence, run, windowed};
 use std::path::Path;
 
 /// Sequences and positions of the evaluation.
 const BATCH: usize = 2;
 const SEQ: usize = 5;
 
-struct Case {
-    passes: Vec<String>,
-    goal: Goal,
-    interp: bool,
-    error: Option<String>,
-    program: String,
-    expected: String,
-}
-
-impl Case {
-    fn read(content: &str) -> Result<Case, String> {
-        let (program, expected) = match content.split_once("\n---\n") {
-            Some((p, e)) => (format!("{p}\n"), e.to_string()),
-            None => (content.to_string(), String::new()),
-        };
-        let mut case = Case {
-            passes: Vec::new(),
-            goal: Goal::Rewritten,
-            interp: false,
-            error: None,
-            program,
-            expected,
-        };
-        for line in content.lines().take_while(|l| l.starts_with("//")) {
-            let line = line.trim_start_matches('/').trim();
-            if let Some(names) = line.strip_prefix("run:") {
-                case.passes = names.split(',').map(|n| n.trim().to_string()).collect();
-            } else if let Some(goal) = line.strip_prefix("goal:") {
-                case.goal = goal_of(goal.trim())?;
-            } else if line == "interp" {
-                case.interp = true;
-            } else if let Some(text) = line.strip_prefix("error:") {
-                case.error = Some(text.trim().to_string());
-            }
-        }
-        Ok(case)
-    }
-
-    /// The result as text, or the message of the error.
-    fn result(&self) -> Result<(Graph, Graph), String> {
-        let before = text::parse(&self.program).map_err(|e| e.to_string())?;
-        check(&before)?;
-        let passes: Vec<&str> = self.passes.iter().map(String::as_str).collect();
-        let after = run(&before, &passes, &self.goal)
-            .map_err(|e| e.to_string())?
-            .graph;
-        check(&after)?;
-        Ok((before, after))
-    }
-}
-
-fn goal_of(text: &str) -> Result<Goal, String> {
-    let (word, n) = match text.split_once(':') {
-        Some((w, n)) => (w, Some(n.parse::<i64>().map_err(|e| e.to_string())?)),
-        None => (text, None),
-    };
-    match word {
-        "size" => Ok(Goal::Size),
-        "rewritten" => Ok(Goal::Rewritten),
-        "decode" => Ok(Goal::Time(CostPoint::decode(
-            n.unwrap_or(1),
-            512,
-            DeviceModel::H100,
-        ))),
-        "prefill" => Ok(Goal::Time(CostPoint::prefill(
-            n.unwrap_or(2048),
-            DeviceModel::H100,
-        ))),
-        _ => Err(format!("unknown goal '{text}'")),
-    }
+/// The program before and after the passes, or the message of the error.
+fn result(case: &Case) -> Result<(Graph, Graph), String> {
+    let before = text::parse(&case.program).map_err(|e| e.to_string())?;
+    check(&before)?;
+    let passes: Vec<&str> = case.passes.iter().map(String::as_str).collect();
+    let after = run(&before, &passes, &case.goal)
+        .map_err(|e| e.to_string())?
+        .graph;
+    check(&after)?;
+    Ok((before, after))
 }
 
 fn check(graph: &Graph) -> Result<(), String> {
@@ -129,7 +60,7 @@ fn every_file() {
 fn test(path: &Path, bless: bool) -> Result<(), String> {
     let content = std::fs::read_to_string(path).map_err(|e| e.to_string())?;
     let case = Case::read(&content)?;
-    let result = case.result();
+    let result = result(&case);
     if let Some(wanted) = &case.error {
         return match result {
             Err(e) if e.contains(wanted.as_str()) => Ok(()),
@@ -157,14 +88,14 @@ fn test(path: &Path, bless: bool) -> Result<(), String> {
 fn the_example_of_the_readme() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md");
     let readme = std::fs::read_to_string(path).unwrap();
-    let (_, rest) = readme.split_once("```text\n   // run:").unwrap();
+    let (_, rest) = readme.split_once("```text\n   //! run:").unwrap();
     let (block, _) = rest.split_once("   ```").unwrap();
-    let content: String = format!("   // run:{block}")
+    let content: String = format!("   //! run:{block}")
         .lines()
         .map(|l| format!("{}\n", l.strip_prefix("   ").unwrap_or(l)))
         .collect();
     let case = Case::read(&content).unwrap();
-    let (before, after) = case.result().unwrap();
+    let (before, after) = result(&case).unwrap();
     assert!(case.interp);
     compare(&before, &after).unwrap();
     assert_eq!(text::print(&after), case.expected);
@@ -305,6 +236,39 @@ fn unit(name: &str, index: u64) -> f64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
     ((z ^ (z >> 31)) >> 11) as f64 / (1_u64 << 52) as f64 - 1.0
+}
+
+#[test]
+fn commands_are_words_of_a_grammar() {
+    let read = |commands: &str| Case::read(&format!("{commands}graph \"g\" {{\n}}\n"));
+    let case = read("// For readers.\n//! run: a, b\n//! goal: decode:4\n//! interp\n").unwrap();
+    assert_eq!(case.passes, ["a", "b"]);
+    assert!(case.interp && case.error.is_none());
+    let cases = [
+        (
+            "//! run: a\n//! intrep\n",
+            "line 2: unknown command 'intrep'",
+        ),
+        (
+            "//! run: a\n//! interp: no\n",
+            "line 2: unknown command 'interp: no'",
+        ),
+        ("//! run:\n", "line 1: 'run' needs a text"),
+        ("//! run: a\n//! run: b\n", "line 2: 'run' stands twice"),
+        (
+            "//! run: a\n//! goal: small\n",
+            "line 2: unknown goal 'small'",
+        ),
+        (
+            "//! run: a\n\n//! interp\n",
+            "line 3: commands stand above the program",
+        ),
+        ("// run: a\n", "neither 'run' nor 'error' is asked for"),
+    ];
+    for (commands, message) in cases {
+        let e = read(commands).unwrap_err();
+        assert!(e.starts_with(message), "{e}");
+    }
 }
 
 #[test]

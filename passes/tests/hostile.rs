@@ -3,6 +3,7 @@
 
 mod common;
 
+use common::case::Case;
 use lathe_ir::text;
 use lathe_passes::egraph::cost::{CostPoint, DeviceModel};
 use lathe_passes::opt::{Goal, run};
@@ -36,12 +37,11 @@ const PIECES: [&str; 18] = [
 fn programs() -> Vec<(Vec<String>, String)> {
     let read = |path: PathBuf| {
         let content = std::fs::read_to_string(path).unwrap();
-        let passes = content
-            .lines()
-            .find_map(|line| line.strip_prefix("// run:"));
-        let passes = passes.unwrap_or("recognize").split(',');
-        let program = content.split("\n---\n").next().unwrap().to_string() + "\n";
-        (passes.map(|p| p.trim().to_string()).collect(), program)
+        let mut case = Case::read(&content).unwrap();
+        if case.passes.is_empty() {
+            case.passes.push("recognize".to_string());
+        }
+        (case.passes, case.program)
     };
     common::programs().into_iter().map(read).collect()
 }

@@ -2,6 +2,7 @@
 #![allow(dead_code, unreachable_pub)]
 
 pub mod build;
+pub mod case;
 
 use lathe_ir::import::{HfConfig, ImportOptions, import};
 use lathe_ir::interp::{Interp, KvState, StepMeta, Tensor, Value};
