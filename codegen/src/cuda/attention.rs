@@ -488,7 +488,6 @@ fn prefill(cx: &mut Context<'_>, h: &Heads, q: Ref, cache: Ref, out: Ref, min_ro
         .def("KV_STAGES", kv_stages)
         .def("Q_STAGES", q_stages)
         .def("PAGE_BOX", page_box)
-        .def("CAUSAL", 1)
         .def("WINDOW", u8::from(window.is_some()))
         .def("SOFTCAP", u8::from(h.spec.softcap.is_some()));
     let size = 2u64;

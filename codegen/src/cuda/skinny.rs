@@ -111,10 +111,7 @@ pub(super) fn launch(cx: &mut Context<'_>, g: &Gemm, s: &Shape, warpgroups: usiz
         .def("CWG", warpgroups)
         .def("KP", panels)
         .def("STAGES", s.stages)
-        .def("MIN_CTAS", 1)
-        .def("EPI", epi)
-        .def("OUT_F32", 0)
-        .def("EVICT_FIRST", 1);
+        .def("EPI", epi);
     let defines = norms.define(defines);
     let label = norms.label(epi);
     let label = format!("t{}_w{warpgroups}p{panels}_{label}", s.nt);

@@ -182,8 +182,7 @@ pub(super) fn launch(cx: &mut Context<'_>, g: &Gemm, s: &Shape) {
         .def("CLUSTER_M", along_m)
         .def("CLUSTER_N", along_n)
         .def("GROUP_M", GROUP_M)
-        .def("EPI", epi)
-        .def("OUT_F32", 0);
+        .def("EPI", epi);
     let defines = norms.define(defines);
     let out = g.features();
     let c = matrix_map(g.y.clone(), g.m, out, 64, s.panel);

@@ -1,89 +1,59 @@
-// attn_decode: attention of one new token per sequence over the paged KV cache (flash decoding in one launch).
-// Called by: decode plans, T = B rows, row b = sequence b at position kv_lens[b] - 1.
+// attn_decode: out = softmax(scale * q . k^T) . v of one new token a sequence over the paged KV cache.
+// Called by: attention of decode steps, and of the decode rows of mixed steps (attention.rs).
 //
 // Defines
-//   LATHE_HQ, LATHE_HKV  query and KV heads, group HQ / HKV in 1..16; LATHE_D head size, multiple of 16 (power of two
-//                  if QKNORM); LATHE_PAGE tokens a cache page (a multiple of 16 is faster).
-//   LATHE_SCALE    f32 literal, softmax scale (1/sqrt(D) usually).
-//   LATHE_SOFTCAP  f32 literal, 0.0f = none: s = cap * tanh(s / cap).   LATHE_WINDOW tokens, 0 = none: a query at
-//                  position p sees positions > p - window.
-//   LATHE_FUSED    0: q is roped, K and V of the new token are in the cache already (rope_append ran).
-//                  1: qkv is the raw packed projection [B, (HQ + 2 HKV) D]; the kernel adds the bias (LATHE_BIAS 1),
-//                  applies the q/k head norms (LATHE_QKNORM 1, LATHE_EPS), ropes q, and the CTA that holds the last
-//                  tile of (sequence, kv head) ropes k and appends k and v to the cache.
-//   LATHE_SPLIT    1 (with FUSED 1): q, k and v are apart and roped already: the parameters q [B, HQ*D], bias = k
-//                  [B, HKV*D] and qnorm = v [B, HKV*D]; no bias, norm or tables. The kernel still appends k and v.
-//   LATHE_PREFETCH 1 (with FUSED and PDL): kv_lens, block_table and older cache rows are read before
-//                  griddepcontrol.wait. Only where no kernel of the same PDL chain before this one writes them (the
-//                  step state advances in the last kernel of a graph). Default 0.
-//   LATHE_CLUSTER  0 (default): stream-K, a fixed grid cuts all tiles into equal ranges whatever the lengths | 1, 2, 4,
-//                  8: that many CTAs, one cluster, share an item (sequence, kv head) and merge through distributed
-//                  shared memory: no prefix sums, no global round trip. Measured on an H100: 1..8 is faster almost
-//                  everywhere; take the largest power of two <= 8 with batch * HKV * CLUSTER <= 132 (at least 1), and
-//                  2 instead of 1 for contexts above 1k at 256 < batch * HKV <= 512. 0 is for few items of very unequal
-//                  or very long contexts (one sequence above about 16k tokens).
-//   LATHE_RAGGED   1 (with FUSED 0): row cu_seqlens[b] is the new token of sequence b; sequences with another number of
-//                  new tokens than one are left out, and their rows of out are not touched.
-//   LATHE_NT       16-token groups a warp takes at a time (default 1; 2 for D <= 64 and batches, with STAGES 2).
-//   LATHE_STAGES   ring depth a warp, at least 2 (default 3). LATHE_MAXB largest batch of the bucket (CLUSTER 0 only).
-// Parameters (unused ones may be null)
-//   const E* q (FUSED: qkv), const E* bias [(HQ+2HKV)D], const E* qnorm [D], const E* knorm [D] (permuted like the
-//   heads), const float* cos, const float* sin [max_pos, D/2], E* cache, const i32* block_table [B, max_pages],
-//   const i32* kv_lens [B] (new token included; 0 = padding row, its output is zeros), E* out [B, HQ*D], float* ws,
-//   u32* counters [B*HKV] (zeroed once at allocation, left zero), i32 batch, i32 max_pages, const i32* cu_seqlens [B+1]
-//   (RAGGED). ws and counters are used by CLUSTER 0 alone.
-// Geometry, bf16: block 128; CLUSTER 0: grid = any number of CTAs, fixed per bucket (2 * multiprocessors); CLUSTER > 0:
-//   grid = batch * HKV * CLUSTER (cluster dims are in the source). smem = 256*STAGES*NT*D + 32*D + up16(16*GQ*(D+2)) +
-//   4*D + up16(4*(MAXB+1)) + 64 + (CLUSTER > 1 ? CLUSTER*P*4 : 0), P = GQ*(D+2) rounded up to 4;
-//   ws = grid * 2 * P floats, 16-byte aligned.
-//   f32 (plain): block 128, grid = batch * HKV, smem = 4*GQ*D + 16*GQ*(D+2), no ws or counters.
-// Parallelisation (CLUSTER 0): the 64*NT-token tiles of all (sequence, kv head) items form one list, cut into equal
-// contiguous ranges, one a CTA, whatever the lengths (stream-K). Each of 4 warps owns 16*NT tokens of a tile with a
-// ring of cp.async stages that runs across item boundaries, and its own online softmax; q heads of a kv head are the
-// 16 rows of mma.m16n8k16. Items cut by a range border leave partial (O, m, l) in ws; the last CTA to arrive merges
-// them. With CLUSTER > 1 the partials go by st.async to the first CTA of the cluster instead.
-#ifndef LATHE_SOFTCAP
-#define LATHE_SOFTCAP 0.0f
-#endif
-#ifndef LATHE_WINDOW
-#define LATHE_WINDOW 0
-#endif
-#ifndef LATHE_FUSED
-#define LATHE_FUSED 0
-#endif
+//   LATHE_HQ        query heads; the group HQ / HKV is 1..16
+//   LATHE_HKV       key heads
+//   LATHE_D         head size, a multiple of 16; a power of two with QKNORM
+//   LATHE_PAGE      tokens of a cache page; multiples of 16 are faster
+//   LATHE_SCALE     f32, factor of the scores
+//   LATHE_SOFTCAP   f32, s = cap * tanh(s / cap); 0.0f: none
+//   LATHE_WINDOW    positions that a query sees, its own among them; 0: all
+//   LATHE_FUSED     1: the kernel rotates q and k and appends k and v | 0: q is roped, k and v are in the cache
+//   LATHE_SPLIT     1: q, k and v are apart and roped; the kernel appends k and v; default 0: a packed row
+//   LATHE_QKNORM    1: RMS norm of each q and k head (FUSED); default 0
+//   LATHE_EPS       f32, added to the mean square of a head (QKNORM)
+//   LATHE_RAGGED    1: sequence b has row cu_seqlens[b], and only sequences with one new row are computed | 0: row b
+//   LATHE_CLUSTER   CTAs of one cluster that share a (sequence, kv head): 1, 2, 4 or 8 (bf16)
+//   LATHE_NT        16-token groups that a warp takes at a time (bf16)
+//   LATHE_STAGES    tiles in a warp's ring, at least 2 (bf16)
+//   LATHE_PREFETCH  1: lengths, pages and older cache rows are read before griddepcontrol.wait (bf16, FUSED) | 0
+// Parameters (those without use are null)
+//   const E* q               [B, HQ*D]; FUSED without SPLIT: qkv [B, (HQ + 2 HKV) D]
+//   const E* bias            SPLIT: k [B, HKV*D]
+//   const E* qnorm           [D], weights of the q heads' norm in the order of an interleaved head; SPLIT: v [B, HKV*D]
+//   const E* knorm           [D], likewise of the k heads
+//   const float* cos         [max_pos, D/2]
+//   const float* sin         [max_pos, D/2]
+//   E* cache                 [page][2][HKV][PAGE][D]
+//   const i32* block_table   [B, max_pages]
+//   const i32* kv_lens       [B], the new token included; 0: a padding row, whose output is zeros
+//   E* out                   [B, HQ*D]
+//   float* ws                null
+//   u32* counters            null
+//   i32 batch                B
+//   i32 max_pages            columns of block_table
+//   const i32* cu_seqlens    [B + 1] (RAGGED)
+// Geometry, bf16: grid = batch * HKV * CLUSTER, block 128, cluster dimensions in the source, GQ = HQ / HKV,
+//   smem = 256 * STAGES * NT * D + 32 * D + up16(16 * GQ * (D + 2)) + 4 * D + 16 + 64
+//          + (CLUSTER > 1 ? CLUSTER * P * 4 : 0), P = GQ * (D + 2) rounded up to 4
+// Geometry, other types: grid = batch * HKV, block 128, smem = 4 * GQ * D + 16 * GQ * (D + 2)
+//
+// Why: a cluster shares the tokens of an item and merges through distributed shared memory: no prefix sums, no
+// global round trip. Measured on an H100, the largest power of two <= 8 with batch * HKV * CLUSTER <=
+// multiprocessors is best almost everywhere. Each of 4 warps owns 16 * NT tokens of a tile, with its own ring of
+// cp.async and its own online softmax. The q heads of a kv head are the 16 rows of mma.m16n8k16. The CTA with the
+// last tile of an item appends. PREFETCH is right only where no kernel of the same PDL chain before this one writes
+// lengths, pages or older rows: the step state is written by copies before the step.
 #ifndef LATHE_SPLIT
 #define LATHE_SPLIT 0
-#endif
-#ifndef LATHE_BIAS
-#define LATHE_BIAS 0
 #endif
 #ifndef LATHE_QKNORM
 #define LATHE_QKNORM 0
 #endif
-#ifndef LATHE_EPS
-#define LATHE_EPS 1e-6f
-#endif
-#ifndef LATHE_PREFETCH
-#define LATHE_PREFETCH 0
-#endif
-#ifndef LATHE_STAGES
-#define LATHE_STAGES 3
-#endif
-#ifndef LATHE_CLUSTER
-#define LATHE_CLUSTER 0
-#endif
-#ifndef LATHE_NT
-#define LATHE_NT 1
-#endif
-#ifndef LATHE_MAXB
-#define LATHE_MAXB 1
-#endif
-#ifndef LATHE_RAGGED
-#define LATHE_RAGGED 0
-#endif
 
 constexpr int HQ = LATHE_HQ, HKV = LATHE_HKV, D = LATHE_D, PAGE = LATHE_PAGE, GQ = HQ / HKV;
-constexpr int W = 4, T = 128, NT = LATHE_NT, TOK = 16 * NT, TILE = TOK * W, S = LATHE_STAGES, CL = LATHE_CLUSTER;
+constexpr int W = 4, T = 128;
 constexpr int HB = D / 16;           // 16-element blocks of a head
 constexpr int CH = D * (int)sizeof(E) / 16;  // 16-byte chunks of a cache row
 constexpr float LOG2E = 1.4426950408889634f;
@@ -130,7 +100,7 @@ DEV void prepare_heads(const E* qkv, const E* bias, const E* qnorm, const E* kno
     load_block16(from + blk * 16, nullptr, v);
 #else
     const int head = hh < GQ ? h * GQ + hh : hh == GQ ? HQ + h : HQ + HKV + h;
-    load_block16(qkv + ((i64)b * (HQ + 2 * HKV) + head) * D + blk * 16, LATHE_BIAS ? bias + head * D + blk * 16 : nullptr, v);
+    load_block16(qkv + ((i64)b * (HQ + 2 * HKV) + head) * D + blk * 16, nullptr, v);
     float rstd = 1.0f;
 #if LATHE_QKNORM
     float ss = 0.0f;
@@ -151,14 +121,14 @@ DEV void prepare_heads(const E* qkv, const E* bias, const E* qnorm, const E* kno
 #endif
 
 #if LATHE_DTYPE == 1
+constexpr int NT = LATHE_NT, TOK = 16 * NT, TILE = TOK * W, S = LATHE_STAGES, CL = LATHE_CLUSTER;
 constexpr int up16(int b) { return (b + 15) / 16 * 16; }
 constexpr int TILE_BYTES = TOK * D * 2;        // K or V tile of a warp
 constexpr int STAGE_BYTES = 2 * TILE_BYTES;
 constexpr int OFF_Q = W * S * STAGE_BYTES;
 constexpr int OFF_MERGE = OFF_Q + 16 * D * 2;
 constexpr int OFF_NEW = OFF_MERGE + up16(W * GQ * (D + 2) * 4);
-constexpr int OFF_PRE = OFF_NEW + up16(2 * D * 2);
-constexpr int OFF_MISC = OFF_PRE + up16((LATHE_MAXB + 1) * 4);
+constexpr int OFF_MISC = OFF_NEW + up16(2 * D * 2) + 16;
 constexpr int WS_ITEM = (GQ * (D + 2) + 3) / 4 * 4;  // floats of one partial: O [GQ, D], m [GQ], l [GQ]
 constexpr int OFF_RECV = OFF_MISC + 64;
 constexpr u32 SEND_BYTES = GQ * (D + 2) * 4;
@@ -181,9 +151,7 @@ LATHE_NAME(const E* q, const E* bias, const E* qnorm, const E* knorm, const floa
            const i32* cu_seqlens) {
   extern __shared__ __align__(1024) char smem[];
   const int tid = threadIdx.x, warp = __shfl_sync(~0u, tid >> 5, 0), lane = tid & 31;
-  const u32 grid = gridDim.x, cta = blockIdx.x;
-  (void)grid;
-  u32* pre = reinterpret_cast<u32*>(smem + OFF_PRE);
+  const u32 cta = blockIdx.x;
   u32* misc = reinterpret_cast<u32*>(smem + OFF_MISC);
   float* mo = reinterpret_cast<float*>(smem + OFF_MERGE);     // [W][GQ][D]
   float* ml = mo + W * GQ * D;                                // [W][GQ] m, then [W][GQ] l
@@ -196,7 +164,6 @@ LATHE_NAME(const E* q, const E* bias, const E* qnorm, const E* knorm, const floa
   auto tiles_of = [](int len) { return len > 0 ? (len + TILE - 1) / TILE - first_visible(len) / TILE : 0; };
   // Rows of sQ above the group stay zero; the others are written by other threads, without a barrier between.
   for (int i = GQ * CH + tid; i < 16 * CH; i += T) st16(smem + OFF_Q + i * 16, make_uint4(0, 0, 0, 0));
-#if LATHE_CLUSTER
   const u32 rank = cta % CL, bar = smem_addr(misc);
   Cursor lc;
   lc.b = cta / CL / HKV;
@@ -217,65 +184,6 @@ LATHE_NAME(const E* q, const E* bias, const E* qnorm, const E* knorm, const floa
     if (rank == 0 && tid == 0) mbar_expect(bar, active * SEND_BYTES);
     cluster_arrive();
   }
-#else
-  {  // pre[b] = tiles of the sequences before b, over all kv heads.
-    const int per = (batch + T - 1) / T, lo = tid * per;
-    u32 own = 0;
-    for (int i = lo; i < lo + per && i < batch; ++i) own += tiles_of(keys_of(kv_lens, cu_seqlens, i)) * HKV;
-    u32 inc = own;
-#pragma unroll
-    for (int o = 1; o < 32; o <<= 1) {
-      u32 v = __shfl_up_sync(~0u, inc, o);
-      if (lane >= o) inc += v;
-    }
-    if (lane == 31) misc[warp] = inc;
-    __syncthreads();
-    u32 at = inc - own;
-    for (int i = 0; i < warp; ++i) at += misc[i];
-    for (int i = lo; i < lo + per && i < batch; ++i) {
-      pre[i] = at;
-      at += tiles_of(keys_of(kv_lens, cu_seqlens, i)) * HKV;
-    }
-    if (tid == T - 1) pre[batch] = at;
-    __syncthreads();
-  }
-  const u32 total = pre[batch];
-  const u32 u0 = (u32)((u64)cta * total / grid), u1 = (u32)((u64)(cta + 1) * total / grid);
-
-  auto seek = [&](u32 u) {
-    int lo = 0, hi = batch - 1;  // last b with pre[b] <= u
-    while (lo < hi) {
-      int mid = (lo + hi + 1) >> 1;
-      if (pre[mid] <= u) lo = mid; else hi = mid - 1;
-    }
-    Cursor c;
-    c.b = lo;
-    c.len = keys_of(kv_lens, cu_seqlens, lo);
-    c.tiles = tiles_of(c.len);
-    c.t0 = first_visible(c.len) / TILE;
-    const u32 r = u - pre[lo];
-    c.h = c.tiles ? r / c.tiles : 0;
-    c.t = c.tiles ? r % c.tiles : 0;
-    return c;
-  };
-  Cursor lc;
-  lc.b = lc.h = lc.t = lc.len = lc.t0 = 0; lc.tiles = 1;
-  if (u0 < u1) lc = seek(u0);
-#endif
-  auto next_item = [&](Cursor& c) {
-#if !LATHE_CLUSTER
-    c.t = 0;
-    if (++c.h == HKV) {
-      c.h = 0;
-      do {
-        ++c.b;
-        c.len = c.b < batch ? keys_of(kv_lens, cu_seqlens, c.b) : 1;
-      } while (c.len <= 0);
-      c.tiles = tiles_of(c.len);
-      c.t0 = first_visible(c.len) / TILE;
-    }
-#endif
-  };
   // Pages of this warp's 16-token groups at the cursor (PAGE % 16 == 0), or anything if they lie beyond the sequence.
   int page[NT];
   auto lookup = [&](const Cursor& c) {
@@ -326,7 +234,7 @@ LATHE_NAME(const E* q, const E* bias, const E* qnorm, const E* knorm, const floa
     if (lu < u1) {
       load(lc, s);
       if (++lu < u1) {
-        if (++lc.t == lc.tiles) next_item(lc);
+        ++lc.t;
         lookup(lc);
       }
     }
@@ -338,18 +246,11 @@ LATHE_NAME(const E* q, const E* bias, const E* qnorm, const E* knorm, const floa
   pdl_wait();
 #endif
   // Padding rows.
-#if LATHE_CLUSTER
   if (lc.len <= 0) {
     for (int e = tid; !LATHE_RAGGED && rank == 0 && e < GQ * CH; e += T) st16(out + (i64)(cta / CL) * GQ * D + e * 8, make_uint4(0, 0, 0, 0));
     if (CL > 1) cluster_wait();
     return;
   }
-#else
-  for (u32 i = cta; !LATHE_RAGGED && i < (u32)batch * HKV; i += grid)
-    if (kv_lens[i / HKV] <= 0)
-      for (int e = tid; e < GQ * CH; e += T) st16(out + (i64)i * GQ * D + e * 8, make_uint4(0, 0, 0, 0));
-  if (u0 >= u1) return;
-#endif
 
   int stage = 0, fill = S - 1;
   u32 u = u0;
@@ -496,12 +397,8 @@ LATHE_NAME(const E* q, const E* bias, const E* qnorm, const E* knorm, const floa
     }
     __syncthreads();
     const bool whole = item_begin >= u0 && item_end <= u1;
-#if LATHE_CLUSTER
     if (CL > 1 && !whole) cluster_wait();  // the receiver's barrier is initialised
     const u32 recv = CL > 1 ? map_rank(smem_addr(smem + OFF_RECV) + rank * WS_ITEM * 4, 0) : 0, rbar = CL > 1 ? map_rank(bar, 0) : 0;
-#else
-    float* part = ws + (i64)(cta * 2 + (item_begin >= u0 ? 1 : 0)) * WS_ITEM;
-#endif
     E* dst = out + (row_of(cu_seqlens, cc.b) * HQ + cc.h * GQ) * D;
     for (int i = tid; i < GQ * D / 4; i += T) {
       const int r = i / (D / 4);
@@ -522,78 +419,13 @@ LATHE_NAME(const E* q, const E* bias, const E* qnorm, const E* knorm, const floa
         const float inv = 1.0f / l;
         *reinterpret_cast<uint2*>(dst + i * 4) = make_uint2(pack_bf16(a.x * inv, a.y * inv), pack_bf16(a.z * inv, a.w * inv));
       } else {
-#if LATHE_CLUSTER
         st_async4(recv + i * 16, a, rbar);
         if (i % (D / 4) == 0) {
           st_async(recv + (GQ * D + r) * 4, m, rbar);
           st_async(recv + (GQ * D + GQ + r) * 4, l, rbar);
         }
-#else
-        *reinterpret_cast<float4*>(part + i * 4) = a;
-        if (i % (D / 4) == 0) { part[GQ * D + r] = m; part[GQ * D + GQ + r] = l; }
-#endif
       }
     }
-#if !LATHE_CLUSTER
-    if (!whole) {
-      __threadfence();
-      __syncthreads();
-      const u32 c0 = (u32)(((u64)(item_begin + 1) * grid - 1) / total), c1 = (u32)(((u64)item_end * grid - 1) / total);
-      if (tid == 0) {
-        u32* counter = counters + cc.b * HKV + cc.h;
-        // Ranges are never empty here: total > grid, or every range holds at most one tile.
-        u32 n = 0;
-        if (total >= grid) n = c1 - c0 + 1;
-        else n = item_end - item_begin;
-        const bool last = atomicAdd(counter, 1u) == n - 1;
-        if (last) *counter = 0;
-        misc[0] = last;
-      }
-      __syncthreads();
-      if (misc[0]) {
-        __threadfence();
-        for (int i = tid; i < GQ * D / 4; i += T) {
-          const int r = i / (D / 4);
-          float m = NEG_INF, l = 0.0f;
-          float4 a = make_float4(0, 0, 0, 0);
-          constexpr int B = 8;
-          const u32 n = total >= grid ? c1 - c0 + 1 : item_end - item_begin;
-          for (u32 c = 0; c < n; c += B) {
-            float4 v[B];
-            float vm[B], vl[B];
-#pragma unroll
-            for (int k = 0; k < B; ++k) {
-              const bool on = c + k < n;
-              // Tile-granular ranges when there are fewer tiles than CTAs: skip the empty CTAs between.
-              const u32 ci = total >= grid ? c0 + c + k : (u32)(((u64)(item_begin + c + k + 1) * grid - 1) / total);
-              const u32 begin = (u32)((u64)ci * total / grid);
-              const float* p = ws + (i64)(ci * 2 + (item_begin >= begin ? 1 : 0)) * WS_ITEM;
-              vm[k] = on ? ld_cg(p + GQ * D + r) : NEG_INF;
-              vl[k] = on ? ld_cg(p + GQ * D + GQ + r) : 0.0f;
-              v[k] = on ? ld_cg4(p + i * 4) : make_float4(0, 0, 0, 0);
-            }
-            float mm = m;
-#pragma unroll
-            for (int k = 0; k < B; ++k) mm = fmaxf(mm, vm[k]);
-            if (mm == NEG_INF) continue;
-            const float f0 = exp2_approx(m - mm);
-            a.x *= f0; a.y *= f0; a.z *= f0; a.w *= f0; l *= f0;
-#pragma unroll
-            for (int k = 0; k < B; ++k) {
-              const float f = exp2_approx(vm[k] - mm);
-              a.x = fmaf(v[k].x, f, a.x); a.y = fmaf(v[k].y, f, a.y); a.z = fmaf(v[k].z, f, a.z); a.w = fmaf(v[k].w, f, a.w);
-              l = fmaf(vl[k], f, l);
-            }
-            m = mm;
-          }
-          const float inv = 1.0f / l;
-          *reinterpret_cast<uint2*>(dst + i * 4) = make_uint2(pack_bf16(a.x * inv, a.y * inv), pack_bf16(a.z * inv, a.w * inv));
-        }
-      }
-    }
-    __syncthreads();
-    if (u < u1) next_item(cc);
-#endif
   }
 #if LATHE_CLUSTER > 1
   // An item of one tile is whole in its CTA; otherwise the first CTA of the cluster merges. Every CTA waits once.

@@ -1,22 +1,31 @@
-// attn_plain: causal attention of ragged rows over the paged KV cache, any element type, head size and batch: the f32
-// path, head sizes that no other kernel takes, and the reference for the fast kernels.
-// Called by: attention steps after the new keys and values are in the cache, or with LATHE_APPEND instead of that.
+// attn_plain: out = softmax(scale * q . k^T) . v, causal, of ragged rows over the paged KV cache.
+// Called by: attention steps of element types and heads that no other kernel takes, the unfused spelling, and as the
+// reference of the fast kernels (attention.rs).
 //
-// Defines: LATHE_HQ, LATHE_HKV, LATHE_D (up to 256), LATHE_PAGE; LATHE_SCALE; LATHE_SOFTCAP (0.0f: none);
-//   LATHE_WINDOW (0: none). LATHE_APPEND 1: the keys and values of the step's rows are in k and v; the kernel puts them
-//   into the cache and reads them from k and v, so that no block needs what another one writes. The rows of a sequence
-//   are at consecutive positions.
-// Parameters: const E* q [T, HQ*D] (roped), const E* cache, const i32* positions [T], const i32* row_seq [T] (< 0:
-//   padding row, zeros), const i32* block_table [B, max_pages], E* out [T, HQ*D], i32 max_pages; LATHE_APPEND: const E* k
-//   [T, HKV*D], const E* v [T, HKV*D], const i32* cu_seqlens [B+1].
-// Geometry: grid (rows, HQ), block 128, smem 0. A warp takes every fourth key with its own online softmax; the four
-// are merged at the end.
-#ifndef LATHE_SOFTCAP
-#define LATHE_SOFTCAP 0.0f
-#endif
-#ifndef LATHE_WINDOW
-#define LATHE_WINDOW 0
-#endif
+// Defines
+//   LATHE_HQ       query heads
+//   LATHE_HKV      key heads
+//   LATHE_D        head size, up to 256
+//   LATHE_PAGE     tokens of a cache page
+//   LATHE_SCALE    f32, factor of the scores
+//   LATHE_SOFTCAP  f32, s = cap * tanh(s / cap); 0.0f: none
+//   LATHE_WINDOW   positions that a query sees, its own among them; 0: all
+//   LATHE_APPEND   1: the kernel puts the step's keys and values into the cache; default 0: they are there
+// Parameters
+//   const E* q               [T, HQ*D], roped
+//   E* cache                 [page][2][HKV][PAGE][D]
+//   const i32* positions     [T]
+//   const i32* row_seq       [T], sequence of a row; < 0: a padding row, whose output is zeros
+//   const i32* block_table   [B, max_pages]
+//   E* out                   [T, HQ*D]
+//   i32 max_pages            columns of block_table
+//   const E* k               [T, HKV*D], APPEND only
+//   const E* v               [T, HKV*D], APPEND only
+//   const i32* cu_seqlens    [B + 1], APPEND only
+// Geometry: grid (rows, HQ), block 128, smem 0.
+// Why: a warp takes every fourth key with its own online softmax, and the four are merged at the end. With APPEND
+// keys and values of the step are read from k and v, so that no block needs what another one writes; the rows of a
+// sequence are at consecutive positions.
 #ifndef LATHE_APPEND
 #define LATHE_APPEND 0
 #endif

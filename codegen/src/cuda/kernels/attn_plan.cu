@@ -1,19 +1,22 @@
-// Work list of attn_prefill.cu for one step: every (sequence, tile of TQ new tokens), longest first, so
-// that the last CTAs to start are short. One block; the same list serves all layers.
-// Source: defines (LATHE_NAME, LATHE_PDL), prelude.cuh, this file.
-// Parameters, in order
-//   const int *cu_seqlens   i32 [B + 1], row ranges of the sequences
-//   const int *kv_lens      i32 [B], keys of a sequence with this step's tokens
-//   int4 *work              out: two int4 an entry: (sequence, first token of the tile inside the
-//                           chunk, first row of the chunk, its length), (keys of the sequence, 0, 0, 0)
-//   int *count              out: [2] entries written, at most max_items; keys of their sequences
-//   int B, int TQ
-//   int min_q_len           sequences with fewer new tokens are left out (1 takes all): a mixed step
-//                           can give its decode rows to the decode kernel
+// attn_plan: the work list of attn_prefill.cu for one step: every (sequence, tile of TQ new tokens), longest first.
+// Called by: the first attention of a step that needs a list of these tiles (attention.rs).
+//
+// Defines: none.
+// Parameters
+//   const int* cu_seqlens   [B + 1], row ranges of the sequences
+//   const int* kv_lens      [B], keys of a sequence with this step's tokens
+//   int4* work              out: two int4 an entry: (sequence, first token of the tile inside the chunk, first row of the
+//                           chunk, its length), (keys of the sequence, 0, 0, 0)
+//   int* count              out: [2] entries written, at most max_items; keys of their sequences
+//   int B                   sequences
+//   int TQ                  tokens of a tile
+//   int min_q_len           sequences with fewer new tokens are left out; 1 takes all
 //   int causal              0: every query sees the whole sequence
 //   int window              > 0: a query sees the last `window` positions
-// Launch: one block of 1024 threads, smem bytes = 4 (B + 1 + max_items) + 128, with
-// max_items = floor((T + B (TQ - 1)) / TQ) for T new tokens.
+// Geometry: grid 1, block 1024, smem = 4 (B + 1 + max_items) + 128, max_items = floor((T + B (TQ - 1)) / TQ) for T new
+//   tokens.
+// Why: the last CTAs to start are then short. The same list serves all layers. A mixed step can give its decode rows to
+// the decode kernel.
 
 constexpr int BUCKETS = 1024;
 

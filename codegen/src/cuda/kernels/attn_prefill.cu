@@ -1,49 +1,48 @@
-// Causal attention of a ragged batch of query chunks over the paged KV cache: prefill, chunked
-// prefill and mixed steps. A unit of work is one q tile of the step's list, which attn_plan.cu writes
-// (once a step: it is the same for every layer), and one kv head. The grid is persistent: CTAs take
-// units from a counter, longest first, over groups of heads whose keys fit in L2.
-// Warp roles: one fetches units ahead, one loads Q, K and V (TMA), NWG warpgroups compute.
+// attn_prefill: out = softmax(scale * q . k^T) . v, causal, of a ragged batch of query chunks over the paged KV
+// cache.
+// Called by: bf16 attention of prefill, chunked prefill and mixed steps (attention.rs).
 //
-// The query heads of a kv head are packed into the rows of a tile: row r is token r / GROUP of the
-// tile and head r % GROUP of the group. S = Q K^T (wgmma, both from shared memory), softmax in
-// registers, O += P V with P in registers. The next block's S is computed while the softmax of this
-// one runs. Blocks of keys are walked from the last to the first, so masked ones come first.
+// Defines (LATHE_DTYPE is 1)
+//   D          head size, a multiple of 8 up to 256; padded to DP = 64, 128 or 256 by zero fill
+//   GROUP      query heads of a kv head, 1..64 NWG
+//   NWG        consumer warpgroups, 1 2 3; a tile has 64 NWG rows and TQ = 64 NWG / GROUP tokens
+//   BN         keys of a block, 64 or 128 (64 for D > 128)
+//   KV_STAGES  slots of the rings of K and of V
+//   Q_STAGES   tiles of q in shared memory: 2 loads the next one early, 1 where memory is short (D 256)
+//   PAGE_BOX   rows of a TMA box of the cache, 8 16 32 64: the largest that divides page_size
+//   WINDOW     1: a query sees the last `window` positions, its own among them | 0: all
+//   SOFTCAP    1: logits are softcap * tanh(logit / softcap) | 0
+// Parameters
+//   TensorMap q              bf16 {D, Hq, T}, strides {2 D, 2 Hq D}, box {64, GROUP, TQ}, 128B swizzle
+//   TensorMap kv             bf16 {D, pages * 2 * Hkv * page_size}, stride {2 D}, box {64, PAGE_BOX}, 128B swizzle: the
+//                            layer's whole cache [page][2][kv_head][token][D]
+//   void* out                bf16 [T, Hq D], row stride ldo elements, heads in natural order
+//   const int* cu_seqlens    [B + 1], row ranges of the sequences
+//   const int* kv_lens       [B], keys of a sequence with this step's tokens
+//   const int* block_table   [B, max_pages]
+//   const int4* work         the list of tiles that attn_plan.cu writes with this TQ
+//   const int* count         its length
+//   u32* counter             [2], zero before the first launch; every launch leaves it zero
+//   int Hkv                  key heads
+//   int page_size            a multiple of PAGE_BOX, or one page a sequence
+//   int max_pages            columns of block_table
+//   int ldo                  row stride of out
+//   float scale              factor of the logits
+//   int window               positions (WINDOW)
+//   float softcap            bound of the logits (SOFTCAP)
+// Geometry: grid = min(multiprocessors, max_items * Hkv) with max_items as in attn_plan.cu, block 128 (NWG + 1).
+//   smem = 2 DP (64 NWG Q_STAGES + 2 KV_STAGES BN) + 32 KV_STAGES + 256
 //
-// Source: defines, prelude.cuh, hopper.cuh, this file. Defines (with LATHE_NAME, LATHE_DTYPE 1)
-//   D         head size, a multiple of 8 up to 256; padded to DP = 64, 128 or 256 by zero fill
-//   GROUP     query heads of a kv head, 1..64 NWG
-//   NWG       consumer warpgroups: 1 2 3; a tile has 64 NWG rows and TQ = 64 NWG / GROUP tokens
-//   BN        keys of a block, 64 or 128 (64 for D > 128)
-//   KV_STAGES ring slots of K and of V
-//   Q_STAGES  q tiles in shared memory: 2 loads the next one early, 1 where memory is short (D 256)
-//   PAGE_BOX  rows of a TMA box of the cache, 8 16 32 64: the largest that divides page_size; with one
-//             page a sequence (contiguous cache) 64 whatever page_size is
-//   CAUSAL    1; 0 attends to the whole cache of the sequence
-//   WINDOW    1: only the last `window` positions, the query's own included
-//   SOFTCAP   1: logits are softcap * tanh(logit / softcap)
-//   LATHE_PDL 1: griddepcontrol.wait before anything is read, launch_dependents at start
-// Derived (the glue computes the same)
-//   TQ = 64 NWG / GROUP (integer division), DP
-//   smem bytes = 2 DP (64 NWG Q_STAGES + 2 KV_STAGES BN) + 32 KV_STAGES + 256
-//
-// Parameters (TensorMap q, TensorMap kv, void *out, const int *cu_seqlens, const int *kv_lens,
-//              const int *block_table, const int4 *work, const int *count, u32 *counter, int Hkv,
-//              int page_size, int max_pages, int ldo, float scale, int window, float softcap)
-//   TensorMap q    bf16 {D, Hq, T}, strides {2 D, 2 ldq}, box {64, GROUP, TQ}, 128B swizzle; may
-//                  point into the packed QKV rows
-//   TensorMap kv   bf16 {D, pages * 2 * Hkv * page_size}, stride {2 D}, box {64, PAGE_BOX}, 128B
-//                  swizzle: the layer's whole cache [page][2][kv_head][token][D]
-//   out            bf16 [T, Hq D], row stride ldo elements, heads in natural order
-//   cu_seqlens i32 [B + 1], kv_lens i32 [B] (with this step's tokens), block_table i32 [B, max_pages]
-//   page_size a multiple of PAGE_BOX, or one page a sequence
-//   Query i of a chunk has position kv_len - q_len + i.
-//   work, count: of attn_plan.cu with this TQ
-//   counter u32 [2], zero before the first launch; every launch leaves it zero
-// Launch: block 128 (NWG + 1), grid x = min(SMs, max_items * Hkv) with max_items as in attn_plan.cu, a
-// bound that needs only the maxima.
-// Choosing a variant: D <= 64: BN 128, Q_STAGES 2 and NWG 3, but NWG 2 with WINDOW or SOFTCAP (160
-// registers do not hold those); PAGE_BOX 8 and 16 spill in the loading warp only. D <= 128: NWG 2, BN 128, Q_STAGES 2; else NWG 2,
-// BN 64, Q_STAGES 1; KV_STAGES 2.
+// Why: a unit of work is one q tile of the step's list, which is the same for every layer, and one kv head. The grid
+// is persistent: CTAs take units from a counter, longest first, over groups of heads whose keys fit in L2. One warp
+// fetches units ahead, one loads Q, K and V (TMA), NWG warpgroups compute. The query heads of a kv head are packed
+// into the rows of a tile: row r is token r / GROUP of the tile and head r % GROUP of the group. Query i of a chunk
+// has position kv_len - q_len + i. S = Q K^T (wgmma, both from shared memory), softmax in registers, O += P V with P
+// in registers. The next block's S is computed while the softmax of this one runs. Blocks of keys are walked from
+// the last to the first, so that masked ones come first.
+// Choosing a form: D <= 64: BN 128, Q_STAGES 2 and NWG 3, but NWG 2 with SOFTCAP (160 registers do not hold it). D
+// <= 128: NWG 2, BN 128, Q_STAGES 2. Else NWG 2, BN 64, Q_STAGES 1. KV_STAGES 2. PAGE_BOX 8 and 16 spill in the
+// loading warp only.
 
 #define DP (D <= 64 ? 64 : D <= 128 ? 128 : 256)
 #define BM (64 * NWG)
@@ -72,7 +71,7 @@ struct Blocks {
 };
 
 DEV Blocks key_blocks(int first, int last, int kv_len, int window) {
-    int end = CAUSAL ? last + 1 : kv_len;
+    int end = last + 1;
     int begin = WINDOW ? max(0, first - window + 1) : 0;
     return {begin / BN, (end + BN - 1) / BN};
 }
@@ -349,8 +348,8 @@ extern "C" __global__ void __launch_bounds__(128 * (NWG + 1), 1)
         const u32 q_base = base + qp.slot * Q_BYTES + wg * 8192;  // this warpgroup's rows, panels BM rows
         c.q = wgmma_desc(q_base);
         // Rows beyond the chunk repeat its last position: they cost nothing and are not stored.
-        c.pos[0] = CAUSAL ? min(int(first + row / GROUP), kv_len - 1) : kv_len - 1;
-        c.pos[1] = CAUSAL ? min(int(first + (row + 8) / GROUP), kv_len - 1) : kv_len - 1;
+        c.pos[0] = min(int(first + row / GROUP), kv_len - 1);
+        c.pos[1] = min(int(first + (row + 8) / GROUP), kv_len - 1);
 
         float o[DP / 2];
         u32 p[BN / 4];
@@ -388,7 +387,7 @@ extern "C" __global__ void __launch_bounds__(128 * (NWG + 1), 1)
         }
         // Blocks below `full_below` need no causal mask for any row of this warpgroup; blocks from
         // `full_from` on none at the window's start.
-        const int pos_min = CAUSAL ? min(int(first + 64 * wg / GROUP), kv_len - 1) : kv_len - 1;
+        const int pos_min = min(int(first + 64 * wg / GROUP), kv_len - 1);
         const int full_below = max((pos_min + 1) / BN, range.lo);
         const int full_from =
             WINDOW ? min((max(last - window + 1, 0) + BN - 1) / BN, full_below) : range.lo;

@@ -1,15 +1,17 @@
-// chain: pointwise operations, and reductions of rows, of one chain of the plan. The body is generated from the chain's
-// expression (codegen/src/cuda/chain.rs); here is what it is made of.
+// chain: pointwise operations, and reductions of rows, of one chain of the plan.
+// Called by: chain steps; the body is generated from the chain's statements (chain.rs).
 //
 // Defines
 //   LATHE_W        elements of a row
 //   LATHE_V        elements that a thread takes at a time, 1 or 8; divides W
 //   LATHE_THREADS  block size, a multiple of 32
-//   LATHE_PARAMS   operands p0, p1, ... and results q0, q1, ... as typed pointers
-//   LATHE_BODY     statements; `rows` is the number of rows
+//   LATHE_PARAMS   the parameters: operands p0, p1, ... and results q0, q1, ... as typed pointers, i32 rows
+//   LATHE_BODY     the statements
+// Parameters: LATHE_PARAMS.
 // Geometry (smem 0)
 //   pointwise:       grid = ceil(rows * W / (V * THREADS)); a thread has V neighbours of one row
 //   with reductions: grid = rows; a block has one row, read in passes
+// Why: values between the operations stay in registers.
 constexpr int W = LATHE_W, V = LATHE_V, T = LATHE_THREADS;
 static_assert(W % V == 0 && T % 32 == 0, "row length");
 

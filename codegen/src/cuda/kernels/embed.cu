@@ -1,10 +1,16 @@
 // embed: y[t, :] = table[tokens[t], :], one row a token.
-// Called by: the first step of every plan.
+// Called by: the first step of every plan (plain.rs).
 //
-// Defines: LATHE_H row length (multiple of VEC), LATHE_V rows of the table (ids outside are clamped, so that padding
-//   rows cannot fault), LATHE_MAP(v) f32 expression on each element (default: copied as is; Gemma: v * scale).
-// Parameters: const E* table [V,H], const i32* tokens [T], E* y [T,H], i32 rows.
+// Defines
+//   LATHE_H  row length, a multiple of VEC
+//   LATHE_V  rows of the table
+// Parameters
+//   const E* table       [V, H]
+//   const i32* tokens    [T]
+//   E* y                 [T, H]
+//   i32 rows             T
 // Geometry: grid = rows, block 128, smem 0.
+// Why: ids outside of the table are clamped, so that padding rows cannot fault.
 constexpr int H = LATHE_H;
 static_assert(H % VEC == 0, "row length");
 
@@ -13,14 +19,7 @@ extern "C" __global__ void __launch_bounds__(128) LATHE_NAME(const E* table, con
   pdl_wait();
   const i64 id = min(max(tokens[blockIdx.x], 0), LATHE_V - 1);
   for (int v = threadIdx.x; v < H / VEC; v += 128) {
-    uint4 p = ld16(table + id * H + v * VEC);
-#ifdef LATHE_MAP
-    float f[VEC];
-    unpack16(p, f, E());
-#pragma unroll
-    for (int e = 0; e < VEC; ++e) f[e] = LATHE_MAP(f[e]);
-    p = pack16(f, E());
-#endif
+    const uint4 p = ld16(table + id * H + v * VEC);
     st16(y + (i64)blockIdx.x * H + v * VEC, p);
   }
 }

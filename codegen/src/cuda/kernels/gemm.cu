@@ -1,57 +1,52 @@
-// C[M, N'] = epilogue(A[M, K] W[N, K]^T), bf16 operands, f32 accumulation: the GEMM for 65 tokens
-// and more. Persistent and warp specialised: one producer warp feeds a ring of TMA tiles, CWG
-// warpgroups multiply (wgmma) and store through shared memory while the producer already loads the
-// next tile. Clusters share tiles by multicast.
-// With one team all warpgroups work on a tile, 64 rows each: the largest tiles, fewest reads. With
-// two teams a warpgroup has a tile to itself and one multiplies while the other stores: the epilogue
-// is hidden, but tiles are narrower, as all accumulators of 128 rows lie in one warpgroup.
+// gemm: C[M, N'] = epilogue(A[M, K] W[N, K]^T), bf16 operands, f32 accumulation.
+// Called by: bf16 GEMM steps with more than 128 rows, and with more than 32 where it was faster (tiled.rs).
 //
-// Source: defines, prelude.cuh, hopper.cuh, this file. Defines (with LATHE_NAME, LATHE_DTYPE 1)
-//   BN        columns (rows of W) of a tile, 8..256: 64 96 128 160 192 224 256 have wrappers;
-//             a multiple of 8 CLUSTER_M, of 32 with EPI_SWIGLU, of 16 otherwise
-//   CWG       consumer warpgroups, 1 2 3; a tile has BM = 64 CWG rows (of A)
-//   TEAMS     1, or 2 with CWG 2, BN up to 192 and no residual
-//   STAGES    ring slots, each BM + BN rows of 64 k
-//   CLUSTER_M CLUSTER_N   CTAs of a cluster along M (they share the W tile) and N (they share the A
-//             tile); product <= 8; BM a multiple of 8 CLUSTER_N
-//   GROUP_M   cluster rows walked together before the next columns (L2 reuse), >= 1
-//   EPI       EPI_NONE EPI_BIAS EPI_RESIDUAL EPI_BIAS_RESIDUAL EPI_SWIGLU
-//   ROW_SCALE 1: row m's accumulators are multiplied by 1 / sqrt(mean square of row m of A + LATHE_EPS)
-//   ROW_SUMS  1: the squares of the rows of C are added up (not with EPI_SWIGLU)
-//   OUT_F32   1: f32 output by plain stores (no residual), 0: bf16
-//   LATHE_PDL 1: griddepcontrol.wait before the first dependent access, launch_dependents at start
-// Derived (the glue computes the same)
-//   OBN = EPI_SWIGLU ? BN / 2 : BN    output columns of a tile
-//   PW  = the first of 64 (with one team), 32, 56, 40, 16 that divides OBN   columns of a store panel
-//   smem bytes = STAGES * (BM + BN) * 128 + CWG * 2 * 128 * PW + 16 * STAGES + 16
-// Parameters, in order
-//   TensorMap a    bf16 {K, M}, stride {2 lda}, box {64, a_box}, 128B swizzle
-//   TensorMap w    bf16 {K, N}, stride {2 K},   box {64, w_box}, 128B swizzle
-//   TensorMap c    bf16 {N', M}, stride {2 ldc}, box {PW, 64}, swizzle 128B / 64B / 32B for PW 64 /
-//                  32 / 16, else none (N' = N / 2 with EPI_SWIGLU, else N); any valid map if OUT_F32
-//   TensorMap r    the residual, bf16 {N', M}, stride {2 ldr}, box {PW, BM}, swizzle like c; may alias
-//                  c's memory; any valid map without a residual
-//   void *c_f32    f32 output, row stride N elements (OUT_F32), else null
-//   const void *bias       bf16 [N], packed like the rows of W, or null
-//   const u64 *row_sums    ROW_SCALE: [M] sums of squares of A (prelude.cuh), complete; else null
-//   u64 *out_sums          ROW_SUMS: [M] sums of squares of C, added to; else null
-//   u64 *next_sums         ROW_SUMS: [M], set to zero for the kernel that adds next
-//   int M, N, K            N and K multiples of 8, any M >= 1; all maps zero fill out of bounds
-//   int a_box, w_box       rows of a TMA box of A and W: multiples of 8 that divide BM / CLUSTER_N and
-//                          BN / CLUSTER_M; the largest ones with no box far out of bounds, that is
-//                          round_up(M, a_box) == round_up(M, 16), and N likewise
-// Launch: block 128 (CWG + 1), cluster (CLUSTER_M CLUSTER_N, 1, 1), grid x = min(tiles, clusters
-// that fit) * cluster size, with tiles = ceil(ceil(M / BM) / CLUSTER_M) ceil(ceil(N / BN) /
-// CLUSTER_N) and clusters that fit from cuOccupancyMaxActiveClusters (66 of 2, 30 of 4 on an H100).
-// No workspace. SwiGLU: rows of W in blocks of 16, 8 gate rows then the 8 up rows of the same
-// features; a thread holds both as d[8b + e] and d[8b + 4 + e].
-// Choosing a variant (one team): CLUSTER_N 1, CLUSTER_M 2 if ceil(M / BM) is even, else 1; GROUP_M 8; STAGES as
-// many as fit 227 KiB, at most 8. Over CWG 1..3 and BN 64 96 128 160 192 224 256 (224 and 256 not
-// with CWG 3) take the least
+// Defines (LATHE_DTYPE is 1)
+//   BN         columns of a tile (rows of W): 64 96 128 160 192 224 256; a multiple of 32 with EPI_SWIGLU
+//   CWG        consumer warpgroups, 1 2 3; a tile has BM = 64 CWG rows of A
+//   TEAMS      1: all warpgroups work on a tile | 2: each has its own (CWG 2, BN up to 192, no residual)
+//   STAGES     slots of the ring, each BM + BN rows of 64 k
+//   CLUSTER_M  CTAs of a cluster along M, which share the tile of W
+//   CLUSTER_N  CTAs of a cluster along N, which share the tile of A
+//   GROUP_M    cluster rows that are walked together before the next columns
+//   EPI        EPI_NONE | EPI_BIAS | EPI_RESIDUAL | EPI_BIAS_RESIDUAL | EPI_SWIGLU
+//   ROW_SCALE  1: row m's accumulators are multiplied by 1 / sqrt(mean square of row m of A + LATHE_EPS) | 0
+//   ROW_SUMS   1: the squares of the rows of C are added up (not with EPI_SWIGLU) | 0
+//   LATHE_EPS  f32, added to the mean square (ROW_SCALE)
+// Parameters
+//   TensorMap a           bf16 {K, M}, stride {2 K}, box {64, a_box}, 128B swizzle
+//   TensorMap w           bf16 {K, N}, stride {2 K}, box {64, w_box}, 128B swizzle
+//   TensorMap c           bf16 {N', M}, stride {2 N'}, box {PW, 64}, swizzle 128B, 64B, 32B for PW 64, 32, 16, else
+//                         none; N' = N / 2 with EPI_SWIGLU, else N
+//   TensorMap r           the residual, bf16 {N', M}, box {PW, BM}, swizzle like c; may alias c's memory; any valid map
+//                         without a residual
+//   void* c_f32           null
+//   const void* bias      bf16 [N], packed like the rows of W, or null
+//   const u64* row_sums   [M] sums of squares of A (prelude.cuh), complete (ROW_SCALE), else null
+//   u64* out_sums         [M] sums of squares of C, added to (ROW_SUMS), else null
+//   u64* next_sums        [M], set to zero for the kernel that adds next (ROW_SUMS), else null
+//   int M, N, K           N and K multiples of 8, any M >= 1; all maps zero fill out of bounds
+//   int a_box             rows of a TMA box of A: the largest multiple of 8 that divides BM / CLUSTER_N with no box far
+//                         out of bounds: round_up(M, a_box) == round_up(M, 16)
+//   int w_box             rows of a TMA box of W: likewise of BN / CLUSTER_M and N
+// Geometry: grid = min(tiles, clusters that fit) * cluster size, cluster (CLUSTER_M CLUSTER_N, 1, 1),
+//   block 128 (CWG + 1), tiles = ceil(ceil(M / BM) / CLUSTER_M) * ceil(ceil(N / BN) / CLUSTER_N).
+//   OBN = EPI_SWIGLU ? BN / 2 : BN   output columns of a tile
+//   PW = the first of 64 (with one team), 32, 56, 40, 16 that divides OBN   columns of a store panel
+//   smem = STAGES * (BM + BN) * 128 + CWG * 2 * 128 * PW + 16 * STAGES + 16
+// EPI_SWIGLU: rows of W lie in blocks of 16, 8 gate rows and the 8 up rows of the same features. A thread holds
+// both, as d[8b + e] and d[8b + 4 + e].
+//
+// Why: persistent and warp specialised: one producer warp feeds a ring of TMA tiles, CWG warpgroups multiply (wgmma)
+// and store through shared memory while the producer already loads the next tile. Clusters share tiles by multicast.
+// One team has the largest tiles and the fewest reads. With two teams one multiplies while the other stores: the
+// epilogue is hidden, but tiles are narrower, as all accumulators of 128 rows lie in one warpgroup.
+// Choosing a form (one team): CLUSTER_N 1, CLUSTER_M 2 if ceil(M / BM) is even, else 1; STAGES as many as fit 227
+// KiB, at most 8. Over all CWG and BN (224 and 256 not with CWG 3) the least
 //   waves * (4.0 + ceil(K / 64) * max(BM * BN / 50140, (128 BM + 128 BN / CLUSTER_M) / 102000))  [us]
-//   waves = ceil(cluster tiles / floor(SMs / CLUSTER_M))
-// which is the tensor cores' or L2's time a step, and was within 6 % of the best measured variant for
-// most of 70 (M, N, K) on an H100 (at worst 15 %). Two teams wait for the first start alone.
+//   waves = ceil(cluster tiles / floor(multiprocessors / CLUSTER_M))
+// which is the tensor cores' or L2's time a step, and was within 6 % of the best measured form for most of 70 (M, N,
+// K) on an H100 (at worst 15 %). Two teams wait for the first start alone.
 
 #define EPI_NONE 0
 #define EPI_BIAS 1
@@ -354,19 +349,6 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), 1)
                             sum0 += o[4 * b] * o[4 * b] + o[4 * b + 1] * o[4 * b + 1];
                             sum1 += o[4 * b + 2] * o[4 * b + 2] + o[4 * b + 3] * o[4 * b + 3];
                         }
-                    }
-                    if (OUT_F32) {
-#pragma unroll
-                        for (int b = 0; b < PW / 8; ++b) {
-                            const int cc = col + p * PW + 8 * b;
-                            float *q = c_f32 + size_t(row) * N + cc;
-                            if (cc < N && row < M)
-                                *reinterpret_cast<float2 *>(q) = make_float2(o[4 * b], o[4 * b + 1]);
-                            if (cc < N && row + 8 < M)
-                                *reinterpret_cast<float2 *>(q + 8 * size_t(N)) =
-                                    make_float2(o[4 * b + 2], o[4 * b + 3]);
-                        }
-                        continue;
                     }
                     // Two panel buffers: the one about to be written was read two stores ago.
                     u32 buf = staging + store * PANEL_BYTES;

@@ -1,60 +1,53 @@
-// out[T, N'] = epilogue(X[T, K] W[N, K]^T) for few tokens, T <= NT <= 128: streams the weights once at
-// memory speed. The operands are swapped: 64 rows of W are wgmma's M, the tokens its N.
+// gemm_skinny: out[T, N'] = epilogue(X[T, K] W[N, K]^T) for few tokens, T <= NT <= 128.
+// Called by: bf16 GEMM steps with 5 to 128 rows (skinny.rs).
 //
-// Two-tile stream-K: the units (BK of k of one tile of ROWS rows) of the first tiles, at most two a
-// CTA, are cut into gridDim.x equal ranges, so every SM reads the same number of bytes whatever N
-// is; the other tiles are taken in rounds of gridDim.x neighbours, which keeps the rows that are
-// read at a time close together. A CTA that starts inside a tile leaves that part in the workspace;
-// the CTA that holds the tile's first unit adds the parts in order (so the result is deterministic)
-// and runs the epilogue.
+// Defines (LATHE_DTYPE is 1)
+//   NT         tokens that the kernel can take: 8 16 24 32 48 64 96 128
+//   CWG        consumer warpgroups, 1 or 2; a tile has ROWS = 64 CWG rows of W
+//   KP         64-wide panels of k in a ring slot; BK = 64 KP
+//   STAGES     slots of the ring
+//   EPI        EPI_NONE | EPI_BIAS | EPI_RESIDUAL | EPI_BIAS_RESIDUAL | EPI_SWIGLU
+//   ROW_SCALE  1: token t's accumulators are multiplied by 1 / sqrt(mean square of its row of x + LATHE_EPS) | 0
+//   ROW_SUMS   1: the squares of the output's rows are added up (N a multiple of 64; not with EPI_SWIGLU) | 0
+//   LATHE_EPS  f32, added to the mean square (ROW_SCALE)
+// Parameters
+//   TensorMap w            bf16 {K, N}, stride {2 K}, box {64, ROWS}, 128B swizzle
+//   TensorMap x            bf16 {K, T}, stride {2 K}, box {64, round_up(T, 8)}, 128B swizzle
+//   void* out              bf16 [T, N'], row stride ldo; N' = N / 2 with EPI_SWIGLU, else N
+//   const void* bias       bf16 [N], packed like the rows of W, or null
+//   const void* residual   bf16 [T, N'], row stride ldr, or null; may alias out
+//   float* partial         gridDim.x * ROWS * NT floats, all bytes 0xff before the first launch; every launch leaves
+//                          them so
+//   u64* best              null
+//   const u64* row_sums    [T] sums of squares of x (prelude.cuh), complete (ROW_SCALE), else null
+//   u64* out_sums          [T] sums of squares of the output, added to (ROW_SUMS), else null
+//   u64* next_sums         [T], set to zero for the kernel that adds next (ROW_SUMS), else null
+//   int T, N, K            N a multiple of 8 (16 with EPI_SWIGLU), K of 8; maps zero fill
+//   int ldo, ldr           row strides in elements
+// Geometry: grid = min(multiprocessors, ceil(N / ROWS) * ceil(K / BK)), block 128 (CWG + 1), no cluster. All CTAs
+// must
+//   be resident together. Two launches that may overlap need separate workspaces.
+//   FEAT = EPI_SWIGLU ? 32 : 64           output features of a warpgroup's tile
+//   TC = NT <= 32 ? NT : NT % 32 == 0 ? 32 : 16   tokens staged at once
+//   smem = STAGES * KP * (ROWS + NT) * 128 + CWG * TC * (FEAT + 4) * 4 + 16 * STAGES + (ROW_SCALE ? CWG * 4 * NT : 0)
+// EPI_SWIGLU: rows of W lie in blocks of 16, 8 gate rows and the 8 up rows of the same features. A thread holds
+// both, as d[4b + e] and d[4b + 2 + e].
 //
-// Source: defines, prelude.cuh, hopper.cuh, this file. Defines (with LATHE_NAME, LATHE_DTYPE 1)
-//   NT        tokens the kernel can take: 8 16 24 32 48 64 96 128
-//   CWG       consumer warpgroups, 1 or 2; ROWS = 64 CWG rows of W a tile
-//   KP        64-wide k panels of a ring slot; BK = 64 KP
-//   STAGES    ring slots
-//   MIN_CTAS  CTAs of an SM that registers must allow (2: the next kernel may start beside this one)
-//   EPI       EPI_NONE EPI_BIAS EPI_RESIDUAL EPI_BIAS_RESIDUAL EPI_SWIGLU EPI_ARGMAX
-//   OUT_F32   1: f32 output, 0: bf16
-//   EVICT_FIRST  1: weights pass through L2 with evict-first priority
-//   ROW_SCALE 1: token t's accumulators are multiplied by 1 / sqrt(mean square of its row of x + LATHE_EPS)
-//   ROW_SUMS  1: the squares of the output's rows are added up (N a multiple of 64; not with EPI_SWIGLU or
-//             EPI_ARGMAX)
-//   LATHE_PDL 1: the ring's weights are requested before griddepcontrol.wait
-// Derived (the glue computes the same)
-//   FEAT = EPI_SWIGLU ? 32 : 64       output features of a warpgroup's tile
-//   TC   = NT if NT <= 32, 32 if NT % 32 == 0, else 16   tokens staged at once
-//   smem bytes = STAGES * KP * (ROWS + NT) * 128 + CWG * TC * (FEAT + 4) * 4 + 16 * STAGES
-//                (+ CWG * 4 NT with ROW_SCALE)
-// Parameters, in order
-//   TensorMap w    bf16 {K, N}, stride {2 K},   box {64, ROWS}, 128B swizzle
-//   TensorMap x    bf16 {K, T}, stride {2 ldx}, box {64, round_up(T, 8)}, 128B swizzle
-//   void *out               bf16 or f32 [T, N'], row stride ldo (N' = N / 2 with EPI_SWIGLU);
-//                           EPI_ARGMAX: i32 [T], the lowest index of the largest f32 logit
-//   const void *bias        bf16 [N], packed like the rows of W, or null
-//   const void *residual    bf16 [T, N'], row stride ldr, or null; may alias out
-//   float *partial          workspace, gridDim.x * ROWS * NT floats, all bytes 0xff before the first
-//                           launch; every launch leaves them so
-//   u64 *best               EPI_ARGMAX: workspace, NT + 1 words, zero before the first launch; every
-//                           launch leaves them zero; else null
-//   const u64 *row_sums     ROW_SCALE: [T] sums of squares of x (prelude.cuh), complete; else null
-//   u64 *out_sums           ROW_SUMS: [T] sums of squares of the output, added to; else null
-//   u64 *next_sums          ROW_SUMS: [T], set to zero for the kernel that adds next
-//   int T, N, K, ldo, ldr   N a multiple of 8 (16 with EPI_SWIGLU), K of 8; maps zero fill
-// Launch: block 128 (CWG + 1), no cluster, grid x = min(SMs, ceil(N / ROWS) * ceil(K / BK)). All CTAs
-// must be resident together. Two launches that may overlap need separate workspaces.
-// SwiGLU: rows of W in blocks of 16, 8 gate rows then the 8 up rows of the same features: a
-// thread holds both as d[4b + e] and d[4b + 2 + e].
-// Choosing a variant: NT the least that holds T; CWG 1, MIN_CTAS 1, EVICT_FIRST 1; KP 2 up to NT 64,
-// else 1; STAGES as many as fit 227 KiB (11 10 10 8 7 6 8 8 were measured, NT 8 .. 128). A ring that
-// fills the SM was 1-3 % faster than half of one with MIN_CTAS 2.
+// Why: the weights are streamed once at memory speed. The operands are swapped: 64 rows of W are wgmma's M, the
+// tokens its N. The units (BK of k of one tile of ROWS rows) of the first tiles, at most two a CTA, are cut into
+// gridDim.x equal ranges, so that every multiprocessor reads the same number of bytes whatever N is. The other tiles
+// are taken in rounds of gridDim.x neighbours, which keeps the rows that are read at a time close together. A CTA
+// that starts inside a tile leaves that part in the workspace. The CTA that holds the tile's first unit adds the
+// parts in order, so that results are deterministic, and runs the epilogue. Weights pass through L2 with evict-first
+// priority.
+// Choosing a form: NT the least that holds T; CWG 1; KP 2 up to NT 64, else 1; STAGES as many as fit 227 KiB. A ring
+// that fills the multiprocessor was 1-3 % faster than half of one beside the next kernel's.
 
 #define EPI_NONE 0
 #define EPI_BIAS 1
 #define EPI_RESIDUAL 2
 #define EPI_SWIGLU 3
 #define EPI_BIAS_RESIDUAL 4
-#define EPI_ARGMAX 5
 
 #define HAS_BIAS (EPI == EPI_BIAS || EPI == EPI_BIAS_RESIDUAL)
 #define HAS_RESIDUAL (EPI == EPI_RESIDUAL || EPI == EPI_BIAS_RESIDUAL)
@@ -94,11 +87,7 @@ struct Walk {
 DEV void load_w(u32 slot, const TensorMap *w, u32 bar, int step, int row, u64 policy) {
 #pragma unroll
     for (int p = 0; p < KP; ++p) {
-#if EVICT_FIRST
         tma_load_2d_hint(slot + p * ROWS * 128, w, bar, (step * KP + p) * 64, row, policy);
-#else
-        tma_load_2d(slot + p * ROWS * 128, w, bar, (step * KP + p) * 64, row);
-#endif
     }
 }
 
@@ -132,7 +121,7 @@ DEV void st_relaxed(float4 *p, float x, float y, float z, float w) {
                  : "memory");
 }
 
-extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), MIN_CTAS)
+extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), 1)
     LATHE_NAME(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, char *out,
                 const char *bias, const char *residual, float *partial, u64 *best,
                 const u64 *row_sums, u64 *out_sums, u64 *next_sums, int T, int N, int K, int ldo, int ldr) {
@@ -318,108 +307,59 @@ extern "C" __global__ void __launch_bounds__(128 * (CWG + 1), MIN_CTAS)
                 d[4 * b + 3] += b1;
             }
         }
-        if (EPI == EPI_ARGMAX) {
-            // Largest (value, lowest index) of each token as one ordered integer.
-            const u32 r0 = row + 16 * warp + g;
 #pragma unroll
-            for (int b = 0; b < NT / 8; ++b) {
+        for (int c = 0; c < NT / TC; ++c) {
+            named_sync(1 + wg, 128);  // the staging of the chunk before is read
 #pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    // Rows beyond N are no candidates.
-                    float v0 = r0 < N ? d[4 * b + e] : NEG_INF;
-                    float v1 = r0 + 8 < N ? d[4 * b + 2 + e] : NEG_INF;
-                    u64 key = argmax_key(fmaxf(v0, v1), v1 > v0 ? r0 + 8 : r0);
-#pragma unroll
-                    for (int m = 4; m < 32; m *= 2) {
-                        u64 other = __shfl_xor_sync(0xffffffffu, key, m);
-                        key = other > key ? other : key;
-                    }
-                    const int token = 8 * b + 2 * t + e;
-                    if (g == 0 && token < T) atomicMax(best + token, key);
+            for (int i = 0; i < TC / 8; ++i) {
+                const int b = c * (TC / 8) + i;
+                float *s = staging + (8 * i + 2 * t) * STAGING_STRIDE;
+                if (EPI == EPI_SWIGLU) {
+                    s += 8 * warp + g;
+                    s[0] = silu_f32(d[4 * b]) * d[4 * b + 2];
+                    s[STAGING_STRIDE] = silu_f32(d[4 * b + 1]) * d[4 * b + 3];
+                } else {
+                    s += 16 * warp + g;
+                    s[0] = d[4 * b];
+                    s[8] = d[4 * b + 2];
+                    s[STAGING_STRIDE] = d[4 * b + 1];
+                    s[STAGING_STRIDE + 8] = d[4 * b + 3];
                 }
             }
-        } else {
-#pragma unroll
-            for (int c = 0; c < NT / TC; ++c) {
-                named_sync(1 + wg, 128);  // the staging of the chunk before is read
-#pragma unroll
-                for (int i = 0; i < TC / 8; ++i) {
-                    const int b = c * (TC / 8) + i;
-                    float *s = staging + (8 * i + 2 * t) * STAGING_STRIDE;
-                    if (EPI == EPI_SWIGLU) {
-                        s += 8 * warp + g;
-                        s[0] = silu_f32(d[4 * b]) * d[4 * b + 2];
-                        s[STAGING_STRIDE] = silu_f32(d[4 * b + 1]) * d[4 * b + 3];
-                    } else {
-                        s += 16 * warp + g;
-                        s[0] = d[4 * b];
-                        s[8] = d[4 * b + 2];
-                        s[STAGING_STRIDE] = d[4 * b + 1];
-                        s[STAGING_STRIDE + 8] = d[4 * b + 3];
-                    }
+            named_sync(1 + wg, 128);
+            for (int i = tid; i < TC * (FEAT / 8); i += 128) {
+                const int in = i / (FEAT / 8), token = c * TC + in;
+                const int f = i % (FEAT / 8) * 8, n = tile * (FEAT * CWG) + FEAT * wg + f;
+                if (token >= T || n >= n_out) continue;
+                const float4 *s = reinterpret_cast<const float4 *>(staging + in * STAGING_STRIDE + f);
+                float4 v0 = s[0], v1 = s[1];
+                if (HAS_RESIDUAL) {
+                    u32 q[4];
+                    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                                 : "=r"(q[0]), "=r"(q[1]), "=r"(q[2]), "=r"(q[3])
+                                 : "l"(residual + 2 * (size_t(token) * ldr + n))
+                                 : "memory");
+                    v0.x += bf16_lo(q[0]);
+                    v0.y += bf16_hi(q[0]);
+                    v0.z += bf16_lo(q[1]);
+                    v0.w += bf16_hi(q[1]);
+                    v1.x += bf16_lo(q[2]);
+                    v1.y += bf16_hi(q[2]);
+                    v1.z += bf16_lo(q[3]);
+                    v1.w += bf16_hi(q[3]);
                 }
-                named_sync(1 + wg, 128);
-                for (int i = tid; i < TC * (FEAT / 8); i += 128) {
-                    const int in = i / (FEAT / 8), token = c * TC + in;
-                    const int f = i % (FEAT / 8) * 8, n = tile * (FEAT * CWG) + FEAT * wg + f;
-                    if (token >= T || n >= n_out) continue;
-                    const float4 *s = reinterpret_cast<const float4 *>(staging + in * STAGING_STRIDE + f);
-                    float4 v0 = s[0], v1 = s[1];
-                    if (HAS_RESIDUAL) {
-                        u32 q[4];
-                        asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                                     : "=r"(q[0]), "=r"(q[1]), "=r"(q[2]), "=r"(q[3])
-                                     : "l"(residual + 2 * (size_t(token) * ldr + n))
-                                     : "memory");
-                        v0.x += bf16_lo(q[0]);
-                        v0.y += bf16_hi(q[0]);
-                        v0.z += bf16_lo(q[1]);
-                        v0.w += bf16_hi(q[1]);
-                        v1.x += bf16_lo(q[2]);
-                        v1.y += bf16_hi(q[2]);
-                        v1.z += bf16_lo(q[3]);
-                        v1.w += bf16_hi(q[3]);
-                    }
 #if ROW_SUMS
-                    // Eight neighbours have this token's features in the tile, all of them or none.
-                    float ss = v0.x * v0.x + v0.y * v0.y + v0.z * v0.z + v0.w * v0.w + v1.x * v1.x +
-                               v1.y * v1.y + v1.z * v1.z + v1.w * v1.w;
-                    const u32 mask = 0xffu << (lane & ~7u);
+                // Eight neighbours have this token's features in the tile, all of them or none.
+                float ss = v0.x * v0.x + v0.y * v0.y + v0.z * v0.z + v0.w * v0.w + v1.x * v1.x +
+                           v1.y * v1.y + v1.z * v1.z + v1.w * v1.w;
+                const u32 mask = 0xffu << (lane & ~7u);
 #pragma unroll
-                    for (int m = 1; m < 8; m *= 2) ss += __shfl_xor_sync(mask, ss, m);
-                    if (lane % 8 == 0) add_square_sum(out_sums + token, ss);
+                for (int m = 1; m < 8; m *= 2) ss += __shfl_xor_sync(mask, ss, m);
+                if (lane % 8 == 0) add_square_sum(out_sums + token, ss);
 #endif
-                    if (OUT_F32) {
-                        float4 *o = reinterpret_cast<float4 *>(out + 4 * (size_t(token) * ldo + n));
-                        o[0] = v0;
-                        o[1] = v1;
-                    } else {
-                        st_global_v4(out + 2 * (size_t(token) * ldo + n), pack_bf16(v0.x, v0.y),
-                                     pack_bf16(v0.z, v0.w), pack_bf16(v1.x, v1.y),
-                                     pack_bf16(v1.z, v1.w));
-                    }
-                }
+                st_global_v4(out + 2 * (size_t(token) * ldo + n), pack_bf16(v0.x, v0.y),
+                             pack_bf16(v0.z, v0.w), pack_bf16(v1.x, v1.y), pack_bf16(v1.z, v1.w));
             }
-        }
-    }
-
-    if (EPI == EPI_ARGMAX) {
-        // The last warpgroup of the grid turns the keys into tokens and resets them.
-        u32 *is_last = reinterpret_cast<u32 *>(staging);
-        named_sync(1 + wg, 128);
-        if (tid == 0) {
-            __threadfence();
-            u32 *count = reinterpret_cast<u32 *>(best + NT);
-            *is_last = atomicAdd(count, 1) == gridDim.x * CWG - 1;
-            if (*is_last) {
-                __threadfence();
-                *count = 0;
-            }
-        }
-        named_sync(1 + wg, 128);
-        if (*is_last && tid < T) {
-            u64 key = atomicExch(best + tid, 0ull);
-            reinterpret_cast<int *>(out)[tid] = int(argmax_index(key));
         }
     }
 }

@@ -1,103 +1,58 @@
-// gemv: y[M, N'] = epilogue(prologue(x)[M, K] . W[N, K]^T) for M = 1..4 rows: the weight-streaming kernel of decode.
-// Called by: plan steps Linear with at most 4 rows (QKV, O, gate|up, down, lm_head).
+// gemv: y[M, N'] = epilogue(norm(x)[M, K] . W[N, K]^T) for M = 1..4 rows: the weight-streaming kernel of decode.
+// Called by: GEMM steps with at most 4 rows (gemv.rs).
 //
 // Defines
-//   LATHE_M 1..4; LATHE_N, LATHE_K: rows and columns of W; K * sizeof(E) a multiple of 16.
-//   LATHE_GRID     number of CTAs, = gridDim.x (132 = one a multiprocessor; fewer if N is small). The kernel
-//                  relies on it for its row ranges; every CTA takes an equal share of row groups.
-//   LATHE_PRO      0 none: h = x | 1 RMSNorm: h = norm(x) * gamma | 2 add + RMSNorm: s = E(x + delta), written to
-//                  `sum` once (spread over the CTAs), h = norm(s) * gamma. `sum` must not alias x or delta.
-//                  PRO 1 and 2 need M * ceil(K / VEC / (32 * WARPS)) <= 16 (K <= 8192 at M = 4), else norm.cu first.
-//   LATHE_EPS      f32 literal, for PRO 1, 2.
-//   LATHE_NO_GAMMA 1: h = norm(x), the weight has gamma in its columns (PRO 1); 0 (default).
-//   LATHE_GAMMA(w) f32 expression of the norm weight, default (w); Gemma: (1.0f + (w)).
-//   LATHE_NORM_F32 0 (default): h = E(E(s * rstd) * gamma), HF Llama rounding | 1: h = E(s * rstd * gamma).
-//   LATHE_EPI      0 none: y = acc | 1 bias: acc + add[n] | 2 residual: acc + add[m, n] | 3 SwiGLU over gate|up
-//                  packed in blocks of 16 rows (8 gate, 8 up): y[m, 8b + j] = ACT(row 16b + j) * row(16b + 8 + j),
-//                  N' = N / 2 | 4 argmax over n (lowest index wins ties), y = i32[M], no logits written.
-//   LATHE_MAP(v)   f32 expression applied to acc (after bias/residual) before rounding, default (v): softcap, scale.
-//   LATHE_ACT(g)   gate activation of EPI 3, default silu(g).
-//   LATHE_OUT_F32  1: y is f32 (logits), 0 (default): y has type E.
-//   Tuning: LATHE_WARPS (default 8), LATHE_KC columns a chunk (default 1024 bf16; multiple of 32 * VEC),
-//   LATHE_SLOTS ring depth a warp (default 6), LATHE_R rows a group (default 2; EPI 3 needs 2), LATHE_RING
-//   (1: shared-memory ring of bulk copies; 0: direct loads, LATHE_SLOTS chunks of registers), LATHE_MINB
-//   CTAs a multiprocessor for __launch_bounds__ (default 1).
-//   LATHE_NEXT bytes a warp (multiple of 16, default 0 = none; RING 1): when a warp waits for its last LATHE_NEXT_AT
-//   chunks (default 1) it brings its share of next[0 .. GRID * WARPS * NEXT) into L2: the weights that the next
-//   streaming kernel of the chain reads first, so that memory stays busy while kernels change over.
-// Parameters (all variants; unused ones may be null)
-//   const E* w [N,K], const E* x [M,K], const E* delta [M,K], const E* gamma [K], const E* add (bias [N] or
-//   residual [M,N]), void* y, E* sum [M,K], u64* best [M] and u32* counter [1] (EPI 4: zeroed once at allocation,
-//   left zero by every launch; one pair per stream), const void* next (weights, at least GRID * WARPS * NEXT bytes).
-// Geometry: grid LATHE_GRID, block 32 * WARPS, smem = the sum of (each rounded up to 16)
-//   ring = RING ? WARPS * SLOTS * R * KC * sizeof(E) : 0
+//   LATHE_M         rows, 1..4
+//   LATHE_N         rows of W
+//   LATHE_K         columns of W; K * sizeof(E) is a multiple of 16
+//   LATHE_GRID      CTAs = gridDim.x; every CTA takes an equal share of row groups
+//   LATHE_WARPS     warps of a CTA
+//   LATHE_KC        columns of a chunk, a multiple of 32 * VEC
+//   LATHE_SLOTS     chunks in a warp's ring, 2..6
+//   LATHE_R         rows of a group; 2 with EPI 3
+//   LATHE_PRO       0: h = x | 1: h = norm(x) * gamma | 2: s = E(x + delta), stored once in `sum`, h = norm(s) * gamma
+//   LATHE_NO_GAMMA  1: h = norm(x), gamma is in the weight (PRO 1) | 0
+//   LATHE_EPS       f32, added to the mean square (PRO 1 and 2)
+//   LATHE_EPI       0: y = acc | 1: acc + bias[n] | 2: acc + residual[m, n] | 3: SwiGLU | 4: argmax over n
+//   LATHE_MAP(v)    f32 expression of each output before it is rounded; default (v)
+//   LATHE_NEXT      bytes of `next` that a warp brings into L2 with its last chunk, a multiple of 16; default 0
+// Parameters (those without use are null)
+//   const E* w         [N, K]
+//   const E* x         [M, K]
+//   const E* delta     [M, K], PRO 2
+//   const E* gamma     [K], PRO 1 and 2
+//   const E* add       bias [N] of EPI 1, residual [M, N] of EPI 2
+//   void* y            E [M, N'], N' = N / 2 with EPI 3, else N; EPI 4: i32 [M], the lowest index of the largest output
+//   E* sum             [M, K], PRO 2; aliases neither x nor delta
+//   u64* best          [M], EPI 4: zero before the first launch, and every launch leaves it so
+//   u32* counter       [1], EPI 4: likewise
+//   const void* next   weights of at least GRID * WARPS * NEXT bytes
+// Geometry: grid GRID, block 32 * WARPS, smem = ring + xs + part + bars + red, each rounded up to 16 bytes, with
+//   ring = WARPS * SLOTS * R * KC * sizeof(E)
 //   xs   = M * K * sizeof(E)
 //   part = (ROUNDS * WARPS + PAIRS * SP + (EPI is 1 or 2 ? ROUNDS * WARPS + PAIRS : 0)) * R * M * 4
-//   bars = RING ? WARPS * SLOTS * 8 : 0
+//   bars = WARPS * SLOTS * 8
 //   red  = WARPS * M * 8
-// with GROUPS = ceil(N / R), ROUNDS = floor(GROUPS / (GRID * WARPS)), REM = GROUPS - ROUNDS * GRID * WARPS,
-//   PAIRS = ceil(REM / GRID), NCH = ceil(K / KC), UMIN = floor(floor(REM / GRID) * NCH / WARPS),
-//   SP = UMIN == 0 ? WARPS : min(ceil((NCH - 1) / UMIN) + 1, WARPS, NCH).
-// Parallelisation: row groups go round by round, GRID * WARPS consecutive groups a round, one a warp, so that at any
-// time the machine reads one compact window of W (many far-apart streams read 2-3 % slower). What is left after the
-// whole rounds is shared out evenly: a CTA's remaining chunks (group, KC columns) are dealt to its warps contiguously,
-// splitting K. Every warp owns a ring of bulk copies that starts before griddepcontrol.wait; activations are staged
-// once in shared memory; f32 partial sums meet in shared memory and are added in a fixed order (bitwise reproducible).
-// Choice of SLOTS: the most, up to 6, that keep smem <= 232448 bytes (227 KiB); at least 2. With one CTA a
-// multiprocessor (smem > 113 KiB; ask for 116000 bytes if the ring is smaller) every kernel of a PDL chain spreads
-// evenly. Two smaller CTAs a multiprocessor were measured slower in a model's chain: where kernels of different sizes
-// follow each other, the first multiprocessors to finish get two CTAs of the next kernel and the last ones none.
-// NEXT = 4096 gained 3 % of a Llama-3.2-1B step and 0.3 % of a Llama-3.1-8B step.
-#ifndef LATHE_WARPS
-#define LATHE_WARPS 8
-#endif
-#ifndef LATHE_KC
-#define LATHE_KC (512 / (int)sizeof(E) * 4)
-#endif
-#ifndef LATHE_SLOTS
-#define LATHE_SLOTS 6
-#endif
-#ifndef LATHE_R
-#define LATHE_R 2
-#endif
-#ifndef LATHE_RING
-#define LATHE_RING 1
-#endif
-#ifndef LATHE_MINB
-#define LATHE_MINB 1
-#endif
+//   GROUPS = ceil(N / R), ROUNDS = floor(GROUPS / (GRID * WARPS)), REM = GROUPS - ROUNDS * GRID * WARPS
+//   PAIRS = ceil(REM / GRID), NCH = ceil(K / KC), UMIN = floor(floor(REM / GRID) * NCH / WARPS)
+//   SP = UMIN == 0 ? WARPS : min(ceil((NCH - 1) / UMIN) + 1, WARPS, NCH)
+// PRO 1 and 2 keep the rows in registers: M * ceil(K / VEC / (32 * WARPS)) <= 16. A longer row needs norm.cu first.
+// EPI 3: rows of W lie in blocks of 16, 8 gate and 8 up: y[m, 8b + j] = silu(row 16b + j) * row(16b + 8 + j).
+//
+// Why: row groups go round by round, GRID * WARPS consecutive groups a round, one a warp. At any time the machine
+// reads one compact window of W; many far-apart streams read 2-3 % slower. What is left after the whole rounds is
+// shared out evenly: a CTA's remaining chunks are dealt to its warps contiguously, splitting K. A warp's ring of
+// bulk copies starts before griddepcontrol.wait. Activations are staged once in shared memory. f32 partial sums meet
+// in shared memory and are added in a fixed order, so that results are bitwise reproducible. SLOTS is the most, up
+// to 6, that keep smem <= 232448 bytes. One CTA a multiprocessor (at least 116000 bytes of smem) spreads every
+// kernel of a PDL chain evenly. Two smaller CTAs were measured slower in a model's chain: the first multiprocessors
+// to finish get two CTAs of the next kernel and the last ones none. NEXT = 4096 gained 3 % of a Llama-3.2-1B step
+// and 0.3 % of a Llama-3.1-8B step: memory stays busy while kernels change.
 #ifndef LATHE_NEXT
 #define LATHE_NEXT 0
 #endif
-#ifndef LATHE_NEXT_AT
-#define LATHE_NEXT_AT 1
-#endif
-#ifndef LATHE_PRO
-#define LATHE_PRO 0
-#endif
-#ifndef LATHE_EPI
-#define LATHE_EPI 0
-#endif
-#ifndef LATHE_EPS
-#define LATHE_EPS 1e-5f
-#endif
-#ifndef LATHE_NO_GAMMA
-#define LATHE_NO_GAMMA 0
-#endif
-#ifndef LATHE_GAMMA
-#define LATHE_GAMMA(w) (w)
-#endif
-#ifndef LATHE_NORM_F32
-#define LATHE_NORM_F32 0
-#endif
 #ifndef LATHE_MAP
 #define LATHE_MAP(v) (v)
-#endif
-#ifndef LATHE_ACT
-#define LATHE_ACT(g) silu(g)
-#endif
-#ifndef LATHE_OUT_F32
-#define LATHE_OUT_F32 0
 #endif
 
 constexpr int M = LATHE_M, N = LATHE_N, K = LATHE_K, G = LATHE_GRID;
@@ -118,10 +73,10 @@ constexpr int PART2 = FULL * R * M, PART_ADD = PART2 + PAIRS * R * M * SP;
 constexpr int PART = PART_ADD + (ADDEND ? (FULL + PAIRS) * R * M : 0);
 constexpr int up16(int b) { return (b + 15) / 16 * 16; }
 constexpr int SLOT_BYTES = R * KC * (int)sizeof(E);
-constexpr int OFF_XS = LATHE_RING ? W * S * SLOT_BYTES : 0;
+constexpr int OFF_XS = W * S * SLOT_BYTES;
 constexpr int OFF_PART = OFF_XS + up16(M * K * (int)sizeof(E));
 constexpr int OFF_BARS = OFF_PART + up16(PART * 4);
-constexpr int OFF_RED = OFF_BARS + (LATHE_RING ? up16(W * S * 8) : 0);
+constexpr int OFF_RED = OFF_BARS + up16(W * S * 8);
 constexpr int GEMV_SMEM = OFF_RED + up16(W * M * 8);
 static_assert(K % VEC == 0 && KC % (32 * VEC) == 0, "K must be whole 16-byte vectors");
 static_assert(LATHE_EPI != 3 || (R == 2 && N % 16 == 0), "SwiGLU needs row pairs in blocks of 16");
@@ -233,10 +188,8 @@ DEV void prologue(const E* x, const E* delta, const E* gamma, E* sum, char* xs, 
         for (int e = 0; e < VEC; ++e) {
 #if LATHE_NO_GAMMA
           f[e] = f[e] * rstd;
-#elif LATHE_NORM_F32
-          f[e] = f[e] * rstd * LATHE_GAMMA(g[e]);
 #else
-          f[e] = round_to<E>(f[e] * rstd) * LATHE_GAMMA(g[e]);
+          f[e] = round_to<E>(f[e] * rstd) * g[e];
 #endif
         }
         st16(xs + (m * KV + v) * 16, pack16(f, E()));
@@ -246,7 +199,7 @@ DEV void prologue(const E* x, const E* delta, const E* gamma, E* sum, char* xs, 
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(T, LATHE_MINB)
+extern "C" __global__ void __launch_bounds__(T, 1)
 LATHE_NAME(const E* w, const E* x, const E* delta, const E* gamma, const E* add, void* y, E* sum, u64* best, u32* counter,
            const void* next) {
   extern __shared__ __align__(1024) char smem[];
@@ -275,7 +228,6 @@ LATHE_NAME(const E* w, const E* x, const E* delta, const E* gamma, const E* add,
       else ++lp;
     }
   };
-#if LATHE_RING
   const u32 ring = smem_addr(smem) + warp * S * SLOT_BYTES;
   const u32 bars = smem_addr(smem + OFF_BARS) + warp * S * 8;
   const u64 policy = policy_evict_first();
@@ -296,23 +248,6 @@ LATHE_NAME(const E* w, const E* x, const E* delta, const E* gamma, const E* add,
   };
 #pragma unroll 1
   for (int s = 0; s < S && s < count; ++s) issue(s);
-#else
-  uint4 buf[S][R][IT];
-  auto load = [&](uint4 (&b)[R][IT]) {
-#pragma unroll
-    for (int r = 0; r < R; ++r)
-#pragma unroll
-      for (int i = 0; i < IT; ++i) {
-        const int k = lc * KC + (lane + 32 * i) * VEC;
-        if (!TAIL || k < K) b[r][i] = ld_stream(w + (i64)group_row(lp, r) * K + k);
-        else b[r][i] = make_uint4(0, 0, 0, 0);
-      }
-    step();
-  };
-#pragma unroll
-  for (int s = 0; s < S; ++s)
-    if (s < count) load(buf[s]);
-#endif
 
   uint4 gm[NV];
 #if LATHE_PRO != 0 && !LATHE_NO_GAMMA
@@ -391,13 +326,12 @@ LATHE_NAME(const E* w, const E* x, const E* delta, const E* gamma, const E* add,
     }
   };
 
-#if LATHE_RING
   int s = 0;
   u32 phase = 0;
 #pragma unroll 1
   for (int u = 0; u < count; ++u) {
     mbar_wait(bars + s * 8, phase);
-    if (LATHE_NEXT > 0 && u + LATHE_NEXT_AT == count && elect_one())
+    if (LATHE_NEXT > 0 && u + 1 == count && elect_one())
       bulk_prefetch(reinterpret_cast<const char*>(next) + (i64)(blockIdx.x * W + warp) * LATHE_NEXT, LATHE_NEXT);
     const char* slot = smem + (warp * S + s) * SLOT_BYTES;
 #pragma unroll
@@ -415,26 +349,6 @@ LATHE_NAME(const E* w, const E* x, const E* delta, const E* gamma, const E* add,
     if (++s == S) { s = 0; phase ^= 1; }
     flush(u + 1 == count);
   }
-#else
-#pragma unroll 1
-  for (int u = 0; u < count; u += S) {
-#pragma unroll
-    for (int s = 0; s < S; ++s) {
-      if (u + s < count) {
-#pragma unroll
-        for (int i = 0; i < IT; ++i) {
-          const int vec = lane + 32 * i;
-          uint4 wv[R];
-#pragma unroll
-          for (int r = 0; r < R; ++r) wv[r] = buf[s][r][i];
-          if (!TAIL || cc * KC + vec * VEC < K) fma_vec(acc, wv, xs, cc * (KC / VEC) + vec);
-        }
-        if (u + s + S < count) load(buf[s]);
-        flush(u + s + 1 == count);
-      }
-    }
-  }
-#endif
   __syncthreads();
 
   // Epilogue: partial sums in a fixed order, one thread an output.
@@ -454,7 +368,7 @@ LATHE_NAME(const E* w, const E* x, const E* delta, const E* gamma, const E* add,
   for (int m = 0; m < M; ++m)
     for (int j = tid; j < rows / 2; j += T) {
       const float g = total(2 * j, m), u = total(2 * j + 1, m);
-      reinterpret_cast<E*>(y)[(i64)m * (N / 2) + group_of(j)] = from_f32<E>(LATHE_MAP(LATHE_ACT(g) * u));
+      reinterpret_cast<E*>(y)[(i64)m * (N / 2) + group_of(j)] = from_f32<E>(LATHE_MAP(silu(g) * u));
     }
 #elif LATHE_EPI == 4
   u64* redk = reinterpret_cast<u64*>(red);
@@ -496,11 +410,7 @@ LATHE_NAME(const E* w, const E* x, const E* delta, const E* gamma, const E* add,
       if (N % R == 0 || n < N) {
         const float t = total(j, m);
         const float v = LATHE_MAP(t);
-#if LATHE_OUT_F32
-        reinterpret_cast<float*>(y)[(i64)m * N + n] = v;
-#else
         reinterpret_cast<E*>(y)[(i64)m * N + n] = from_f32<E>(v);
-#endif
       }
     }
 #endif

@@ -1,10 +1,20 @@
 // kv_append: keys and values of the step's rows into the paged cache, any element type and head size.
-// Called by: attention steps with separate q, k and v.
+// Called by: attention steps with separate q, k and v whose attention kernel does not append (attention.rs).
 //
-// Defines: LATHE_HKV, LATHE_D, LATHE_PAGE.
-// Parameters: const E* k [T, HKV*D], const E* v [T, HKV*D], const i32* positions [T], const i32* row_seq [T] (< 0:
-//   padding row, skipped), const i32* block_table [B, max_pages], E* cache, i32 max_pages.
+// Defines
+//   LATHE_HKV   key heads
+//   LATHE_D     head size
+//   LATHE_PAGE  tokens of a cache page
+// Parameters
+//   const E* k               [T, HKV*D]
+//   const E* v               [T, HKV*D]
+//   const i32* positions     [T]
+//   const i32* row_seq       [T], sequence of a row; < 0: a padding row, skipped
+//   const i32* block_table   [B, max_pages]
+//   E* cache                 [page][2][HKV][PAGE][D]
+//   i32 max_pages            columns of block_table
 // Geometry: grid = rows, block 256, smem 0.
+// Why: tiles of the prefill kernel read rows of their sequence that other tiles would append.
 extern "C" __global__ void __launch_bounds__(256)
 LATHE_NAME(const E* k, const E* v, const i32* positions, const i32* row_seq, const i32* block_table, E* cache,
            i32 max_pages) {

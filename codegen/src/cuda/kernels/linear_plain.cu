@@ -1,17 +1,19 @@
-// linear_plain: y[M, N'] = epilogue(x[M, K] . W[N, K]^T + bias), any element type and any sizes: the f32 path and
-// shapes that no tensor-core kernel takes.
-// Called by: GEMM steps with more than 4 rows in f32 or f16, or with rows that are not whole 16-byte vectors.
+// linear_plain: y[M, N'] = epilogue(x[M, K] . W[N, K]^T + bias), any element type and any sizes.
+// Called by: GEMM steps that no other family takes: f32 or f16 with more than 4 rows, ragged rows (gemm.rs).
 //
-// Defines: LATHE_EPI 0 none | 2 residual | 3 SwiGLU over gate|up rows in blocks of 16 (N' = N / 2); LATHE_BIAS 0|1.
-// Parameters: const E* x, const E* w, const E* bias [N], const E* residual [M, N], E* y [M, N'], i32 M, i32 N, i32 K.
-// Geometry: grid (ceil(N / 64), ceil(M / 64)), block 256, smem 0. A thread owns 4 rows and 4 columns, the columns as
-// two pairs (n, n + 8), so that gate and up of a feature meet in one thread.
-#ifndef LATHE_EPI
-#define LATHE_EPI 0
-#endif
-#ifndef LATHE_BIAS
-#define LATHE_BIAS 0
-#endif
+// Defines
+//   LATHE_EPI   0: none | 2: residual | 3: SwiGLU over gate and up rows in blocks of 16 (N' = N / 2)
+//   LATHE_BIAS  1: bias[n] is added | 0
+// Parameters
+//   const E* x          [M, K]
+//   const E* w          [N, K]
+//   const E* bias       [N], or null
+//   const E* residual   [M, N], or null
+//   E* y                [M, N']
+//   i32 M, i32 N, i32 K
+// Geometry: grid (ceil(N / 64), ceil(M / 64)), block 256, smem 0.
+// Why: a thread owns 4 rows and 4 columns, the columns as two pairs (n, n + 8), so that gate and up of a feature meet
+// in one thread.
 
 extern "C" __global__ void __launch_bounds__(256)
 LATHE_NAME(const E* x, const E* w, const E* bias, const E* residual, E* y, i32 M, i32 N, i32 K) {

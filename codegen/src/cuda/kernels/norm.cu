@@ -1,29 +1,22 @@
-// norm: RMSNorm of M rows, optionally of a residual sum: s = E(x + delta) (written to `sum`), y = norm(s) * gamma.
-// Called by: norms that stay apart, and GEMMs that do not take theirs (gamma not in the weight and M > 4, or cuBLASLt).
+// norm: y = norm(s) * gamma of M rows with s = x, or s = E(x + delta); norm(s) = s / sqrt(mean(s^2) + eps).
+// Called by: norms that stay apart, and GEMMs whose kernel does not take theirs (norm.rs).
 //
-// Defines: LATHE_K row length (multiple of VEC); LATHE_ADD 0|1; LATHE_EPS; LATHE_GAMMA(w) (default (w));
-//   LATHE_NORM_F32, LATHE_NO_GAMMA as in gemv.cu; LATHE_THREADS block size (default 256).
-// Parameters: const E* x [M,K], const E* delta [M,K], const E* gamma [K], E* y [M,K], E* sum [M,K], i32 rows.
-//   `sum` may alias x or delta here (a row is read and written by one CTA, each element by one thread).
-// Geometry: grid = rows, block = THREADS, smem 0. HF rounding: y = E(E(s * rstd) * gamma).
-#ifndef LATHE_ADD
-#define LATHE_ADD 0
-#endif
-#ifndef LATHE_EPS
-#define LATHE_EPS 1e-5f
-#endif
-#ifndef LATHE_NO_GAMMA
-#define LATHE_NO_GAMMA 0
-#endif
-#ifndef LATHE_GAMMA
-#define LATHE_GAMMA(w) (w)
-#endif
-#ifndef LATHE_NORM_F32
-#define LATHE_NORM_F32 0
-#endif
-#ifndef LATHE_THREADS
-#define LATHE_THREADS 256
-#endif
+// Defines
+//   LATHE_K         row length, a multiple of VEC
+//   LATHE_ADD       1: s = x + delta, stored in `sum` | 0
+//   LATHE_NO_GAMMA  1: gamma is 1 and not read | 0
+//   LATHE_EPS       f32, added to the mean square
+//   LATHE_THREADS   block size, a multiple of 32
+// Parameters
+//   const E* x      [M, K]
+//   const E* delta  [M, K], or null without ADD
+//   const E* gamma  [K], or null with NO_GAMMA
+//   E* y            [M, K]
+//   E* sum          [M, K], or null without ADD; may alias x or delta
+//   i32 rows        M
+// Geometry: grid = rows, block = THREADS, smem 0.
+// Why: y = E(E(s * rstd) * gamma), the rounding of Hugging Face's Llama. A CTA has a row and a thread keeps its part
+// in registers, so that each element is read and written once.
 constexpr int K = LATHE_K, T = LATHE_THREADS, KV = K / VEC, NV = (KV + T - 1) / T;
 static_assert(K % VEC == 0 && T % 32 == 0, "row length");
 
@@ -80,10 +73,8 @@ LATHE_NAME(const E* x, const E* delta, const E* gamma, E* y, E* sum, i32 rows) {
       for (int e = 0; e < VEC; ++e) {
 #if LATHE_NO_GAMMA
         f[e] = f[e] * rstd;
-#elif LATHE_NORM_F32
-        f[e] = f[e] * rstd * LATHE_GAMMA(g[e]);
 #else
-        f[e] = round_to<E>(f[e] * rstd) * LATHE_GAMMA(g[e]);
+        f[e] = round_to<E>(f[e] * rstd) * g[e];
 #endif
       }
       st16(y + base + v * VEC, pack16(f, E()));

@@ -1,29 +1,34 @@
-// plain: one plain kernel per primitive IR op, any dtype, any strides. Correctness path (f32 models, ops that no fused
-// kernel covers); also the strided copies behind slice, concat, permute and broadcast.
+// plain: one plain kernel per primitive operation, any element type and any strides; also strided copies.
+// Called by: operations that no fused kernel covers (plain.rs, elementwise.rs).
 //
 // Defines
-//   LATHE_KIND   0 elementwise | 1 reduce | 2 matmul | 3 gather | 4 scatter | 5 softmax of the last axis
-//   LATHE_TA, TB, TC, TO   storage types: float, bf16, f16, i64, i32, b8 (default float). A, B, C inputs, O output.
-//   LATHE_CT     type in which a value is computed: float (default) or i64 (exact integer ops).
-//   LATHE_RANK   1..6 output dimensions (kinds 0, 1).
-//   LATHE_EXPR(a, b, c, ix)  expression of CT values; ix[d] (i64) are the output coordinates (iota). Kind 0: the
-//                result; kind 1: applied to each element (a) before reducing. Default (a). `where`: ((a) != 0 ? (b) : (c)).
-//   LATHE_INPUTS 0..3 inputs read by kind 0 (default 1).
-//   LATHE_CONCAT kind 0: the axis along which b follows a; rdims[0] is the extent of a along it, ob the offset that takes
-//                output coordinates to b.
-//   LATHE_RED    kind 1: 0 sum, 1 max, 2 mean, 3 min, 4 argmax (index over the reduced axes, lowest wins).
-//   LATHE_TI     kinds 3, 4: index type, i32 or i64.
-// Parameters: const void* a, const void* b, const void* c, void* out, Geo geo (by value, 8-byte fields, layout below).
+//   LATHE_KIND    0: elementwise | 1: reduction | 2: matrix product | 3: gather | 5: softmax of the last axis
+//   LATHE_TA      type of a in memory: float, bf16, f16, i64, i32 or b8; default float
+//   LATHE_TB      type of b, likewise
+//   LATHE_TC      type of c, likewise
+//   LATHE_TO      type of the output, likewise
+//   LATHE_CT      type in which a value is computed: i64 for exact integers; default float
+//   LATHE_RANK    dimensions of the output, 1..6 (kinds 0 and 1)
+//   LATHE_INPUTS  inputs that kind 0 reads, 0..3; default 1
+//   LATHE_EXPR(a, b, c, ix)   result of kind 0 from CT values and output coordinates ix[d]; default (a)
+//   LATHE_CONCAT  axis along which b follows a (kind 0); default none
+//   LATHE_RED     kind 1, 0: sum | 1: max | 2: mean | 4: argmax, the lowest index wins
+//   LATHE_TI      type of the indices (kind 3); default i32
+// Parameters
+//   const void* a, const void* b, const void* c   operands, or null
+//   void* out
+//   Geo geo                                       extents and strides, by value
 // Geometry (smem 0)
-//   0: grid = ceil(geo.n / 256) (at most 2^31 - 1), block 256; n = product of dims.
-//   1: grid = number of outputs, block 128; rdims / sb are dims and input strides of the reduced axes (unused: 1, 0).
-//   2: out[z, m, n] = sum_k A[z, m, k] * B[z, k, n]; dims = {batch1, batch2, M, N, K, 1}; sa = {batch1, batch2, m, -, k},
-//      sb = {batch1, batch2, -, n, k}, so = {batch1, batch2, m, n}; grid (ceil(N/16), ceil(M/16), batch1 * batch2),
-//      block 256.
-//   3: out[o, j, i] = A[o, index[j], i]: dims = {outer, J, inner, rows of A}, b = index [J]; contiguous; ids clamped;
-//      grid ceil(n / 256), block 256, n = outer * J * inner.
-//   4: out[o, index[j], i] = A[o, j, i]: dims = {outer, J, inner, rows of out}; index outside: row skipped.
-//   5: contiguous rows: dims = {rows, cols}; grid = rows, block 128.
+//   kind 0: grid = ceil(geo.n / 256), block 256; n = product of dims. CONCAT: rdims[0] is the extent of a along the
+//           axis, ob takes output coordinates to b
+//   kind 1: grid = number of outputs, block 128; rdims and sb are dims and input strides of the reduced axes
+//           (unused ones: 1 and 0)
+//   kind 2: grid (ceil(N/16), ceil(M/16), batch1 * batch2), block 256; dims = {batch1, batch2, M, N, K, 1},
+//           sa = {batch1, batch2, m, -, k}, sb = {batch1, batch2, -, n, k}, so = {batch1, batch2, m, n}
+//   kind 3: grid = ceil(n / 256), block 256; out[o, j, i] = a[o, index[j], i], dims = {outer, J, inner, rows of a},
+//           b = index [J], all contiguous, indices clamped
+//   kind 5: grid = rows, block 128; contiguous rows, dims = {rows, cols}
+// Why: correctness, not speed: it is the path of f32 models and what fast kernels are compared with.
 #ifndef LATHE_TA
 #define LATHE_TA float
 #endif
@@ -47,9 +52,6 @@
 #endif
 #ifndef LATHE_EXPR
 #define LATHE_EXPR(a, b, c, ix) (a)
-#endif
-#ifndef LATHE_RED
-#define LATHE_RED 0
 #endif
 #ifndef LATHE_TI
 #define LATHE_TI i32
@@ -130,9 +132,9 @@ LATHE_NAME(const void* pa, const void* pb, const void* pc, void* po, const __gri
       r /= geo.rdims[d];
     }
     const CT va = Get<LATHE_TA>::cv(a[off]);
-    const CT x = (CT)(LATHE_EXPR(va, va, va, ix));
+    const CT x = va;
     if (LATHE_RED == 0 || LATHE_RED == 2) { v += x; where = j; }
-    else if (where < 0 || (LATHE_RED == 3 ? x < v : x > v)) { v = x; where = j; }
+    else if (where < 0 || x > v) { v = x; where = j; }
   }
   red[tid] = v;
   at[tid] = where;
@@ -141,7 +143,7 @@ LATHE_NAME(const void* pa, const void* pb, const void* pc, void* po, const __gri
     if (tid < s && at[tid + s] >= 0) {
       const CT x = red[tid + s];
       if (LATHE_RED == 0 || LATHE_RED == 2) { red[tid] += x; at[tid] = at[tid + s]; }
-      else if (at[tid] < 0 || (LATHE_RED == 3 ? x < red[tid] : x > red[tid]) || (x == red[tid] && at[tid + s] < at[tid])) {
+      else if (at[tid] < 0 || x > red[tid] || (x == red[tid] && at[tid + s] < at[tid])) {
         red[tid] = x;
         at[tid] = at[tid + s];
       }
@@ -177,18 +179,14 @@ LATHE_NAME(const void* pa, const void* pb, const void* pc, void* po, const __gri
   }
   if (m < M && n < N) out[z1 * geo.so[0] + z2 * geo.so[1] + m * geo.so[2] + n * geo.so[3]] = from_f32<LATHE_TO>(acc);
 
-#elif LATHE_KIND == 3 || LATHE_KIND == 4
+#elif LATHE_KIND == 3
   const i64 e = (i64)blockIdx.x * 256 + tid;
   if (e >= geo.n) return;
   const i64 J = geo.dims[1], inner = geo.dims[2], rows = geo.dims[3];
   const i64 i = e % inner, j = e / inner % J, o = e / (inner * J);
   i64 id = (i64)(reinterpret_cast<const LATHE_TI*>(pb) + geo.ob)[j];
-#if LATHE_KIND == 3
   id = id < 0 ? 0 : id >= rows ? rows - 1 : id;
   out[e] = Put<LATHE_TO>::cv(Get<LATHE_TA>::cv(a[(o * rows + id) * inner + i]));
-#else
-  if (id >= 0 && id < rows) out[(o * rows + id) * inner + i] = Put<LATHE_TO>::cv(Get<LATHE_TA>::cv(a[e]));
-#endif
 
 #elif LATHE_KIND == 5
   __shared__ float red[4];

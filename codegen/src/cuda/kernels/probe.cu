@@ -1,9 +1,15 @@
 // probe: the ceilings that measurements are compared with.
+// Called by: `doctor` and benchmarks of kernels.
 //
-// Defines: LATHE_KIND 0: empty kernel (launch gap of a graph, with and without PDL) | 1: read stream | 2: copy stream.
-// Parameters: const uint4* src, u64 count (16-byte vectors), u32* sink [1] (written only if a checksum hits a magic
-//   value, so that the loads cannot be dropped), uint4* dst (KIND 2 only).
-// Geometry: KIND 0: grid 132, block 128. KIND 1, 2: grid 4 * multiprocessors, block 512, 8 loads in flight a thread.
+// Defines
+//   LATHE_KIND  0: nothing, for the cost of a launch with and without PDL | 1: reads a stream | 2: copies a stream
+// Parameters
+//   const uint4* src
+//   u64 count         16-byte vectors
+//   u32* sink         [1], written only if a checksum has a certain value
+//   uint4* dst        KIND 2 only
+// Geometry: KIND 0: grid 132, block 128. KIND 1 and 2: grid 4 * multiprocessors, block 512, smem 0.
+// Why: 8 loads are in flight a thread. The checksum keeps the loads from being dropped.
 extern "C" __global__ void __launch_bounds__(512) LATHE_NAME(const uint4* src, u64 count, u32* sink,
                                                                  uint4* dst) {
   pdl_launch();

@@ -1,10 +1,13 @@
-// Fills the rows of one segment of a packed weight with random values, a function of the tensor's key and the
-// element's index in the checkpoint tensor (formula: lathe-runtime, weights/random.rs; it must be repeated exactly).
-// Launch: 1-D, 256 threads, any grid; every thread fills chunks of 8 columns. No shared memory.
-// dst [.., cols] row-major, dtype 0 = f32, 1 = bf16, 2 = f16. Element (r, c) of the segment has the index
-// first + r * row_stride + c * col_stride and goes to row dst_row + perm(r), perm 0 = identity,
-// 1 = the halves of heads of perm_arg rows alternate by 8, 2 = part perm_arg of two that alternate by 8.
-// rows * ceil(cols / 8) < 2^32.
+// random_weights: dst = random values of one segment of a packed weight, a function of the tensor's key and of the
+// element's index in the checkpoint tensor.
+// Called by: loading without a checkpoint (lathe-runtime, upload).
+//
+// Defines: none.
+// Parameters: see the entry. dst [.., cols] row-major, dtype 0 = f32, 1 = bf16, 2 = f16. Element (r, c) of the segment
+// has the index first + r * row_stride + c * col_stride and goes to row dst_row + perm(r). perm 0 = identity, 1 = the
+// halves of heads of perm_arg rows alternate by 8, 2 = part perm_arg of two that alternate by 8.
+// Geometry: any 1-D grid, block 256, smem 0; every thread fills chunks of 8 columns; rows * ceil(cols / 8) < 2^32.
+// Why: the formula is that of lathe-runtime's weights/random.rs and must be repeated exactly.
 typedef unsigned int u32;
 typedef unsigned long long u64;
 

@@ -1,11 +1,19 @@
-// rope: rotary embedding of heads in natural order: y[r, i] = x[r, i] c - x[r, i + D/2] s and
-// y[r, i + D/2] = x[r, i + D/2] c + x[r, i] s with (c, s) of the position of token r / LATHE_HEADS.
-// Called by: Rope steps that no projection absorbed.
+// rope: y[r, i] = x[r, i] c - x[r, i + D/2] s and y[r, i + D/2] = x[r, i + D/2] c + x[r, i] s, with (c, s) of the
+// position of token r / HEADS: heads in natural order.
+// Called by: rotations that no projection has absorbed (attention.rs).
 //
-// Defines: LATHE_D head size (even), LATHE_HEADS rows a token.
-// Parameters: const E* x [T * HEADS, D], const float* cos, const float* sin [max_pos, D/2], const i32* positions [T],
-//   E* y, i32 rows (T * HEADS).
+// Defines
+//   LATHE_D      head size, even
+//   LATHE_HEADS  rows of a token
+// Parameters
+//   const E* x               [T * HEADS, D]
+//   const float* cos         [max_pos, D/2]
+//   const float* sin         [max_pos, D/2]
+//   const i32* positions     [T]
+//   E* y                     [T * HEADS, D]
+//   i32 rows                 T * HEADS
 // Geometry: grid ceil(rows * D/2 / 256), block 256, smem 0.
+// Why: a thread has one pair.
 extern "C" __global__ void __launch_bounds__(256)
 LATHE_NAME(const E* x, const float* cosv, const float* sinv, const i32* positions, E* y, i32 rows) {
   constexpr int H = LATHE_D / 2;

@@ -1,25 +1,34 @@
 // rope_append: packed qkv [T, (HQ + 2 HKV) D] -> roped q [T, HQ*D], and k, v into the paged cache.
-// Called by: prefill and mixed plans before attention; decode plans whose attention is not FUSED.
+// Called by: attention steps of packed projections whose attention kernel does not append (attention.rs).
 //
-// Defines: LATHE_HQ, LATHE_HKV, LATHE_D (multiple of 16; a power of two if QKNORM), LATHE_PAGE; LATHE_BIAS 0|1 adds
-//   bias; LATHE_QKNORM 0|1 RMS norm of each q and k head over D (LATHE_EPS), weights permuted like the heads;
-//   LATHE_ROPE 0|1 (default 1; 0 only splits and appends). E = LATHE_DTYPE for all.
-// Parameters: const E* qkv, const E* bias [(HQ+2HKV)D], const E* qnorm [D], const E* knorm [D], const float* cos,
-//   const float* sin [max_pos, D/2], const i32* positions [T], const i32* row_seq [T] (< 0: padding row, only q is
-//   written), const i32* block_table [B, max_pages], E* q, E* cache, i32 rows, i32 max_pages.
-// Geometry: block 256, grid (rows, ceil((HQ + 2 HKV) * BL / 256)), BL = threads a head = D/16 rounded up to a power
-//   of two; smem 0. A thread owns one 16-element block (8 rope pairs) of a head.
-#ifndef LATHE_BIAS
-#define LATHE_BIAS 0
-#endif
+// Defines
+//   LATHE_HQ      query heads
+//   LATHE_HKV     key heads
+//   LATHE_D       head size, a multiple of 16; a power of two with QKNORM
+//   LATHE_PAGE    tokens of a cache page
+//   LATHE_QKNORM  1: RMS norm of each q and k head over D; default 0
+//   LATHE_EPS     f32, added to the mean square of a head (QKNORM)
+//   LATHE_ROPE    1: q and k are rotated | 0: rows are only split and appended
+// Parameters
+//   const E* qkv             [T, (HQ + 2 HKV) D]
+//   const E* bias            null
+//   const E* qnorm           [D], weights of the q heads' norm in the order of an interleaved head (QKNORM), else null
+//   const E* knorm           [D], likewise of the k heads
+//   const float* cos         [max_pos, D/2] (ROPE), else null
+//   const float* sin         [max_pos, D/2] (ROPE), else null
+//   const i32* positions     [T]
+//   const i32* row_seq       [T], sequence of a row; < 0: a padding row, only q is written
+//   const i32* block_table   [B, max_pages]
+//   E* q                     [T, HQ*D]
+//   E* cache                 [page][2][HKV][PAGE][D]
+//   i32 rows                 T
+//   i32 max_pages            columns of block_table
+// Geometry: grid (rows, ceil((HQ + 2 HKV) * BL / 256)) with BL = D/16 rounded up to a power of two, block 256, smem
+// 0.
+// Why: a thread owns one 16-element block of a head, that is 8 pairs that rotate together, as interleaved heads have
+// them side by side.
 #ifndef LATHE_QKNORM
 #define LATHE_QKNORM 0
-#endif
-#ifndef LATHE_EPS
-#define LATHE_EPS 1e-6f
-#endif
-#ifndef LATHE_ROPE
-#define LATHE_ROPE 1
 #endif
 constexpr int HQ = LATHE_HQ, HKV = LATHE_HKV, D = LATHE_D, PAGE = LATHE_PAGE, HB = D / 16;
 constexpr int BL = HB <= 1 ? 1 : HB <= 2 ? 2 : HB <= 4 ? 4 : HB <= 8 ? 8 : HB <= 16 ? 16 : 32;
@@ -36,7 +45,7 @@ LATHE_NAME(const E* qkv, const E* bias, const E* qnorm, const E* knorm, const fl
   float v[16];
 #pragma unroll
   for (int e = 0; e < 16; ++e) v[e] = 0.0f;
-  if (on) load_block16(qkv + ((i64)row * (HQ + 2 * HKV) + head) * D + blk * 16, LATHE_BIAS ? bias + head * D + blk * 16 : nullptr, v);
+  if (on) load_block16(qkv + ((i64)row * (HQ + 2 * HKV) + head) * D + blk * 16, nullptr, v);
   float rstd = 1.0f;
 #if LATHE_QKNORM
   float ss = 0.0f;

@@ -1,9 +1,17 @@
-// row_sums: sums[m] = the sum of squares of row m as a fixed-point number (square_sum in prelude.cuh); next[m] = 0.
-// Called by: GEMMs with a norm whose rows were written by a kernel that leaves no sums (embeddings).
+// row_sums: sums[m] = the sum of squares of row m of x, as a fixed-point number (square_sum in prelude.cuh).
+// Called by: GEMMs that take a norm as factors, of rows whose kernel leaves no sums (row_sums.rs).
 //
-// Defines: LATHE_K row length, a multiple of VEC; LATHE_THREADS block size.
-// Parameters: const E* x [M,K], u64* sums [M], u64* next [M] or null, i32 rows.
+// Defines
+//   LATHE_K        row length, a multiple of VEC
+//   LATHE_THREADS  block size, a multiple of 32
+// Parameters
+//   const E* x    [M, K]
+//   u64* sums     [M]
+//   u64* next     [M], set to 0 for the kernel that adds next, or null
+//   i32 rows      M
 // Geometry: grid = rows, block = THREADS, smem 0.
+// Why: fixed-point sums do not depend on the order of additions. Storing here means that nothing is carried over from
+// the step before.
 constexpr int K = LATHE_K, T = LATHE_THREADS;
 static_assert(K % VEC == 0 && T % 32 == 0, "row length");
 

@@ -1,23 +1,24 @@
-// sample: next token of each row of logits: greedy argmax, or temperature / top-k / top-p with a counter-based
-// generator. Same draws, bit for bit, as the host sampler (runtime::sampling): Philox4x32-10 keyed by the seed with
-// counter (token / 4, position, request), Gumbel maximum of (logit - max) / temperature - ln(E), logarithms spelled
-// out in separately rounded f32 operations. Only the top-p border is decided in 2^-44 fixed point where the host adds
-// f64, which can differ when a cumulative probability meets top_p to within about 1e-9.
-// Called by: plans that need logits (temperature > 0, or more than 4 rows without a fused argmax).
+// sample: the next token of each row of logits: the largest, or a draw by temperature, top-k and top-p.
+// Called by: sampling steps whose token no GEMM has picked (sample.rs).
 //
-// Defines: LATHE_V vocabulary (row length); LATHE_LD row stride in elements (default V); LATHE_DTYPE type of the
-//   logits; LATHE_GREEDY 1: argmax only (the parameter arrays are not read), 0: sampling with per-row parameters.
-// Parameters: const E* logits [rows, LD], const float* temperature [rows] (0 = greedy), const u32* top_k [rows]
-//   (0 = all, 1 = greedy), const float* top_p [rows], const u64* seed [rows], const u64* request [rows],
-//   const i32* positions [rows] (position of the row's input token; the draw is keyed by positions + 1, where the new
-//   token goes), i32* tokens [rows] (-1 if no logit is above -inf), i32 rows.
+// Defines
+//   LATHE_V       vocabulary
+//   LATHE_GREEDY  1: the largest logit, the parameter arrays are not read | 0: by each row's parameters
+// Parameters
+//   const E* logits             [rows, V]
+//   const float* temperature    [rows], 0: greedy
+//   const u32* top_k            [rows], 0: all, 1: greedy
+//   const float* top_p          [rows]
+//   const u64* seed             [rows]
+//   const u64* request          [rows]
+//   const i32* positions        [rows], position of the row's input token; the draw is keyed by the next one
+//   i32* tokens                 [rows], -1 if no logit is above -inf
+//   i32 rows
 // Geometry: grid = rows, block 1024, smem 0 (static 4.3 KB).
-#ifndef LATHE_LD
-#define LATHE_LD LATHE_V
-#endif
-#ifndef LATHE_GREEDY
-#define LATHE_GREEDY 0
-#endif
+// Why: draws are those of the host sampler (lathe-runtime, sampling), bit for bit. They are Philox4x32-10 keyed by
+// the seed with counter (token / 4, position, request), and the maximum of (logit - max) / temperature - ln(E),
+// logarithms spelled out in separately rounded f32 operations. Only the top-p border is decided in 2^-44 fixed point
+// where the host adds f64, which can differ where a cumulative probability meets top_p to within about 1e-9.
 constexpr int V = LATHE_V, T = 1024;
 
 DEV u64 block_max_u64(u64 v, u64* red) {
@@ -153,7 +154,7 @@ LATHE_NAME(const E* logits, const float* temperature, const u32* top_k, const fl
   const int tid = threadIdx.x, r = blockIdx.x;
   pdl_launch();
   pdl_wait();
-  const E* row = logits + (i64)r * LATHE_LD;
+  const E* row = logits + (i64)r * V;
 #if LATHE_GREEDY
   __shared__ u64 red[32];
 #else

@@ -1,6 +1,10 @@
-// w[r, c] *= by[c] in place, in f32, rounded to the element type: norms' gammas into the weights that follow them.
-// Launch: 1-D, 256 threads, any grid; a block takes rows in turn. No shared memory.
-// w [rows, cols] row-major, by [cols], dtype 0 = f32, 1 = bf16, 2 = f16.
+// scale_columns: w[r, c] *= by[c] in place, in f32, rounded to the element type.
+// Called by: loading, for norms' gammas that move into the weights after them (lathe-runtime, once).
+//
+// Defines: none.
+// Parameters: see the entry. w [rows, cols] row-major, by [cols], dtype 0 = f32, 1 = bf16, 2 = f16.
+// Geometry: any 1-D grid, block 256, smem 0; a block takes rows in turn.
+// Why: in place, so that no weight lies in memory twice.
 typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef unsigned short u16;
