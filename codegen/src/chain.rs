@@ -6,6 +6,7 @@
 //! one another, plus one for the results: what a later pass needs is computed again.
 
 use crate::plan::Step;
+use lathe_ir::ChainOp;
 use lathe_ir::chain::{Access, ChainArg, access, domain};
 use lathe_ir::{BinaryFn, Chain, DType, Dim, Op, ReduceFn, SymEnv, TensorType, Type, UnaryFn};
 
@@ -82,8 +83,8 @@ impl RowProgram {
     /// # Errors
     /// The chain is ill-typed, or no kernel has such a result.
     pub fn new(chain: &Chain, operands: &[&Type]) -> Result<RowProgram, String> {
-        let types = chain.types(operands).map_err(|e| e.to_string())?;
-        let domain = domain(operands.iter().copied())?;
+        let types = chain.types(operands)?;
+        let domain = domain(operands.iter().filter_map(|t| t.as_tensor()))?;
         let width = domain
             .last()
             .and_then(|d| d.known())
@@ -110,9 +111,7 @@ impl RowProgram {
                         let i = usize::from(i);
                         (build.add(Instr::Load(i)), operands[i].as_tensor())
                     }
-                    ChainArg::Value(i) => {
-                        (values[usize::from(i)], types[usize::from(i)].as_tensor())
-                    }
+                    ChainArg::Value(i) => (values[usize::from(i)], Some(&types[usize::from(i)])),
                     ChainArg::Const { value, .. } => {
                         (build.add(Instr::Const(value.get() as f32)), None)
                     }
@@ -124,9 +123,7 @@ impl RowProgram {
         }
         let mut results = Vec::with_capacity(chain.results.len());
         for &r in &chain.results {
-            let t = types[usize::from(r)]
-                .as_tensor()
-                .ok_or("a result is no tensor")?;
+            let t = &types[usize::from(r)];
             let row = match lies(t)? {
                 Access::Full => false,
                 Access::Row => true,
@@ -224,17 +221,17 @@ impl Build {
     }
 
     /// The value of a statement. `widths` are the extents of the operands' last axes.
-    fn statement(&mut self, op: &Op, x: &[usize], widths: &[i64]) -> Result<usize, String> {
+    fn statement(&mut self, op: &ChainOp, x: &[usize], widths: &[i64]) -> Result<usize, String> {
         Ok(match (op, x) {
             // Between floats a cast only says how a value would be stored.
-            (Op::Cast(_), &[a]) => a,
-            (Op::Unary(f), &[a]) => self.add(Instr::Unary(*f, a)),
-            (Op::Silu, &[a]) => self.add(Instr::Silu(a)),
-            (Op::SwiGlu, &[g, u]) => {
+            (ChainOp::Cast(_), &[a]) => a,
+            (ChainOp::Unary(f), &[a]) => self.add(Instr::Unary(*f, a)),
+            (ChainOp::Silu, &[a]) => self.add(Instr::Silu(a)),
+            (ChainOp::SwiGlu, &[g, u]) => {
                 let g = self.add(Instr::Silu(g));
                 self.binary(BinaryFn::Mul, g, u)
             }
-            (Op::Binary(BinaryFn::Pow), &[a, b]) => match self.code[b] {
+            (ChainOp::Binary(BinaryFn::Pow), &[a, b]) => match self.code[b] {
                 Instr::Const(2.0) => self.binary(BinaryFn::Mul, a, a),
                 Instr::Const(3.0) => {
                     let square = self.binary(BinaryFn::Mul, a, a);
@@ -242,26 +239,26 @@ impl Build {
                 }
                 _ => self.binary(BinaryFn::Pow, a, b),
             },
-            (Op::Binary(f), &[a, b]) => self.binary(*f, a, b),
+            (ChainOp::Binary(f), &[a, b]) => self.binary(*f, a, b),
             (
-                Op::Reduce {
+                ChainOp::Reduce {
                     f: ReduceFn::Mean, ..
                 },
                 &[a],
             ) => self.mean(a, widths[0]),
             (
-                Op::Reduce {
+                ChainOp::Reduce {
                     f: ReduceFn::Sum, ..
                 },
                 &[a],
             ) => self.reduce(Reduction::Sum, a),
             (
-                Op::Reduce {
+                ChainOp::Reduce {
                     f: ReduceFn::Amax, ..
                 },
                 &[a],
             ) => self.reduce(Reduction::Max, a),
-            (Op::RmsNorm { eps }, &[a, gamma]) => {
+            (ChainOp::RmsNorm { eps }, &[a, gamma]) => {
                 let square = self.binary(BinaryFn::Mul, a, a);
                 let mean = self.mean(square, widths[0]);
                 let eps = self.add(Instr::Const(eps.get() as f32));
@@ -270,7 +267,7 @@ impl Build {
                 let y = self.binary(BinaryFn::Mul, a, scale);
                 self.binary(BinaryFn::Mul, y, gamma)
             }
-            (Op::Softmax, &[a]) => {
+            (ChainOp::Softmax, &[a]) => {
                 let max = self.reduce(Reduction::Max, a);
                 let x = self.binary(BinaryFn::Sub, a, max);
                 let e = self.add(Instr::Unary(UnaryFn::Exp, x));

@@ -2,7 +2,10 @@
 
 use crate::lower::pack_dtype;
 use crate::pack::{PackError, PackRecipe, RowPerm, Segment};
-use lathe_ir::{BinaryFn, Graph, NodeId, Op, PackKind, TensorType, TypeError};
+use lathe_ir::Operands;
+use lathe_ir::ops::{Pack, Permute, Reshape, Slice, Weight};
+use lathe_ir::ops::{X, binary};
+use lathe_ir::{BinaryFn, Graph, NodeId, Op, TensorType, TypeError};
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -18,15 +21,12 @@ pub(crate) fn fixed(graph: &Graph) -> Vec<bool> {
     for id in graph.ids() {
         let node = graph.node(id);
         fixed[id.index()] = match &node.op {
-            Op::Weight { .. } => true,
+            Op::Weight(_) => true,
             Op::Win(_) | Op::Sdpa(_) | Op::Proj(_) | Op::Get(_) => false,
             op if op.is_leaf() => false,
             _ => {
                 let leaf = |i: &NodeId| {
-                    matches!(
-                        graph.node(*i).op,
-                        Op::Const { .. } | Op::Table { .. } | Op::Iota { .. } | Op::None
-                    )
+                    matches!(graph.node(*i).op, Op::Const(_) | Op::Table(_) | Op::Iota(_))
                 };
                 let known = |t: &TensorType| {
                     t.dtype.is_float() && t.shape.iter().all(|d| d.known().is_some())
@@ -45,7 +45,7 @@ pub(crate) fn fixed(graph: &Graph) -> Vec<bool> {
 pub(crate) struct Folded {
     /// The operations, equal ones once.
     pub(crate) graph: Graph,
-    nodes: BTreeMap<(Op, Vec<NodeId>), NodeId>,
+    nodes: BTreeMap<(Op, Operands<NodeId>), NodeId>,
     /// Results with their indices among the plan's weights.
     pub(crate) weights: Vec<(NodeId, usize)>,
 }
@@ -54,10 +54,7 @@ impl Folded {
     /// Adds a value with all that it is computed from, up to what is read through a recipe.
     pub(crate) fn import(&mut self, from: &Graph, id: NodeId) -> Result<NodeId, TypeError> {
         let node = from.node(id);
-        let mut inputs = Vec::with_capacity(node.inputs.len());
-        for &i in &node.inputs {
-            inputs.push(self.import(from, i)?);
-        }
+        let inputs = node.inputs.try_map(|&i| self.import(from, i))?;
         let key = (node.op.clone(), inputs);
         if let Some(&known) = self.nodes.get(&key) {
             return Ok(known);
@@ -72,13 +69,13 @@ impl Folded {
 /// vector of `cols`, both of one type.
 pub(crate) fn scaled_columns(graph: &Graph, id: NodeId) -> Option<(NodeId, NodeId)> {
     let node = graph.node(id);
-    let &[w, g] = &node.inputs[..] else {
+    if node.op != Op::Binary(BinaryFn::Mul) {
         return None;
-    };
+    }
+    let (w, g) = (node.inputs[binary::A], node.inputs[binary::B]);
     let (wt, gt) = (graph.tensor(w)?, graph.tensor(g)?);
     let fits = wt.rank() == 2 && gt.shape[..] == wt.shape[1..] && gt.dtype == wt.dtype;
-    let product = matches!(node.op, Op::Binary(BinaryFn::Mul));
-    (product && fits && is_layout(graph, w)).then_some((w, g))
+    (fits && is_layout(graph, w)).then_some((w, g))
 }
 
 /// Whether a value is read through a recipe.
@@ -174,7 +171,7 @@ fn view(graph: &Graph, id: NodeId) -> Option<View> {
         t.iter().map(|d| usize::try_from(d.known()?).ok()).collect()
     };
     match &node.op {
-        Op::Weight { weight, .. } => {
+        Op::Weight(Weight { weight, .. }) => {
             let extents = weight.shape.iter().map(|&n| usize::try_from(n).ok());
             let shape = extents.collect::<Option<Vec<usize>>>()?;
             let (shape, cols, vector) = match &shape[..] {
@@ -193,8 +190,8 @@ fn view(graph: &Graph, id: NodeId) -> Option<View> {
                 vector,
             })
         }
-        Op::Reshape(to) => {
-            let mut v = view(graph, node.inputs[0])?;
+        Op::Reshape(Reshape(to)) => {
+            let mut v = view(graph, node.inputs[X])?;
             let mut to = extents(to)?;
             if !v.vector && to.pop()? != v.cols.len() {
                 return None;
@@ -202,8 +199,8 @@ fn view(graph: &Graph, id: NodeId) -> Option<View> {
             v.shape = to;
             (product(&v.shape)? == v.len()).then_some(v)
         }
-        Op::Slice { axis, start, end } => {
-            let mut v = view(graph, node.inputs[0])?;
+        Op::Slice(Slice { axis, start, end }) => {
+            let mut v = view(graph, node.inputs[X])?;
             let axis = usize::from(*axis);
             let (start, end) = (usize::try_from(*start).ok()?, usize::try_from(*end).ok()?);
             if axis == v.shape.len() && !v.vector {
@@ -216,8 +213,8 @@ fn view(graph: &Graph, id: NodeId) -> Option<View> {
             v.shape[axis] = end - start;
             Some(v)
         }
-        Op::Permute(p) if p[..] == [1, 0] => {
-            let v = view(graph, node.inputs[0])?;
+        Op::Permute(Permute(p)) if p[..] == [1, 0] => {
+            let v = view(graph, node.inputs[X])?;
             let [rows] = &v.rows[..] else { return None };
             let (rows, cols) = (rows.clone(), v.cols);
             (v.shape.len() == 1 && !v.vector).then(|| View {
@@ -262,7 +259,7 @@ fn segments(graph: &Graph, id: NodeId) -> Option<Vec<Segment>> {
 
 /// Segments of a pack with their places and permutations; `None` if a permutation would go across
 /// the bounds of a segment.
-fn place(kind: PackKind, parts: Vec<Vec<Segment>>) -> Option<Vec<Segment>> {
+fn place(kind: Pack, parts: Vec<Vec<Segment>>) -> Option<Vec<Segment>> {
     let mut placed = Vec::new();
     let mut row = 0;
     for (i, part) in parts.into_iter().enumerate() {
@@ -271,13 +268,13 @@ fn place(kind: PackKind, parts: Vec<Vec<Segment>>) -> Option<Vec<Segment>> {
             head_dim: head_dim as usize,
         };
         let (perm, unit) = match kind {
-            PackKind::GateUp => (RowPerm::Interleave8 { part: i }, 8),
-            PackKind::Qkv {
+            Pack::GateUp => (RowPerm::Interleave8 { part: i }, 8),
+            Pack::Qkv {
                 head_dim,
                 interleave: true,
             } if i < 2 => (rope(head_dim), head_dim as usize),
-            PackKind::Head { head_dim } => (rope(head_dim), head_dim as usize),
-            PackKind::Qkv { .. } => (RowPerm::Identity, 1),
+            Pack::Head { head_dim } => (rope(head_dim), head_dim as usize),
+            Pack::Qkv { .. } => (RowPerm::Identity, 1),
         };
         let several = part.len() > 1;
         for mut s in part {
@@ -287,7 +284,7 @@ fn place(kind: PackKind, parts: Vec<Vec<Segment>>) -> Option<Vec<Segment>> {
             }
             s.dst_row = match kind {
                 // Gate and up take turns: their blocks lie twice as far apart.
-                PackKind::GateUp => 2 * s.dst_row,
+                Pack::GateUp => 2 * s.dst_row,
                 _ => row + s.dst_row,
             };
             s.perm = perm;
@@ -301,17 +298,18 @@ fn place(kind: PackKind, parts: Vec<Vec<Segment>>) -> Option<Vec<Segment>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use lathe_ir::ops::{Cast, Input};
     use lathe_ir::{DType, Dim, Prov, WeightRef};
 
     fn weight(g: &mut Graph, name: &str, shape: &[i64]) -> NodeId {
-        let op = Op::Weight {
+        let op = Op::Weight(Weight {
             weight: WeightRef {
                 name: name.into(),
                 shape: shape.to_vec(),
             },
             dtype: DType::BF16,
-        };
-        g.add(op, &[], &Prov::global("w")).unwrap()
+        });
+        g.add(op, [], &Prov::global("w")).unwrap()
     }
 
     fn dims(shape: &[i64]) -> Vec<Dim> {
@@ -324,27 +322,27 @@ mod tests {
         let mut g = Graph::new("falcon");
         let at = Prov::global("w");
         let w = weight(&mut g, "qkv", &[192, 8]);
-        let grouped = g.add(Op::Reshape(dims(&[2, 96, 8])), &[w], &at).unwrap();
+        let grouped = g.add(Reshape(dims(&[2, 96, 8])), [w], &at).unwrap();
         let mut part = |start, end, rows| {
             let s = g
                 .add(
-                    Op::Slice {
+                    Slice {
                         axis: 1,
                         start,
                         end,
                     },
-                    &[grouped],
+                    [grouped],
                     &at,
                 )
                 .unwrap();
-            g.add(Op::Reshape(dims(&[rows, 8])), &[s], &at).unwrap()
+            g.add(Reshape(dims(&[rows, 8])), [s], &at).unwrap()
         };
         let parts = [part(0, 64, 128), part(64, 80, 32), part(80, 96, 32)];
-        let kind = PackKind::Qkv {
+        let kind = Pack::Qkv {
             head_dim: 16,
             interleave: true,
         };
-        let packed = g.add(Op::Pack(kind), &parts, &at).unwrap();
+        let packed = g.add(kind, parts, &at).unwrap();
         let recipe = recipe(&g, packed).unwrap().unwrap();
         assert_eq!((recipe.rows, recipe.segments.len()), (192, 6));
         // Against the meaning of the operations: source rows of the pack over rows of the slices.
@@ -355,7 +353,7 @@ mod tests {
             assert_eq!(s.row as usize, r / len * 96 + start + r % len, "row {row}");
         }
         // Half heads cannot be interleaved segment by segment.
-        let kind = PackKind::Qkv {
+        let kind = Pack::Qkv {
             head_dim: 128,
             interleave: true,
         };
@@ -376,16 +374,16 @@ mod tests {
         let w = weight(&mut g, "c_attn", &[8, 48]);
         let s = g
             .add(
-                Op::Slice {
+                Slice {
                     axis: 1,
                     start: 16,
                     end: 32,
                 },
-                &[w],
+                [w],
                 &at,
             )
             .unwrap();
-        let t = g.add(Op::Permute(vec![1, 0]), &[s], &at).unwrap();
+        let t = g.add(Permute(vec![1, 0]), [s], &at).unwrap();
         let recipe = recipe(&g, t).unwrap().unwrap();
         let [segment] = &recipe.segments[..] else {
             panic!("{recipe:?}")
@@ -403,21 +401,21 @@ mod tests {
         let mut g = Graph::new("gemma");
         let at = Prov::global("w");
         let w = weight(&mut g, "norm", &[8]);
-        let f = g.add(Op::Cast(DType::F32), &[w], &at).unwrap();
+        let f = g.add(Cast(DType::F32), [w], &at).unwrap();
         assert_eq!(recipe(&g, f).unwrap(), None);
         assert!(recipe(&g, w).unwrap().is_some());
         assert_eq!(fixed(&g), [true, true]);
         let x = g.add(
-            Op::Input {
+            Input {
                 name: "x".into(),
                 dtype: DType::F32,
                 shape: dims(&[8]),
             },
-            &[],
+            [],
             &at,
         );
         let sum = g
-            .add(Op::Binary(lathe_ir::BinaryFn::Add), &[f, x.unwrap()], &at)
+            .add(lathe_ir::BinaryFn::Add, [f, x.unwrap()], &at)
             .unwrap();
         assert!(!fixed(&g)[sum.index()]);
     }
@@ -472,17 +470,15 @@ mod tests {
         let at = Prov::global("w");
         let n = i64::from(i32::MAX) / 16 * 16;
         let [gate, up] = ["gate", "up"].map(|name| weight(&mut g, name, &[n, 8]));
-        let packed = g.add(Op::Pack(PackKind::GateUp), &[gate, up], &at).unwrap();
+        let packed = g.add(Pack::GateUp, [gate, up], &at).unwrap();
         assert_eq!(recipe(&g, packed).unwrap().unwrap().rows as i64, 2 * n);
-        let grouped = g
-            .add(Op::Reshape(dims(&[n / 2, 2, 8])), &[gate], &at)
-            .unwrap();
-        let odd = Op::Slice {
+        let grouped = g.add(Reshape(dims(&[n / 2, 2, 8])), [gate], &at).unwrap();
+        let odd = Op::Slice(Slice {
             axis: 1,
             start: 1,
             end: 2,
-        };
-        let odd = g.add(odd, &[grouped], &at).unwrap();
+        });
+        let odd = g.add(odd, [grouped], &at).unwrap();
         assert_eq!(recipe(&g, odd).unwrap(), None, "too many pieces");
     }
 }

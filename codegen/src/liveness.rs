@@ -1,6 +1,7 @@
 //! Assigning values to reusable slots.
 
 use crate::plan::{Operand, Program, Slot, ValueId};
+use lathe_ir::Operands;
 use lathe_ir::{Sym, SymEnv, TensorType};
 
 /// Sizes at which slots are compared: any point will do, since values of one kind of extent grow
@@ -52,7 +53,7 @@ fn take(slots: &mut Vec<Slot>, free: &mut Vec<usize>, ty: &TensorType, env: &Sym
     slot
 }
 
-fn values_of(operands: &[Operand]) -> impl Iterator<Item = ValueId> + '_ {
+fn values_of(operands: &Operands<Operand>) -> impl Iterator<Item = ValueId> + '_ {
     operands.iter().filter_map(|o| match o {
         Operand::Value(v) => Some(*v),
         _ => None,

@@ -6,6 +6,8 @@ use crate::pack::{PackDType, PackError, PackRecipe};
 use crate::plan::{
     CacheSpec, Once, Operand, Plan, Program, ProgramKind, Step, Table, ValueId, WeightBuffer,
 };
+use lathe_ir::StepInput;
+use lathe_ir::ops::{Get, X};
 use lathe_ir::{DType, Graph, NodeId, Op, SymEnv, TensorType, Type, TypeError};
 use thiserror::Error;
 
@@ -41,6 +43,14 @@ pub enum LowerError {
     /// What depends on weights alone is ill-typed by itself: a bug.
     #[error("internal: {0}")]
     Type(#[from] TypeError),
+    /// A program reads something at run time that steps do not have.
+    #[error("{program}: no run-time input named '{name}'")]
+    Input {
+        /// Program.
+        program: &'static str,
+        /// Input.
+        name: String,
+    },
     /// A program result is no tensor value.
     #[error("{program}: result {name} is not computed by a step")]
     Output {
@@ -94,8 +104,8 @@ struct Lowering<'a> {
     /// What depends on weights alone: see [`fixed`].
     fixed: Vec<bool>,
     program: Program,
-    /// Operands that stand for each node: one, or one for each element of a tuple.
-    operands: Vec<Vec<Operand>>,
+    /// Operands that stand for each node: one, or one for each element of a tuple. What no step reads has none.
+    operands: Vec<Vec<Option<Operand>>>,
     /// Users of each node.
     users: Vec<Vec<NodeId>>,
     /// Tuple elements that somebody takes.
@@ -118,8 +128,8 @@ impl<'a> Lowering<'a> {
             })
             .collect();
         for node in graph.nodes() {
-            if let Op::Get(i) = node.op {
-                taken[node.inputs[0].index()][usize::from(i)] = true;
+            if let Op::Get(Get(i)) = node.op {
+                taken[node.inputs[X].index()][usize::from(i)] = true;
             }
         }
         Lowering {
@@ -149,7 +159,7 @@ impl<'a> Lowering<'a> {
         self.nodes()?;
         let mut results = Vec::with_capacity(weights.len());
         for &(id, weight) in weights {
-            let Operand::Value(v) = self.operands[id.index()][0] else {
+            let Some(Operand::Value(v)) = self.operands[id.index()][0] else {
                 return Err(LowerError::Output {
                     program: self.program.kind.name(),
                     name: self.graph.node(id).prov.path.to_string(),
@@ -180,11 +190,8 @@ impl<'a> Lowering<'a> {
         self.nodes()?;
         for (name, id) in self.graph.outputs() {
             let operand = self.operands[id.index()][0].clone();
-            let ty = self
-                .graph
-                .tensor(*id)
-                .filter(|_| matches!(operand, Operand::Value(_)));
-            let Some(ty) = ty else {
+            let value = operand.filter(|o| matches!(o, Operand::Value(_)));
+            let (Some(operand), Some(ty)) = (value, self.graph.tensor(*id)) else {
                 return Err(LowerError::Output {
                     program: self.program.kind.name(),
                     name: name.clone(),
@@ -199,50 +206,52 @@ impl<'a> Lowering<'a> {
         Ok(self.program)
     }
 
-    fn node(&mut self, id: NodeId) -> Result<Vec<Operand>, LowerError> {
+    fn node(&mut self, id: NodeId) -> Result<Vec<Option<Operand>>, LowerError> {
         let node = self.graph.node(id);
+        let one = |operand| vec![Some(operand)];
         Ok(match &node.op {
-            Op::Input { name, dtype, shape } => {
+            Op::Input(input) => {
                 let ty = TensorType {
-                    dtype: *dtype,
-                    shape: shape.clone(),
+                    dtype: input.dtype,
+                    shape: input.shape.clone(),
                 };
-                self.program.inputs.push((name.clone(), ty));
-                vec![Operand::Input(self.program.inputs.len() - 1)]
+                let Some(which) = StepInput::by_name(&input.name) else {
+                    return Err(LowerError::Input {
+                        program: self.program.kind.name(),
+                        name: input.name.clone(),
+                    });
+                };
+                self.program.inputs.push((which, ty));
+                one(Operand::Input(self.program.inputs.len() - 1))
             }
-            Op::Const { value, dtype } => vec![Operand::Const {
-                value: *value,
-                dtype: *dtype,
-            }],
-            Op::Table { name, data } => {
+            Op::Const(c) => one(Operand::Const {
+                value: c.value,
+                dtype: c.dtype,
+            }),
+            Op::Table(t) => {
                 let table = Table {
-                    name: name.clone(),
-                    data: data.clone(),
+                    name: t.name.clone(),
+                    data: t.data.clone(),
                 };
-                vec![Operand::Table(index_of(&mut self.plan.tables, table))]
+                one(Operand::Table(index_of(&mut self.plan.tables, table)))
             }
-            Op::Cache {
-                layer,
-                kv_heads,
-                head_dim,
-            } => {
+            Op::Cache(c) => {
                 let spec = CacheSpec {
-                    layer: *layer,
-                    kv_heads: *kv_heads,
-                    head_dim: *head_dim,
+                    layer: c.layer,
+                    kv_heads: c.kv_heads,
+                    head_dim: c.head_dim,
                     dtype: self.plan.dtype,
                 };
-                vec![Operand::Cache(index_of(&mut self.plan.caches, spec))]
+                one(Operand::Cache(index_of(&mut self.plan.caches, spec)))
             }
-            Op::None => vec![Operand::None],
             Op::Reshape(_) if !self.fixed[id.index()] => {
-                vec![self.operands[node.inputs[0].index()][0].clone()]
+                vec![self.operands[node.inputs[X].index()][0].clone()]
             }
-            Op::Get(i) => {
-                vec![self.operands[node.inputs[0].index()][usize::from(*i)].clone()]
+            Op::Get(Get(i)) => {
+                vec![self.operands[node.inputs[X].index()][usize::from(*i)].clone()]
             }
             // What only other fixed values read is part of their recipe or of the program `once`.
-            Op::Weight { .. } => vec![self.weight(id)?],
+            Op::Weight(_) => vec![self.weight(id)?],
             _ if self.fixed[id.index()] => vec![self.weight(id)?],
             Op::Win(_) | Op::Sdpa(_) | Op::Proj(_) => {
                 return Err(self.no_kernel(id));
@@ -251,7 +260,7 @@ impl<'a> Lowering<'a> {
         })
     }
 
-    fn step(&mut self, id: NodeId) -> Result<Vec<Operand>, LowerError> {
+    fn step(&mut self, id: NodeId) -> Result<Vec<Option<Operand>>, LowerError> {
         let node = self.graph.node(id);
         let elements: Vec<&Type> = match &node.ty {
             Type::Tuple(ts) => ts.iter().collect(),
@@ -265,26 +274,22 @@ impl<'a> Lowering<'a> {
                     let v = ValueId(self.program.values.len() as u32);
                     self.program.values.push((t.clone(), 0));
                     results.push(Some(v));
-                    operands.push(Operand::Value(v));
+                    operands.push(Some(Operand::Value(v)));
                 }
                 None => {
                     results.push(None);
-                    operands.push(Operand::None);
+                    // A cache that was appended to lies where it lay before.
+                    let cache = |i: &NodeId| self.graph.node(*i).ty == Type::Cache;
+                    let cache = node.inputs.iter().find(|i| **ty == Type::Cache && cache(i));
+                    operands.push(cache.and_then(|i| self.operands[i.index()][0].clone()));
                 }
             }
         }
+        let read = |i: &NodeId| self.operands[i.index()][0].clone();
         let step = Step {
             op: node.op.clone(),
-            operands: node
-                .inputs
-                .iter()
-                .map(|i| self.operands[i.index()][0].clone())
-                .collect(),
-            types: node
-                .inputs
-                .iter()
-                .map(|i| self.graph.node(*i).ty.clone())
-                .collect(),
+            operands: (node.inputs).try_map(|i| read(i).ok_or_else(|| self.no_kernel(id)))?,
+            types: node.inputs.map(|i| self.graph.node(*i).ty.clone()),
             results,
             ty: node.ty.clone(),
             prov: node.prov.clone(),
@@ -295,15 +300,15 @@ impl<'a> Lowering<'a> {
 
     /// The operand for a value that depends on weights alone: read through a recipe if its rows are
     /// rows of checkpoint tensors, computed once otherwise.
-    fn weight(&mut self, id: NodeId) -> Result<Operand, LowerError> {
+    fn weight(&mut self, id: NodeId) -> Result<Option<Operand>, LowerError> {
         let is_output = self.graph.outputs().iter().any(|(_, o)| *o == id);
         let is_read = self.users[id.index()]
             .iter()
             .any(|u| !self.fixed[u.index()]);
         if !is_read && !is_output {
-            return Ok(Operand::None);
+            return Ok(None);
         }
-        Ok(Operand::Weight(self.place(id)?))
+        Ok(Some(Operand::Weight(self.place(id)?)))
     }
 
     /// The index of the weight that holds a value that depends on weights alone.
@@ -312,7 +317,7 @@ impl<'a> Lowering<'a> {
         if let Some(recipe) = recipe(self.graph, id)? {
             return Ok(self.stored(recipe, ty, None));
         }
-        if matches!(self.graph.node(id).op, Op::Weight { .. }) {
+        if matches!(self.graph.node(id).op, Op::Weight(_)) {
             return Err(self.no_kernel(id));
         }
         if let Some((w, by)) = scaled_columns(self.graph, id)

@@ -6,7 +6,9 @@
 //! under another type.
 
 use crate::pack::PackRecipe;
-use lathe_ir::{DType, Op, Prov, Real, SymEnv, TensorType, Type};
+use lathe_ir::{
+    DType, Op, Operands, Prov, Real, Slot as Name, StepInput, SymEnv, TensorType, Type,
+};
 
 /// Index of a value of a program.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -118,8 +120,8 @@ impl CacheSpec {
 pub struct Program {
     /// What it computes.
     pub kind: ProgramKind,
-    /// Names and types of the run-time inputs.
-    pub inputs: Vec<(String, TensorType)>,
+    /// The run-time inputs and their types.
+    pub inputs: Vec<(StepInput, TensorType)>,
     /// The steps in order.
     pub steps: Vec<Step>,
     /// Types of the values and the slots that hold them.
@@ -135,10 +137,10 @@ pub struct Program {
 pub struct Step {
     /// What is computed.
     pub op: Op,
-    /// Operands in the order of the operation.
-    pub operands: Vec<Operand>,
+    /// Operands by name.
+    pub operands: Operands<Operand>,
     /// Types under which the operation sees them.
-    pub types: Vec<Type>,
+    pub types: Operands<Type>,
     /// Results: one for a tensor, one for each element of a tuple; `None` where nothing reads it
     /// and for caches.
     pub results: Vec<Option<ValueId>>,
@@ -149,9 +151,25 @@ pub struct Step {
 }
 
 impl Step {
-    /// The operand's tensor type.
-    pub fn tensor(&self, operand: usize) -> Option<&TensorType> {
-        self.types.get(operand)?.as_tensor()
+    /// An operand, if it is present.
+    pub fn get(&self, operand: Name) -> Option<&Operand> {
+        self.operands.get_ref(operand)
+    }
+
+    /// The tensor type of an operand, if it is present.
+    pub fn tensor(&self, operand: Name) -> Option<&TensorType> {
+        self.types.get_ref(operand)?.as_tensor()
+    }
+
+    /// The operands that are tensors, with their types.
+    pub fn tensors(&self) -> impl Iterator<Item = (&Operand, &TensorType)> {
+        let both = self.operands.iter().zip(&self.types);
+        both.filter_map(|(o, ty)| Some((o, ty.as_tensor()?)))
+    }
+
+    /// Whether a value is among the operands.
+    pub fn reads(&self, value: ValueId) -> bool {
+        self.operands.iter().any(|o| *o == Operand::Value(value))
     }
 
     /// The type of a result that is read: the type itself, or a tuple's element.
@@ -183,8 +201,6 @@ pub enum Operand {
     },
     /// The cache of a layer, by index.
     Cache(usize),
-    /// Absent.
-    None,
 }
 
 /// A piece of memory that holds values one after the other.

@@ -2,7 +2,10 @@
 //! (a multiply-add counts two) and bytes that must pass through memory once.
 
 use crate::plan::{Operand, Step};
-use lathe_ir::{Op, SymEnv, TensorType, Type};
+use lathe_ir::Class;
+use lathe_ir::ops::AttnStep;
+use lathe_ir::ops::{attn_qkv, attn_step, gemm, matmul};
+use lathe_ir::{Op, SymEnv, TensorType};
 use serde::Serialize;
 use std::fmt;
 
@@ -41,20 +44,11 @@ impl KernelClass {
 
     /// The kind of the kernel that computes an operation.
     pub fn of(op: &Op) -> KernelClass {
-        match op {
-            Op::Attn(_) | Op::AttnStep(_) | Op::AttnQkv(_) | Op::Sdpa(_) => KernelClass::Attention,
-            Op::Linear | Op::Gemm(_) | Op::Proj(_) | Op::Matmul => KernelClass::Gemm,
-            Op::Sample
-            | Op::Embedding
-            | Op::Select
-            | Op::Reshape(_)
-            | Op::Permute(_)
-            | Op::Expand(_)
-            | Op::Slice { .. }
-            | Op::Concat { .. }
-            | Op::RepeatKv { .. }
-            | Op::Pack(_) => KernelClass::Other,
-            _ => KernelClass::Pointwise,
+        match op.class() {
+            Class::Attention => KernelClass::Attention,
+            Class::Gemm | Class::Matmul => KernelClass::Gemm,
+            Class::Norm | Class::Elementwise => KernelClass::Pointwise,
+            Class::Sample | Class::Movement => KernelClass::Other,
         }
     }
 }
@@ -90,6 +84,19 @@ pub struct AttnWork {
 impl AttnWork {
     /// Sequences with any number of new rows.
     pub const ALL_ROWS: (usize, usize) = (1, usize::MAX);
+
+    /// Attention of all sequences; `heads` are query heads, KV heads and the features of a head.
+    fn new([heads, kv_heads, head_dim]: [u32; 3], element: u32, window: Option<u32>) -> AttnWork {
+        AttnWork {
+            heads,
+            kv_heads,
+            head_dim,
+            element,
+            window,
+            row_bytes: 0,
+            rows: AttnWork::ALL_ROWS,
+        }
+    }
 
     fn mine<'a>(&'a self, spans: &'a [Span]) -> impl Iterator<Item = &'a Span> {
         let (least, most) = self.rows;
@@ -180,53 +187,43 @@ pub struct Work {
 impl Work {
     /// The work of a step whose kernel does all of it, at given sizes.
     pub fn of_step(step: &Step, env: &SymEnv) -> Work {
-        let tensor = |i: usize| step.tensor(i);
+        let tensor = |slot| step.tensor(slot);
         let out = (0..step.results.len())
             .rev()
             .find_map(|i| step.result_type(i));
         let (mut flops, mut shape) = (0.0, rows_of(out, env));
         match &step.op {
-            Op::Linear | Op::Gemm(_) => {
-                if let (Some(x), Some(w)) = (tensor(0), tensor(1)) {
+            // The two have their first operands in common.
+            Op::Linear(_) | Op::Gemm(_) => {
+                if let (Some(x), Some(w)) = (tensor(gemm::X), tensor(gemm::W)) {
                     let k = last(w, env);
                     let (m, n) = (x.elements(env) / k.max(1), w.elements(env) / k.max(1));
                     flops = gemm_flops(m, n, k);
                     shape = WorkShape::Gemm { m, n, k };
                 }
             }
-            Op::Matmul => {
-                let k = tensor(0).map_or(0, |a| last(a, env));
+            Op::Matmul(_) => {
+                let k = tensor(matmul::A).map_or(0, |a| last(a, env));
                 flops = 2.0 * out.map_or(0, |o| o.elements(env)) as f64 * k as f64;
             }
             Op::AttnQkv(s) => {
-                shape = WorkShape::Attention(AttnWork {
-                    heads: s.heads,
-                    kv_heads: s.kv_heads,
-                    head_dim: s.head_dim,
-                    element: tensor(0).map_or(0, |t| t.dtype.size() as u32),
-                    window: s.attn.mask.window,
-                    row_bytes: 0,
-                    rows: AttnWork::ALL_ROWS,
-                });
+                let element = tensor(attn_qkv::QKV).map_or(0, |t| t.dtype.size() as u32);
+                let heads = [s.heads, s.kv_heads, s.head_dim];
+                shape = WorkShape::Attention(AttnWork::new(heads, element, s.attn.mask.window));
             }
-            Op::AttnStep(s) => {
-                let extent = |i: usize, axis: usize| {
-                    let dim = tensor(i).and_then(|t| t.shape.get(axis));
+            Op::AttnStep(AttnStep(s)) => {
+                let extent = |slot, axis: usize| {
+                    let dim = tensor(slot).and_then(|t| t.shape.get(axis));
                     dim.map_or(0, |d| d.eval(env) as u32)
                 };
-                shape = WorkShape::Attention(AttnWork {
-                    heads: extent(0, 1),
-                    kv_heads: extent(1, 1),
-                    head_dim: extent(0, 2),
-                    element: tensor(0).map_or(0, |t| t.dtype.size() as u32),
-                    window: s.mask.window,
-                    row_bytes: 0,
-                    rows: AttnWork::ALL_ROWS,
-                });
+                let element = tensor(attn_step::Q).map_or(0, |t| t.dtype.size() as u32);
+                let (q, k) = (attn_step::Q, attn_step::K);
+                let heads = [extent(q, 1), extent(k, 1), extent(q, 2)];
+                shape = WorkShape::Attention(AttnWork::new(heads, element, s.mask.window));
             }
             _ => {}
         }
-        let gathered = matches!(step.op, Op::Embedding | Op::Select);
+        let gathered = matches!(step.op, Op::Embedding(_) | Op::Select(_));
         Work {
             class: KernelClass::of(&step.op),
             shape,
@@ -282,17 +279,12 @@ fn rows_of(t: Option<&TensorType>, env: &SymEnv) -> WorkShape {
 
 /// Bytes of the operands in memory and of the results that are stored.
 fn step_bytes(step: &Step, env: &SymEnv) -> f64 {
-    let read = step
-        .operands
-        .iter()
-        .zip(&step.types)
-        .map(|(o, ty)| match (o, ty) {
-            (Operand::Const { .. } | Operand::None, _) => 0,
-            // Inputs are 32-bit integers, whatever their type in the program.
-            (Operand::Input(_), Type::Tensor(t)) => 4 * t.elements(env),
-            (_, Type::Tensor(t)) => t.bytes(env),
-            _ => 0,
-        });
+    let read = step.tensors().map(|(o, t)| match o {
+        Operand::Const { .. } => 0,
+        // Inputs are 32-bit integers, whatever their type in the program.
+        Operand::Input(_) => 4 * t.elements(env),
+        _ => t.bytes(env),
+    });
     let written = step
         .results
         .iter()

@@ -1,18 +1,18 @@
 //! Chains: small programs of pointwise operations and row reductions that run as one kernel.
 //!
-//! The payload of [`Op::Chain`] is a program over its operands. All its values are floats over one
+//! The payload of [`crate::ops::Chain`] is a program over its operands. All its values are floats over one
 //! *domain*, the extents of its widest value: a row is the last axis, and every value is either
 //! full or constant along the rows. Arithmetic inside a chain is f32; only results are rounded.
 //!
 //! In IR text a chain is the attribute `expr`: statements `NAME ARGUMENT…` that define `t0`, `t1`, …
 //! in turn, then the results, e.g. `mean:1 a0; sub a0 t0; mul t1 0.5:f32 -> t2 t0`.
 
-use crate::Type;
 use crate::dtype::DType;
-use crate::infer::{TypeError, infer};
-use crate::op::{BinaryFn, Op, ReduceFn, UnaryFn};
-use crate::shape::{Dim, broadcast};
-use crate::spec::Real;
+use crate::functions::{BinaryFn, ReduceFn, UnaryFn};
+use crate::infer::norm_operands;
+use crate::ops::{Reduce, Softmax, SwiGlu};
+use crate::shape::{Dim, broadcast, format_shape};
+use crate::{Real, TensorType, Type};
 use std::fmt;
 use std::str::FromStr;
 
@@ -35,17 +35,151 @@ pub enum ChainArg {
     },
 }
 
+/// What a statement computes: float arithmetic, and what reduces rows.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub enum ChainOp {
+    /// Conversion to another float type: without effect, because nothing inside a chain is rounded.
+    Cast(DType),
+    /// A function of a float; not [`UnaryFn::Not`].
+    Unary(UnaryFn),
+    /// Arithmetic of two floats; no comparison and no function of truth values.
+    Binary(BinaryFn),
+    /// `x·sigmoid(x)`.
+    Silu,
+    /// `silu(gate)·up`.
+    SwiGlu,
+    /// Softmax of a row.
+    Softmax,
+    /// RMSNorm of a row with the factors of its columns.
+    RmsNorm {
+        /// Added to the mean square.
+        eps: Real,
+    },
+    /// A reduction of a row to one element; not [`ReduceFn::Argmax`].
+    Reduce {
+        /// What is computed.
+        f: ReduceFn,
+        /// The last axis.
+        axis: u8,
+    },
+}
+
+impl ChainOp {
+    /// The operation's name, as outside of chains.
+    pub fn name(&self) -> &'static str {
+        match self {
+            ChainOp::Cast(_) => "cast",
+            ChainOp::Unary(f) => f.name(),
+            ChainOp::Binary(f) => f.name(),
+            ChainOp::Silu => "silu",
+            ChainOp::SwiGlu => "swiglu",
+            ChainOp::Softmax => "softmax",
+            ChainOp::RmsNorm { .. } => "rmsnorm",
+            ChainOp::Reduce { f, .. } => f.name(),
+        }
+    }
+
+    /// Whether it needs whole rows.
+    pub fn reduces_rows(&self) -> bool {
+        matches!(
+            self,
+            ChainOp::Softmax | ChainOp::RmsNorm { .. } | ChainOp::Reduce { .. }
+        )
+    }
+
+    /// Whether chains have such an operation.
+    pub(crate) fn is_legal(&self) -> bool {
+        match self {
+            ChainOp::Cast(d) => d.is_float(),
+            ChainOp::Unary(f) => *f != UnaryFn::Not,
+            ChainOp::Binary(f) => !(f.is_comparison() || f.is_logical()),
+            ChainOp::Reduce { f, .. } => *f != ReduceFn::Argmax,
+            _ => true,
+        }
+    }
+
+    /// The type of the operation for operands of these types.
+    fn ty(&self, x: &[&TensorType]) -> Result<TensorType, String> {
+        match (self, x) {
+            (ChainOp::Cast(d), &[x]) => Ok(TensorType {
+                dtype: *d,
+                ..x.clone()
+            }),
+            (ChainOp::Unary(f), &[x]) => f.of(x),
+            (ChainOp::Silu, &[x]) => Ok(x.clone()),
+            (ChainOp::Binary(f), &[a, b]) => f.of(a, b),
+            (ChainOp::SwiGlu, &[gate, up]) => SwiGlu::of(gate, up),
+            (ChainOp::Softmax, &[x]) => Softmax::of(x),
+            (ChainOp::RmsNorm { .. }, &[x, gamma]) => norm_operands(x, gamma).map(|()| x.clone()),
+            (&ChainOp::Reduce { f, axis }, &[x]) => {
+                if usize::from(axis) + 1 != x.rank() {
+                    return Err(format!("reduces axis {axis}, which is not the last"));
+                }
+                let keepdim = true;
+                Reduce { f, axis, keepdim }.of(x)
+            }
+            (_, x) => Err(format!(
+                "{} does not take {} operands",
+                self.name(),
+                x.len()
+            )),
+        }
+    }
+}
+
+impl fmt::Display for ChainOp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())?;
+        match self {
+            ChainOp::Cast(d) => write!(f, ":{d}"),
+            ChainOp::Reduce { axis, .. } => write!(f, ":{axis}"),
+            ChainOp::RmsNorm { eps } => write!(f, ":{eps}"),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl FromStr for ChainOp {
+    type Err = String;
+
+    fn from_str(head: &str) -> Result<ChainOp, String> {
+        let (name, payload) = match head.split_once(':') {
+            Some((n, p)) => (n, Some(p)),
+            None => (head, None),
+        };
+        let op = match (name, payload) {
+            ("cast", Some(d)) => DType::by_name(d).map(ChainOp::Cast),
+            ("rmsnorm", Some(eps)) => real(eps).map(|eps| ChainOp::RmsNorm { eps }),
+            (name, Some(axis)) => match (ReduceFn::by_name(name), axis.parse()) {
+                (Some(f), Ok(axis)) => Some(ChainOp::Reduce { f, axis }),
+                _ => None,
+            },
+            ("silu", None) => Some(ChainOp::Silu),
+            ("swiglu", None) => Some(ChainOp::SwiGlu),
+            ("softmax", None) => Some(ChainOp::Softmax),
+            (name, None) => match (UnaryFn::by_name(name), BinaryFn::by_name(name)) {
+                (Some(f), _) => Some(ChainOp::Unary(f)),
+                (_, Some(f)) => Some(ChainOp::Binary(f)),
+                _ => None,
+            },
+        };
+        op.filter(ChainOp::is_legal)
+            .ok_or_else(|| format!("'{head}' is no operation of chains"))
+    }
+}
+
 /// One operation of a chain.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct Statement {
-    /// What is computed: one of [`is_chainable`].
-    pub op: Op,
+    /// What is computed.
+    pub op: ChainOp,
     /// From what.
     pub args: Vec<ChainArg>,
 }
 
-/// The payload of [`Op::Chain`].
-#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+/// The payload of the operation `chain`: `(operands…)`, pointwise operations and row reductions as one kernel.
+/// Several results are a tuple.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Default)]
 pub struct Chain {
     /// The operations in order.
     pub statements: Vec<Statement>,
@@ -86,85 +220,54 @@ pub fn access(shape: &[Dim], domain: &[Dim]) -> Option<Access> {
         .then_some(Access::Column)
 }
 
-/// Whether an operation may be a statement: float arithmetic, and what reduces rows. Whether its
-/// operands allow it is for [`Chain::types`] to say.
-pub fn is_chainable(op: &Op) -> bool {
-    match op {
-        Op::Cast(d) => d.is_float(),
-        Op::Unary(f) => *f != UnaryFn::Not,
-        Op::Binary(f) => !(f.is_comparison() || matches!(f, BinaryFn::And | BinaryFn::Or)),
-        Op::Silu | Op::SwiGlu => true,
-        _ => reduces_rows(op),
-    }
-}
-
-/// Whether an operation needs whole rows.
-pub fn reduces_rows(op: &Op) -> bool {
-    match op {
-        Op::Softmax | Op::RmsNorm { .. } => true,
-        Op::Reduce { f, keepdim, .. } => *keepdim && *f != ReduceFn::Argmax,
-        _ => false,
-    }
-}
-
 impl Chain {
     /// The types of all statements for operands of these types.
     ///
     /// # Errors
-    /// A statement is no operation of chains, reads what does not exist yet or does not accept its
-    /// operands; or the values do not lie in one domain.
-    pub fn types(&self, operands: &[&Type]) -> Result<Vec<Type>, TypeError> {
-        let fail = |reason: String| TypeError {
-            op: "chain",
-            reason,
-        };
+    /// A statement reads what does not exist yet or does not accept its operands; or the values do not lie in
+    /// one domain.
+    pub fn types(&self, operands: &[&Type]) -> Result<Vec<TensorType>, String> {
         if self.statements.is_empty() || self.statements.len() > MAX_STATEMENTS {
-            return Err(fail(format!("{} statements", self.statements.len())));
+            return Err(format!("{} statements", self.statements.len()));
         }
-        let mut types: Vec<Type> = Vec::with_capacity(self.statements.len());
+        let operands: Vec<&TensorType> = (operands.iter())
+            .map(|t| t.as_tensor().filter(|t| t.dtype.is_float()))
+            .collect::<Option<_>>()
+            .ok_or("a value is no tensor of floats")?;
+        let mut types: Vec<TensorType> = Vec::with_capacity(self.statements.len());
         for (i, s) in self.statements.iter().enumerate() {
-            if !is_chainable(&s.op) {
-                return Err(fail(format!("{} has no place in a chain", s.op.name())));
+            if !s.op.is_legal() {
+                return Err(format!("{} has no place in a chain", s.op.name()));
             }
             let mut args = Vec::with_capacity(s.args.len());
             for a in &s.args {
                 let ty = match *a {
                     ChainArg::Operand(k) => operands.get(usize::from(k)).map(|&t| t.clone()),
                     ChainArg::Value(k) => types.get(usize::from(k)).cloned(),
-                    ChainArg::Const { dtype, .. } => Some(Type::tensor(dtype, [])),
+                    ChainArg::Const { dtype, .. } if !dtype.is_float() => None,
+                    ChainArg::Const { dtype, .. } => Some(TensorType {
+                        dtype,
+                        shape: Vec::new(),
+                    }),
                 };
-                args.push(ty.ok_or_else(|| fail(format!("t{i} reads what is not there")))?);
+                args.push(ty.ok_or_else(|| format!("t{i} reads what is not there"))?);
             }
-            let refs: Vec<&Type> = args.iter().collect();
-            let ty = infer(&s.op, &refs)?;
-            if let (Op::Reduce { axis, .. }, Some(x)) = (&s.op, refs[0].as_tensor())
-                && usize::from(*axis) + 1 != x.rank()
-            {
-                return Err(fail(format!(
-                    "t{i} reduces axis {axis}, which is not the last"
-                )));
-            }
-            types.push(ty);
+            let refs: Vec<&TensorType> = args.iter().collect();
+            types.push(s.op.ty(&refs).map_err(|e| format!("t{i}: {e}"))?);
         }
-        if let Some(r) = self
-            .results
-            .iter()
-            .find(|&&r| usize::from(r) >= types.len())
-        {
-            return Err(fail(format!("result t{r} is not there")));
+        let missing = |r: &&u8| usize::from(**r) >= types.len();
+        if let Some(r) = self.results.iter().find(missing) {
+            return Err(format!("result t{r} is not there"));
         }
         if self.results.is_empty() {
-            return Err(fail("no result".into()));
+            return Err("no result".into());
         }
-        let domain = domain(operands.iter().copied().chain(&types)).map_err(fail)?;
-        for t in operands.iter().copied().chain(&types) {
-            let Some(t) = t.as_tensor().filter(|t| t.dtype.is_float()) else {
-                return Err(fail("a value is no tensor of floats".into()));
-            };
+        let values = || operands.iter().copied().chain(&types);
+        let domain = domain(values())?;
+        for t in values() {
             if access(&t.shape, &domain).is_none() {
-                let shape = crate::shape::format_shape(&t.shape);
-                let domain = crate::shape::format_shape(&domain);
-                return Err(fail(format!("{shape} does not lie in the domain {domain}")));
+                let (shape, domain) = (format_shape(&t.shape), format_shape(&domain));
+                return Err(format!("{shape} does not lie in the domain {domain}"));
             }
         }
         Ok(types)
@@ -174,16 +277,12 @@ impl Chain {
     ///
     /// # Errors
     /// As [`Chain::types`].
-    pub fn ty(&self, operands: &[&Type]) -> Result<Type, TypeError> {
+    pub fn ty(&self, operands: &[&Type]) -> Result<Type, String> {
         let types = self.types(operands)?;
-        let mut results: Vec<Type> = self
-            .results
-            .iter()
-            .map(|&r| types[usize::from(r)].clone())
-            .collect();
-        Ok(match results.len() {
-            1 => results.remove(0),
-            _ => Type::Tuple(results),
+        let result = |&r: &u8| Type::Tensor(types[usize::from(r)].clone());
+        Ok(match &self.results[..] {
+            [r] => result(r),
+            many => Type::Tuple(many.iter().map(result).collect()),
         })
     }
 
@@ -192,7 +291,7 @@ impl Chain {
         let mut names = Vec::new();
         for s in &self.statements {
             let name = s.op.name();
-            if !names.contains(&name) && !matches!(s.op, Op::Cast(_)) {
+            if !names.contains(&name) && !matches!(s.op, ChainOp::Cast(_)) {
                 names.push(name);
             }
         }
@@ -201,7 +300,7 @@ impl Chain {
 
     /// Whether a statement needs whole rows.
     pub fn reduces(&self) -> bool {
-        self.statements.iter().any(|s| reduces_rows(&s.op))
+        self.statements.iter().any(|s| s.op.reduces_rows())
     }
 }
 
@@ -209,9 +308,9 @@ impl Chain {
 ///
 /// # Errors
 /// There is none.
-pub fn domain<'a>(types: impl Iterator<Item = &'a Type>) -> Result<Vec<Dim>, String> {
+pub fn domain<'a>(types: impl Iterator<Item = &'a TensorType>) -> Result<Vec<Dim>, String> {
     let mut domain: Vec<Dim> = Vec::new();
-    for t in types.filter_map(Type::as_tensor) {
+    for t in types {
         domain = broadcast(&domain, &t.shape).ok_or("the values have no common domain")?;
     }
     Ok(domain)
@@ -233,13 +332,7 @@ impl fmt::Display for Chain {
             if i > 0 {
                 f.write_str("; ")?;
             }
-            f.write_str(s.op.name())?;
-            match &s.op {
-                Op::Cast(d) => write!(f, ":{d}")?,
-                Op::Reduce { axis, .. } => write!(f, ":{axis}")?,
-                Op::RmsNorm { eps } => write!(f, ":{eps}")?,
-                _ => {}
-            }
+            write!(f, "{}", s.op)?;
             for a in &s.args {
                 write!(f, " {a}")?;
             }
@@ -273,30 +366,7 @@ impl FromStr for Chain {
 
 fn statement(text: &str) -> Result<Statement, String> {
     let mut words = text.split_whitespace();
-    let head = words.next().ok_or("an empty statement")?;
-    let (name, payload) = match head.split_once(':') {
-        Some((n, p)) => (n, Some(p)),
-        None => (head, None),
-    };
-    let bad = || format!("'{head}' is no operation of chains");
-    let op = match (name, payload) {
-        ("cast", Some(d)) => Op::Cast(dtype(d).ok_or_else(bad)?),
-        ("rmsnorm", Some(eps)) => Op::RmsNorm {
-            eps: real(eps).ok_or_else(bad)?,
-        },
-        (name, Some(axis)) => Op::Reduce {
-            f: *ReduceFn::ALL
-                .iter()
-                .find(|f| f.name() == name)
-                .ok_or_else(bad)?,
-            axis: axis.parse().map_err(|_| bad())?,
-            keepdim: true,
-        },
-        (name, None) => Op::plain(name).ok_or_else(bad)?,
-    };
-    if !is_chainable(&op) {
-        return Err(bad());
-    }
+    let op = words.next().ok_or("an empty statement")?.parse()?;
     let args = words
         .map(|w| {
             argument(w).ok_or_else(|| format!("'{w}' is no operand: expected a0, t0 or 0.5:f32"))
@@ -315,7 +385,7 @@ fn argument(word: &str) -> Option<ChainArg> {
     let (value, d) = word.split_once(':')?;
     Some(ChainArg::Const {
         value: real(value)?,
-        dtype: dtype(d)?,
+        dtype: DType::by_name(d)?,
     })
 }
 
@@ -325,10 +395,6 @@ fn index(word: &str, letter: char) -> Option<u8> {
 
 fn real(word: &str) -> Option<Real> {
     word.parse().ok().map(Real::new)
-}
-
-fn dtype(word: &str) -> Option<DType> {
-    DType::ALL.into_iter().find(|d| d.name() == word)
 }
 
 #[cfg(test)]

@@ -5,7 +5,9 @@ use std::fmt;
 use std::str::FromStr;
 
 /// Element type of a tensor. Bytes in memory are little-endian.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Default, Serialize, Deserialize,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum DType {
     /// One byte, 0 or 1.
@@ -19,6 +21,7 @@ pub enum DType {
     /// bfloat16: the upper half of an f32.
     BF16,
     /// IEEE single precision.
+    #[default]
     F32,
 }
 
@@ -46,6 +49,11 @@ impl DType {
     /// Whether this is a floating-point type.
     pub fn is_float(self) -> bool {
         matches!(self, DType::F16 | DType::BF16 | DType::F32)
+    }
+
+    /// The type of a short name; not of its other spellings.
+    pub fn by_name(name: &str) -> Option<DType> {
+        DType::ALL.into_iter().find(|d| d.name() == name)
     }
 
     /// The short name used in IR text: `f32`, `bf16`, `i64`, …

@@ -1,7 +1,8 @@
 //! A program: typed nodes in topological order.
 
 use crate::infer::{TypeError, infer};
-use crate::op::Op;
+use crate::operands::Operands;
+use crate::ops::Op;
 use crate::{TensorType, Type};
 use std::fmt;
 use std::sync::Arc;
@@ -56,7 +57,7 @@ pub struct Node {
     /// What is computed.
     pub op: Op,
     /// From what.
-    pub inputs: Vec<NodeId>,
+    pub inputs: Operands<NodeId>,
     /// The type of the result; always what [`infer()`] derives.
     pub ty: Type,
     /// Where the value comes from.
@@ -89,15 +90,18 @@ impl Graph {
     ///
     /// # Panics
     /// An operand is not a node of this graph (invariant: operands come first).
-    pub fn add(&mut self, op: Op, inputs: &[NodeId], prov: &Prov) -> Result<NodeId, TypeError> {
-        let ty = {
-            let types: Vec<&Type> = inputs.iter().map(|&i| &self.nodes[i.index()].ty).collect();
-            infer(&op, &types)?
-        };
+    pub fn add(
+        &mut self,
+        op: impl Into<Op>,
+        inputs: impl Into<Operands<NodeId>>,
+        prov: &Prov,
+    ) -> Result<NodeId, TypeError> {
+        let (op, inputs) = (op.into(), inputs.into());
+        let ty = infer(&op, inputs.map(|i| &self.nodes[i.index()].ty))?;
         let id = NodeId(self.nodes.len() as u32);
         self.nodes.push(Node {
             op,
-            inputs: inputs.to_vec(),
+            inputs,
             ty,
             prov: prov.clone(),
         });
@@ -179,9 +183,7 @@ impl Graph {
         let mut map = vec![NodeId(0); self.nodes.len()];
         for id in self.ids().filter(|id| live[id.index()]) {
             let mut node = self.node(id).clone();
-            for i in &mut node.inputs {
-                *i = map[i.index()];
-            }
+            node.inputs = node.inputs.map(|i| map[i.index()]);
             map[id.index()] = out.push_unchecked(node);
         }
         for (name, id) in &self.outputs {
@@ -193,17 +195,5 @@ impl Graph {
     /// Number of nodes of an operation name, for tests and reports.
     pub fn count(&self, name: &str) -> usize {
         self.nodes.iter().filter(|n| n.op.name() == name).count()
-    }
-
-    /// The program as a petgraph graph: node weights are ids, edge weights operand positions.
-    pub fn to_petgraph(&self) -> petgraph::graph::DiGraph<NodeId, usize> {
-        let mut g = petgraph::graph::DiGraph::with_capacity(self.nodes.len(), self.nodes.len() * 2);
-        let ids: Vec<_> = self.ids().map(|id| g.add_node(id)).collect();
-        for id in self.ids() {
-            for (pos, i) in self.node(id).inputs.iter().enumerate() {
-                g.add_edge(ids[i.index()], ids[id.index()], pos);
-            }
-        }
-        g
     }
 }

@@ -9,26 +9,35 @@
 pub mod chain;
 pub mod dtype;
 mod error_norm;
+pub mod functions;
 pub mod graph;
 pub mod import;
 pub mod infer;
 pub mod interp;
-pub mod op;
+pub mod operands;
+pub mod ops;
 mod printable;
+mod real;
 pub mod shape;
-pub mod spec;
+mod step_input;
 pub mod text;
 pub mod verify;
 
-pub use chain::{Chain, ChainArg};
+pub use chain::{Chain, ChainArg, ChainOp};
 pub use dtype::DType;
 pub use error_norm::relative_error;
+pub use functions::{BinaryFn, ReduceFn, UnaryFn};
 pub use graph::{Graph, Node, NodeId, Prov};
 pub use infer::{TypeError, infer};
-pub use op::{BinaryFn, Op, ReduceFn, UnaryFn, kernel_name};
+pub use operands::{Operands, Slot};
+pub use ops::{
+    AttnSpec, Class, Epilogue, Level, Mask, Op, Pack, Prologue, SdpaStage, WeightRef,
+    interleaved_source, kernel_name,
+};
 pub use printable::printable;
+pub use real::Real;
 pub use shape::{Dim, Sym, SymEnv};
-pub use spec::*;
+pub use step_input::{Output, StepInput};
 pub use verify::{VerifyError, verify};
 
 /// The type of a value: a tensor, a KV cache, or a tuple of them.
@@ -38,10 +47,8 @@ pub enum Type {
     Tensor(TensorType),
     /// The KV cache of one layer, of any paging: the layout is the device's business.
     Cache,
-    /// Several values made by one operation, taken apart by [`Op::Get`].
+    /// Several values made by one operation, taken apart by [`ops::Get`].
     Tuple(Vec<Type>),
-    /// The type of [`Op::None`], the filler of an absent optional operand.
-    None,
 }
 
 /// Element type and extents of a dense, row-major tensor.

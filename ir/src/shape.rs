@@ -57,7 +57,7 @@ impl SymEnv {
 
 /// An extent `c + Σ kᵢ·symᵢ`. Equal extents have equal representations. Arithmetic saturates, so
 /// that absurd extents in untrusted text cannot overflow.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Default)]
 pub struct Dim {
     coef: [i32; 4],
     konst: i64,

@@ -1,11 +1,10 @@
 //! Checks what every program must satisfy, and reports everything that it does not.
 
 use crate::Type;
-use crate::graph::{Graph, NodeId};
+use crate::graph::{Graph, Node, NodeId};
 use crate::infer::infer;
-use crate::op::Op;
+use crate::ops::{Attn, AttnSpec, AttnStep, Op, Sdpa, SdpaStage, X, attn_qkv, attn_step};
 use crate::shape::Dim;
-use crate::spec::{AttnSpec, SdpaStage};
 use crate::text::format_type;
 use std::collections::BTreeMap;
 use thiserror::Error;
@@ -108,6 +107,15 @@ pub fn verify(graph: &Graph) -> Vec<VerifyError> {
     v.errors
 }
 
+/// The cache that a step appends to.
+fn appended(node: &Node) -> Option<NodeId> {
+    match node.op {
+        Op::AttnStep(_) => node.inputs.get(attn_step::CACHE),
+        Op::AttnQkv(_) => node.inputs.get(attn_qkv::CACHE),
+        _ => None,
+    }
+}
+
 struct Verifier<'a> {
     graph: &'a Graph,
     errors: Vec<VerifyError>,
@@ -140,12 +148,8 @@ impl Verifier<'_> {
             self.error(id, VerifyKind::Operand(i));
         }
         if bad.is_empty() {
-            let types: Vec<&Type> = node
-                .inputs
-                .iter()
-                .map(|&i| &self.graph.node(i).ty)
-                .collect();
-            match infer(&node.op, &types) {
+            let types = node.inputs.map(|&i| &self.graph.node(i).ty);
+            match infer(&node.op, types) {
                 Err(e) => self.error(id, VerifyKind::Infer(e.reason)),
                 Ok(derived) if derived != node.ty => {
                     let (found, derived) = (format_type(&node.ty), format_type(&derived));
@@ -179,7 +183,7 @@ impl Verifier<'_> {
             }
         };
         match op {
-            Op::Sdpa(s) => {
+            Op::Sdpa(Sdpa(s)) => {
                 if s.stage == SdpaStage::Closed {
                     self.error(id, VerifyKind::ClosedSdpa);
                 }
@@ -187,8 +191,8 @@ impl Verifier<'_> {
                     self.error(id, VerifyKind::SharedSdpa(s.groups));
                 }
             }
-            Op::Attn(s) => closed(s, false),
-            Op::AttnStep(s) => closed(s, true),
+            Op::Attn(Attn(s)) => closed(s, false),
+            Op::AttnStep(AttnStep(s)) => closed(s, true),
             Op::AttnQkv(s) => {
                 closed(&s.attn, true);
                 if u64::from(s.heads) != u64::from(s.kv_heads) * u64::from(s.attn.groups) {
@@ -215,9 +219,9 @@ impl Verifier<'_> {
         let mut seen: BTreeMap<String, NodeId> = BTreeMap::new();
         for id in graph.ids() {
             let what = match &graph.node(id).op {
-                Op::Input { name, .. } => format!("input '{name}'"),
-                Op::Weight { weight, .. } => format!("weight '{}'", weight.name),
-                Op::Cache { layer, .. } => format!("the cache of layer {layer}"),
+                Op::Input(i) => format!("input '{}'", i.name),
+                Op::Weight(w) => format!("weight '{}'", w.weight.name),
+                Op::Cache(c) => format!("the cache of layer {}", c.layer),
                 _ => continue,
             };
             match seen.get(&what) {
@@ -251,25 +255,26 @@ impl Verifier<'_> {
         let mut replaced = vec![false; n];
         for id in graph.ids().filter(|id| sound[id.index()]) {
             let node = graph.node(id);
-            match (&node.op, node.inputs.as_slice()) {
-                (Op::Cache { .. }, _) => version[id.index()] = Some((id, id)),
-                (Op::Get(_), &[x]) if node.ty == Type::Cache => {
-                    version[id.index()] = version[x.index()];
+            match &node.op {
+                Op::Cache(_) => version[id.index()] = Some((id, id)),
+                Op::Get(_) if node.ty == Type::Cache => {
+                    version[id.index()] = node.inputs.get(X).and_then(|x| version[x.index()]);
                 }
-                (Op::AttnStep(_) | Op::AttnQkv(_), &[.., cache]) => {
-                    if let Some((leaf, maker)) = version[cache.index()] {
+                _ => {
+                    if let Some(cache) = appended(node)
+                        && let Some((leaf, maker)) = version[cache.index()]
+                    {
                         uses[maker.index()] += 1;
                         replaced[maker.index()] = true;
                         version[id.index()] = Some((leaf, id));
                     }
                 }
-                _ => {}
             }
         }
         for id in graph.ids().filter(|id| sound[id.index()]) {
             let node = graph.node(id);
             let (leaf, step) = match &node.op {
-                Op::Cache { .. } => (true, false),
+                Op::Cache(_) => (true, false),
                 Op::AttnStep(_) | Op::AttnQkv(_) => (false, true),
                 _ => continue,
             };
@@ -299,19 +304,17 @@ impl Verifier<'_> {
 
     fn cache_shape(&mut self, id: NodeId, leaf: NodeId) {
         let graph = self.graph;
-        let Op::Cache {
-            kv_heads, head_dim, ..
-        } = graph.node(leaf).op
-        else {
+        let Op::Cache(cache) = &graph.node(leaf).op else {
             return;
         };
+        let (kv_heads, head_dim) = (cache.kv_heads, cache.head_dim);
         let node = graph.node(id);
         let (heads, dim) = match &node.op {
             Op::AttnQkv(s) => (
                 Dim::from(i64::from(s.kv_heads)),
                 Dim::from(i64::from(s.head_dim)),
             ),
-            _ => match node.inputs.get(1).and_then(|&k| graph.tensor(k)) {
+            _ => match node.inputs.get(attn_step::K).and_then(|k| graph.tensor(k)) {
                 Some(k) if k.rank() == 3 => (k.shape[1], k.shape[2]),
                 _ => return,
             },

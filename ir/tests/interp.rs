@@ -4,6 +4,11 @@
 mod values;
 
 use lathe_ir::interp::{Interp, Value};
+use lathe_ir::ops::{
+    AddRms, Angles, Cast, Concat, Const, Embedding, Expand, Gemm, Get, Input, Iota, Linear, Matmul,
+    Pack, Permute, Proj, Reduce, RepeatKv, Reshape, RmsNorm, Rope, Sample, Select, Silu, Slice,
+    Softmax, SwiGlu, Table, Weight, Where, gemm,
+};
 use lathe_ir::*;
 use values::*;
 
@@ -26,16 +31,16 @@ fn unary_functions() {
     ];
     for (name, reference) in cases {
         let want: Vec<f64> = data(&x).iter().map(|&v| reference(v)).collect();
-        close(&eval(Op::Unary(name), &[&x]), &f(&[3], &want));
+        close(&eval(name, [&x]), &f(&[3], &want));
     }
-    let y = eval(Op::Unary(UnaryFn::Erf), &[&x]);
+    let y = eval(UnaryFn::Erf, [&x]);
     assert!((data(&y)[1] - 0.842_700_792_949_714_9).abs() < 1e-14);
     assert_eq!(
-        eval(Op::Unary(UnaryFn::Relu), &[&ints(&[2], &[-3, 4])]),
+        eval(UnaryFn::Relu, [&ints(&[2], &[-3, 4])]),
         ints(&[2], &[0, 4])
     );
     assert_eq!(
-        eval(Op::Unary(UnaryFn::Not), &[&bools(&[2], &[true, false])]),
+        eval(UnaryFn::Not, [&bools(&[2], &[true, false])]),
         bools(&[2], &[false, true])
     );
 }
@@ -44,21 +49,21 @@ fn unary_functions() {
 fn binary_functions_broadcast() {
     let a = f(&[2, 1, 2], &[1.0, 2.0, 3.0, 4.0]);
     let b = f(&[3, 1], &[10.0, 20.0, 30.0]);
-    let sum = eval(Op::Binary(BinaryFn::Add), &[&a, &b]);
+    let sum = eval(BinaryFn::Add, [&a, &b]);
     let want = [
         11.0, 12.0, 21.0, 22.0, 31.0, 32.0, 13.0, 14.0, 23.0, 24.0, 33.0, 34.0,
     ];
     assert_eq!(sum, f(&[2, 3, 2], &want));
     let x = f(&[4], &[1.0, 5.0, -2.0, 3.0]);
     let y = f(&[4], &[2.0, 5.0, 3.0, 0.5]);
-    let float = |op| data(&eval(Op::Binary(op), &[&x, &y])).to_vec();
+    let float = |op| data(&eval(op, [&x, &y])).to_vec();
     assert_eq!(float(BinaryFn::Sub), [-1.0, 0.0, -5.0, 2.5]);
     assert_eq!(float(BinaryFn::Mul), [2.0, 25.0, -6.0, 1.5]);
     assert_eq!(float(BinaryFn::Div), [0.5, 1.0, -2.0 / 3.0, 6.0]);
     assert_eq!(float(BinaryFn::Pow)[2], -8.0);
     assert_eq!(float(BinaryFn::Maximum), [2.0, 5.0, 3.0, 3.0]);
     assert_eq!(float(BinaryFn::Minimum), [1.0, 5.0, -2.0, 0.5]);
-    let cmp = |op| eval(Op::Binary(op), &[&x, &y]);
+    let cmp = |op| eval(op, [&x, &y]);
     assert_eq!(cmp(BinaryFn::Eq), bools(&[4], &[false, true, false, false]));
     assert_eq!(cmp(BinaryFn::Ne), bools(&[4], &[true, false, true, true]));
     assert_eq!(cmp(BinaryFn::Lt), bools(&[4], &[true, false, true, false]));
@@ -66,13 +71,10 @@ fn binary_functions_broadcast() {
     assert_eq!(cmp(BinaryFn::Gt), bools(&[4], &[false, false, false, true]));
     assert_eq!(cmp(BinaryFn::Ge), bools(&[4], &[false, true, false, true]));
     let (p, q) = (bools(&[2], &[true, true]), bools(&[2], &[true, false]));
-    assert_eq!(eval(Op::Binary(BinaryFn::And), &[&p, &q]), q);
-    assert_eq!(eval(Op::Binary(BinaryFn::Or), &[&p, &q]), p);
+    assert_eq!(eval(BinaryFn::And, [&p, &q]), q);
+    assert_eq!(eval(BinaryFn::Or, [&p, &q]), p);
     assert_eq!(
-        eval(
-            Op::Binary(BinaryFn::Sub),
-            &[&ints(&[2], &[5, 6]), &ints(&[], &[1])]
-        ),
+        eval(BinaryFn::Sub, [&ints(&[2], &[5, 6]), &ints(&[], &[1])]),
         ints(&[2], &[4, 5])
     );
 }
@@ -80,21 +82,21 @@ fn binary_functions_broadcast() {
 #[test]
 fn where_and_casts() {
     let c = bools(&[2, 1], &[true, false]);
-    let y = eval(Op::Where, &[&c, &f(&[2], &[1.0, 2.0]), &f(&[], &[9.0])]);
+    let y = eval(Where, [&c, &f(&[2], &[1.0, 2.0]), &f(&[], &[9.0])]);
     assert_eq!(y, f(&[2, 2], &[1.0, 2.0, 9.0, 9.0]));
     let x = f(&[3], &[-1.5, 0.0, 2.9]);
-    assert_eq!(eval(Op::Cast(DType::I64), &[&x]), ints(&[3], &[-1, 0, 2]));
+    assert_eq!(eval(Cast(DType::I64), [&x]), ints(&[3], &[-1, 0, 2]));
     assert_eq!(
-        eval(Op::Cast(DType::Bool), &[&x]),
+        eval(Cast(DType::Bool), [&x]),
         bools(&[3], &[true, false, true])
     );
-    assert_eq!(eval(Op::Cast(DType::BF16), &[&x]), x);
+    assert_eq!(eval(Cast(DType::BF16), [&x]), x);
     assert_eq!(
-        eval(Op::Cast(DType::F32), &[&bools(&[2], &[true, false])]),
+        eval(Cast(DType::F32), [&bools(&[2], &[true, false])]),
         f(&[2], &[1.0, 0.0])
     );
     assert_eq!(
-        eval(Op::Cast(DType::I32), &[&ints(&[1], &[(1 << 32) + 5])]),
+        eval(Cast(DType::I32), [&ints(&[1], &[(1 << 32) + 5])]),
         ints(&[1], &[5])
     );
 }
@@ -102,7 +104,7 @@ fn where_and_casts() {
 #[test]
 fn reductions() {
     let x = f(&[2, 3], &[1.0, 5.0, 5.0, 4.0, 0.0, -1.0]);
-    let red = |f, axis, keepdim| eval(Op::Reduce { f, axis, keepdim }, &[&x]);
+    let red = |f, axis, keepdim| eval(Reduce { f, axis, keepdim }, [&x]);
     assert_eq!(red(ReduceFn::Sum, 1, true), f(&[2, 1], &[11.0, 3.0]));
     assert_eq!(red(ReduceFn::Sum, 0, false), f(&[3], &[5.0, 5.0, 4.0]));
     assert_eq!(red(ReduceFn::Mean, 1, false), f(&[2], &[11.0 / 3.0, 1.0]));
@@ -114,7 +116,7 @@ fn reductions() {
 #[test]
 fn matmul_broadcasts_leading_axes() {
     let (a, b) = (rand(&[2, 1, 3, 5], 1), rand(&[4, 5, 7], 2));
-    let y = eval(Op::Matmul, &[&a, &b]);
+    let y = eval(Matmul, [&a, &b]);
     let mut want = Vec::new();
     for i in 0..2 {
         for j in 0..4 {
@@ -135,8 +137,8 @@ fn matmul_broadcasts_leading_axes() {
 #[test]
 fn linear_is_matmul_with_the_transposed_weight() {
     let (x, w) = (rand(&[2, 37, 45], 3), rand(&[19, 45], 4));
-    let wt = eval(Op::Permute(vec![1, 0]), &[&w]);
-    close(&eval(Op::Linear, &[&x, &w]), &eval(Op::Matmul, &[&x, &wt]));
+    let wt = eval(Permute(vec![1, 0]), [&w]);
+    close(&eval(Linear, [&x, &w]), &eval(Matmul, [&x, &wt]));
 }
 
 #[test]
@@ -144,46 +146,46 @@ fn movement() {
     let x = f(&[2, 3], &[0.0, 1.0, 2.0, 3.0, 4.0, 5.0]);
     let dims = |s: &[i64]| s.iter().map(|&n| Dim::new(n)).collect::<Vec<_>>();
     assert_eq!(
-        eval(Op::Permute(vec![1, 0]), &[&x]),
+        eval(Permute(vec![1, 0]), [&x]),
         f(&[3, 2], &[0.0, 3.0, 1.0, 4.0, 2.0, 5.0])
     );
     let y = f(&[1, 2, 1, 2], &[0.0, 1.0, 2.0, 3.0]);
     assert_eq!(
-        eval(Op::Permute(vec![3, 0, 2, 1]), &[&y]),
+        eval(Permute(vec![3, 0, 2, 1]), [&y]),
         f(&[2, 1, 1, 2], &[0.0, 2.0, 1.0, 3.0])
     );
     assert_eq!(
-        eval(Op::Reshape(dims(&[3, 2])), &[&x]),
+        eval(Reshape(dims(&[3, 2])), [&x]),
         f(&[3, 2], &[0.0, 1.0, 2.0, 3.0, 4.0, 5.0])
     );
     assert_eq!(
-        eval(Op::Expand(dims(&[2, 2])), &[&f(&[2, 1], &[7.0, 8.0])]),
+        eval(Expand(dims(&[2, 2])), [&f(&[2, 1], &[7.0, 8.0])]),
         f(&[2, 2], &[7.0, 7.0, 8.0, 8.0])
     );
-    let slice = |axis, start, end| eval(Op::Slice { axis, start, end }, &[&x]);
+    let slice = |axis, start, end| eval(Slice { axis, start, end }, [&x]);
     assert_eq!(slice(1, 1, 3), f(&[2, 2], &[1.0, 2.0, 4.0, 5.0]));
     assert_eq!(slice(0, 1, 2), f(&[1, 3], &[3.0, 4.0, 5.0]));
     assert_eq!(
-        eval(Op::Concat { axis: 1 }, &[&f(&[2, 1], &[8.0, 9.0]), &x]),
+        eval(Concat { axis: 1 }, [&f(&[2, 1], &[8.0, 9.0]), &x]),
         f(&[2, 4], &[8.0, 0.0, 1.0, 2.0, 9.0, 3.0, 4.0, 5.0])
     );
     let rows = ints(&[2, 2], &[1, 0, 1, 1]);
-    let taken = eval(Op::Embedding, &[&x, &rows]);
+    let taken = eval(Embedding, [&x, &rows]);
     assert_eq!(taken.shape(), Some(&[2, 2, 3][..]));
     assert_eq!(data(&taken)[..6], [3.0, 4.0, 5.0, 0.0, 1.0, 2.0]);
     assert_eq!(
-        eval(Op::Select, &[&x, &ints(&[1], &[1])]),
+        eval(Select, [&x, &ints(&[1], &[1])]),
         f(&[1, 3], &[3.0, 4.0, 5.0])
     );
     let heads = f(&[1, 2, 1, 2], &[1.0, 2.0, 3.0, 4.0]);
     assert_eq!(
-        eval(Op::RepeatKv { groups: 2 }, &[&heads]),
+        eval(RepeatKv { groups: 2 }, [&heads]),
         f(&[1, 4, 1, 2], &[1.0, 2.0, 1.0, 2.0, 3.0, 4.0, 3.0, 4.0])
     );
     let mut state = Interp::new(SymEnv::default(), &no_weights);
     let bad = ints(&[1], &[2]);
     let ty = Type::tensor(DType::F32, dims(&[1, 3]));
-    let e = interp::eval_op(&Op::Select, &[&x, &bad], &ty, &mut state).unwrap_err();
+    let e = interp::eval_op(&Op::Select(Select), [&x, &bad], &ty, &mut state).unwrap_err();
     assert!(e.to_string().contains("row 2"), "{e}");
 }
 
@@ -193,32 +195,36 @@ fn leaves() {
     let weights = |w: &WeightRef| Ok(vec![0.5; w.shape.iter().product::<i64>() as usize]);
     let mut state = Interp::new(env, &weights).with_input("ids", ints(&[2], &[1, 2]));
     let mut leaf = |op: Op| {
-        let ty = infer(&op, &[]).expect("well typed");
-        interp::eval_op(&op, &[], &ty, &mut state)
+        let ty = infer(&op, []).expect("well typed");
+        interp::eval_op(&op, [], &ty, &mut state)
     };
-    let iota = |dtype| Op::Iota {
-        len: Dim::sym(Sym::S),
-        dtype,
+    let iota = |dtype| {
+        Op::Iota(Iota {
+            len: Dim::sym(Sym::S),
+            dtype,
+        })
     };
     assert_eq!(leaf(iota(DType::I64)), Ok(ints(&[3], &[0, 1, 2])));
     assert_eq!(leaf(iota(DType::F32)), Ok(f(&[3], &[0.0, 1.0, 2.0])));
     let value = Real::new(2.5);
     assert_eq!(
-        leaf(Op::Const {
+        leaf(Op::Const(Const {
             value,
             dtype: DType::F32
-        }),
+        })),
         Ok(f(&[], &[2.5]))
     );
-    let table = Op::Table {
+    let table = Op::Table(Table {
         name: "t".into(),
         data: vec![value, Real::new(1.0)],
-    };
+    });
     assert_eq!(leaf(table), Ok(f(&[2], &[2.5, 1.0])));
-    let input = |name: &str, n: i64| Op::Input {
-        name: name.into(),
-        dtype: DType::I64,
-        shape: vec![Dim::new(n)],
+    let input = |name: &str, n: i64| {
+        Op::Input(Input {
+            name: name.into(),
+            dtype: DType::I64,
+            shape: vec![Dim::new(n)],
+        })
     };
     assert_eq!(leaf(input("ids", 2)), Ok(ints(&[2], &[1, 2])));
     assert!(
@@ -238,13 +244,12 @@ fn leaves() {
         shape: vec![2, 2],
     };
     assert_eq!(
-        leaf(Op::Weight {
+        leaf(Op::Weight(Weight {
             weight,
             dtype: DType::F32
-        }),
+        })),
         Ok(f(&[2, 2], &[0.5; 4]))
     );
-    assert_eq!(leaf(Op::None), Ok(Value::None));
 }
 
 fn silu(v: f64) -> f64 {
@@ -254,10 +259,7 @@ fn silu(v: f64) -> f64 {
 #[test]
 fn softmax_norms_and_gates() {
     let x = f(&[2, 2], &[0.0, 3_f64.ln(), 5.0, 5.0]);
-    close(
-        &eval(Op::Softmax, &[&x]),
-        &f(&[2, 2], &[0.25, 0.75, 0.5, 0.5]),
-    );
+    close(&eval(Softmax, [&x]), &f(&[2, 2], &[0.25, 0.75, 0.5, 0.5]));
     let eps = Real::new(0.5);
     let (x, d, g) = (rand(&[3, 5], 5), rand(&[3, 5], 6), rand(&[5], 7));
     let norm = |v: &V| {
@@ -269,22 +271,22 @@ fn softmax_norms_and_gates() {
                 .collect::<Vec<_>>(),
         )
     };
-    close(&eval(Op::RmsNorm { eps }, &[&x, &g]), &norm(&x));
-    let sum = eval(Op::Binary(BinaryFn::Add), &[&x, &d]);
-    let Value::Tuple(both) = eval(Op::AddRms { eps }, &[&x, &d, &g]) else {
+    close(&eval(RmsNorm { eps }, [&x, &g]), &norm(&x));
+    let sum = eval(BinaryFn::Add, [&x, &d]);
+    let Value::Tuple(both) = eval(AddRms { eps }, [&x, &d, &g]) else {
         panic!("addrms returns a tuple")
     };
     close(&both[0], &sum);
     close(&both[1], &norm(&sum));
-    assert_eq!(eval(Op::Get(1), &[&Value::Tuple(both.clone())]), both[1]);
+    assert_eq!(eval(Get(1), [&Value::Tuple(both.clone())]), both[1]);
     let want: Vec<f64> = data(&x).iter().map(|&v| silu(v)).collect();
-    close(&eval(Op::Silu, &[&x]), &f(&[3, 5], &want));
+    close(&eval(Silu, [&x]), &f(&[3, 5], &want));
     let want: Vec<f64> = data(&x)
         .iter()
         .zip(data(&d))
         .map(|(&g, u)| silu(g) * u)
         .collect();
-    close(&eval(Op::SwiGlu, &[&x, &d]), &f(&[3, 5], &want));
+    close(&eval(SwiGlu, [&x, &d]), &f(&[3, 5], &want));
 }
 
 #[test]
@@ -292,11 +294,11 @@ fn rotary_embedding() {
     let freq = f(&[2], &[1.0, 0.1]);
     let pos = ints(&[3, 1], &[0, 4, 7]);
     close(
-        &eval(Op::Angles, &[&ints(&[2], &[3, 5]), &freq]),
+        &eval(Angles, [&ints(&[2], &[3, 5]), &freq]),
         &f(&[2, 2], &[3.0, 0.3, 5.0, 0.5]),
     );
     let x = rand(&[3, 2, 4], 8);
-    let spec = RopeSpec {
+    let spec = Rope {
         scaling: Real::new(1.25),
     };
     let want: Vec<f64> = data(&x)
@@ -304,10 +306,7 @@ fn rotary_embedding() {
         .enumerate()
         .flat_map(|(r, row)| hf_rope(row, [0.0, 4.0, 7.0][r / 2], data(&freq), 1.25))
         .collect();
-    close(
-        &eval(Op::Rope(spec), &[&x, &pos, &freq]),
-        &f(&[3, 2, 4], &want),
-    );
+    close(&eval(spec, [&x, &pos, &freq]), &f(&[3, 2, 4], &want));
 }
 
 #[test]
@@ -319,16 +318,16 @@ fn projection_into_heads() {
         rand(&[4], 12),
     );
     let freq = f(&[2], &[1.0, 0.3]);
-    let spec = ProjSpec {
+    let spec = Proj {
         heads: 2,
         head_dim: 4,
         head_norm: Some(Real::new(0.25)),
-        rope: Some(RopeSpec {
+        rope: Some(Rope {
             scaling: Real::new(1.0),
         }),
     };
-    let y = eval(Op::Linear, &[&x, &w]);
-    let y = eval(Op::Binary(BinaryFn::Add), &[&y, &b]);
+    let y = eval(Linear, [&x, &w]);
+    let y = eval(BinaryFn::Add, [&y, &b]);
     let want: Vec<f64> = data(&y)
         .chunks(4)
         .enumerate()
@@ -342,28 +341,27 @@ fn projection_into_heads() {
         })
         .collect();
     let pos = ints(&[3], &[2, 3, 9]);
-    let y = eval(Op::Proj(spec), &[&x, &w, &b, &g, &pos, &freq]);
+    let y = eval(spec, [&x, &w, &b, &g, &pos, &freq]);
     close(&y, &f(&[3, 2, 4], &want));
     let pos = ints(&[3, 1], &[2, 3, 9]);
-    close(&eval(Op::Proj(spec), &[&x, &w, &b, &g, &pos, &freq]), &y);
-    let none = Value::None;
-    let plain = ProjSpec {
+    close(&eval(spec, [&x, &w, &b, &g, &pos, &freq]), &y);
+    let plain = Proj {
         head_norm: None,
         rope: None,
         ..spec
     };
-    let y = eval(Op::Proj(plain), &[&x, &w, &none, &none, &none, &none]);
-    assert_eq!(data(&y), data(&eval(Op::Linear, &[&x, &w])));
+    let y = eval(plain, [&x, &w]);
+    assert_eq!(data(&y), data(&eval(Linear, [&x, &w])));
 }
 
 #[test]
 fn packing_orders_rows() {
     let gate = f(&[8, 1], &[0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]);
     let up = f(&[8, 1], &[10.0, 11.0, 12.0, 13.0, 14.0, 15.0, 16.0, 17.0]);
-    let y = eval(Op::Pack(PackKind::GateUp), &[&gate, &up]);
+    let y = eval(Pack::GateUp, [&gate, &up]);
     assert_eq!(data(&y)[6..10], [6.0, 7.0, 10.0, 11.0]);
     let head = f(&[32], &(0..32).map(f64::from).collect::<Vec<_>>());
-    let y = eval(Op::Pack(PackKind::Head { head_dim: 32 }), &[&head]);
+    let y = eval(Pack::Head { head_dim: 32 }, [&head]);
     assert_eq!(data(&y)[6..10], [6.0, 7.0, 16.0, 17.0]);
     assert_eq!(data(&y)[15..18], [23.0, 8.0, 9.0]);
 }
@@ -372,16 +370,15 @@ fn packing_orders_rows() {
 fn gemm_prologues_and_epilogues() {
     let (x, w, b) = (rand(&[3, 6], 21), rand(&[32, 6], 22), rand(&[32], 23));
     let (r, g, d) = (rand(&[3, 32], 24), rand(&[6], 25), rand(&[3, 6], 26));
-    let none = Value::None;
-    let add = |a: &V, b: &V| eval(Op::Binary(BinaryFn::Add), &[a, b]);
-    let plain = add(&eval(Op::Linear, &[&x, &w]), &b);
-    let gemm =
-        |prologue, epilogue, ins: &[&V]| eval(Op::Gemm(GemmSpec { prologue, epilogue }), ins);
+    let xw = Operands::from([&x, &w]);
+    let add = |a: &V, b: &V| eval(BinaryFn::Add, [a, b]);
+    let plain = add(&eval(Linear, [&x, &w]), &b);
+    let gemm = |prologue, epilogue, ins: Operands<&V>| eval(Gemm { prologue, epilogue }, ins);
     close(
         &gemm(
             Prologue::None,
             Epilogue::None,
-            &[&x, &w, &b, &none, &none, &none],
+            xw.clone().with(gemm::BIAS, &b),
         ),
         &plain,
     );
@@ -389,28 +386,28 @@ fn gemm_prologues_and_epilogues() {
         &gemm(
             Prologue::None,
             Epilogue::Residual,
-            &[&x, &w, &b, &r, &none, &none],
+            xw.clone().with(gemm::BIAS, &b).with(gemm::RESIDUAL, &r),
         ),
         &add(&plain, &r),
     );
     let eps = Real::new(0.125);
-    let h = eval(Op::RmsNorm { eps }, &[&x, &g]);
-    let hw = eval(Op::Linear, &[&h, &w]);
+    let h = eval(RmsNorm { eps }, [&x, &g]);
+    let hw = eval(Linear, [&h, &w]);
     close(
         &gemm(
             Prologue::Rms { eps },
             Epilogue::None,
-            &[&x, &w, &none, &none, &g, &none],
+            xw.clone().with(gemm::GAMMA, &g),
         ),
         &hw,
     );
     // Without gamma the weight's columns are multiplied by it.
-    let scaled = eval(Op::Binary(BinaryFn::Mul), &[&w, &g]);
+    let scaled = eval(BinaryFn::Mul, [&w, &g]);
     close(
         &gemm(
             Prologue::Rms { eps },
             Epilogue::None,
-            &[&x, &scaled, &none, &none, &none, &none],
+            Operands::from([&x, &scaled]),
         ),
         &hw,
     );
@@ -428,31 +425,31 @@ fn gemm_prologues_and_epilogues() {
         &gemm(
             Prologue::Rms { eps },
             Epilogue::SwiGlu,
-            &[&x, &w, &none, &none, &g, &none],
+            xw.clone().with(gemm::GAMMA, &g),
         ),
         &f(&[3, 16], &want),
     );
     let sum = add(&x, &d);
-    let h = eval(Op::RmsNorm { eps }, &[&sum, &g]);
+    let h = eval(RmsNorm { eps }, [&sum, &g]);
     let Value::Tuple(y) = gemm(
         Prologue::AddRms { eps },
         Epilogue::None,
-        &[&x, &w, &none, &none, &g, &d],
+        xw.with(gemm::GAMMA, &g).with(gemm::DELTA, &d),
     ) else {
         panic!("the prologue's sum is a result")
     };
     close(&y[0], &sum);
-    close(&y[1], &eval(Op::Linear, &[&h, &w]));
+    close(&y[1], &eval(Linear, [&h, &w]));
 }
 
 #[test]
 fn sampling_takes_the_first_largest_or_asks() {
     let x = f(&[2, 3], &[1.0, 7.0, 7.0, 0.0, -1.0, -2.0]);
-    assert_eq!(eval(Op::Sample, &[&x]), ints(&[2], &[1, 0]));
+    assert_eq!(eval(Sample, [&x]), ints(&[2], &[1, 0]));
     let pick = |i: usize, row: &[f64]| (i + row.len()) as i64;
     let mut state = Interp::new(SymEnv::default(), &no_weights);
     state.sampler = Some(&pick);
-    assert_eq!(eval_in(&mut state, &Op::Sample, &[&x]), ints(&[2], &[3, 4]));
+    assert_eq!(eval_in(&mut state, Sample, [&x]), ints(&[2], &[3, 4]));
 }
 
 #[test]
@@ -464,10 +461,10 @@ fn rounding_follows_the_materialised_edges() {
     let g = f(&[2], &[1.007_812_5, 1.0]);
     let round = |v: f64| half::bf16::from_f64(v).to_f64();
     let y = interp::eval_op(
-        &Op::RmsNorm {
+        &Op::RmsNorm(RmsNorm {
             eps: Real::new(0.0),
-        },
-        &[&x, &g],
+        }),
+        [&x, &g],
         &ty,
         &mut state,
     )
@@ -481,11 +478,11 @@ fn rounding_follows_the_materialised_edges() {
     // The sum of addrms is materialised: its norm sees the rounded sum.
     let (r, d) = (f(&[2], &[1.0, 2.0]), f(&[2], &[0.003, 0.006]));
     let both = Type::Tuple(vec![ty.clone(), ty.clone()]);
-    let add = Op::AddRms {
+    let add = Op::AddRms(AddRms {
         eps: Real::new(0.0),
-    };
+    });
     let one = f(&[2], &[1.0, 1.0]);
-    let y = interp::eval_op(&add, &[&r, &d, &one], &both, &mut state).expect("evaluates");
+    let y = interp::eval_op(&add, [&r, &d, &one], &both, &mut state).expect("evaluates");
     let Value::Tuple(y) = y else {
         panic!("addrms returns a tuple")
     };
@@ -493,7 +490,7 @@ fn rounding_follows_the_materialised_edges() {
     assert_eq!(data(&y[1]), [1.0, 2.0].map(|v| round(v / 2.5_f64.sqrt())));
     let third = f(&[2], &[1.0 / 3.0, 1e39]);
     let cast = |state: &mut Interp<'_, f64>| {
-        interp::eval_op(&Op::Cast(DType::BF16), &[&third], &ty, state).expect("evaluates")
+        interp::eval_op(&Op::Cast(Cast(DType::BF16)), [&third], &ty, state).expect("evaluates")
     };
     assert_eq!(data(&cast(&mut state)), [round(1.0 / 3.0), f64::INFINITY]);
     state.round = false;
@@ -504,18 +501,20 @@ fn rounding_follows_the_materialised_edges() {
 fn graphs_run_and_name_what_failed() {
     let mut g = Graph::new("t");
     let p = Prov::layer(0, "model.norm");
-    let input = |name: &str| Op::Input {
-        name: name.into(),
-        dtype: DType::F32,
-        shape: vec![Dim::sym(Sym::S)],
+    let input = |name: &str| {
+        Op::Input(Input {
+            name: name.into(),
+            dtype: DType::F32,
+            shape: vec![Dim::sym(Sym::S)],
+        })
     };
-    let x = g.add(input("x"), &[], &p).unwrap();
-    let unused = g.add(input("unused"), &[], &p).unwrap();
-    g.add(Op::Unary(UnaryFn::Neg), &[unused], &p).unwrap();
+    let x = g.add(input("x"), [], &p).unwrap();
+    let unused = g.add(input("unused"), [], &p).unwrap();
+    g.add(UnaryFn::Neg, [unused], &p).unwrap();
     let flat = g
-        .add(Op::Reshape(vec![Dim::new(1), Dim::sym(Sym::S)]), &[x], &p)
+        .add(Reshape(vec![Dim::new(1), Dim::sym(Sym::S)]), [x], &p)
         .unwrap();
-    let twice = g.add(Op::Binary(BinaryFn::Add), &[flat, flat], &p).unwrap();
+    let twice = g.add(BinaryFn::Add, [flat, flat], &p).unwrap();
     g.set_output("y", twice);
     g.set_output("flat", flat);
     let env = SymEnv::new(&[(Sym::S, 2)]);

@@ -4,6 +4,10 @@
 mod values;
 
 use lathe_ir::interp::{Interp, KvRows, StepMeta, Value};
+use lathe_ir::ops::{
+    Attn, AttnQkv, AttnStep, Linear, Matmul, Pack, Permute, Proj, RepeatKv, Rope, Sdpa, Win,
+    attn_qkv, proj,
+};
 use lathe_ir::*;
 use values::*;
 
@@ -75,16 +79,16 @@ fn attention_full_and_open() {
             want.extend(attend(&data(&q)[r * d..(r + 1) * d], &ks, &vs, &spec, pos));
         }
         let want = f(&[b, 4, s, d], &want);
-        close(&eval(Op::Attn(spec), &[&q, &k, &v]), &want);
-        let rep = |x: &V| eval(Op::RepeatKv { groups: 2 }, &[x]);
-        let kt = eval(Op::Permute(vec![0, 1, 3, 2]), &[&rep(&k)]);
-        let scores = eval(Op::Matmul, &[&q, &kt]);
+        close(&eval(Attn(spec), [&q, &k, &v]), &want);
+        let rep = |x: &V| eval(RepeatKv { groups: 2 }, [x]);
+        let kt = eval(Permute(vec![0, 1, 3, 2]), [&rep(&k)]);
+        let scores = eval(Matmul, [&q, &kt]);
         let open = AttnSpec {
             groups: 1,
             stage: SdpaStage::Scale,
             ..spec
         };
-        close(&eval(Op::Sdpa(open), &[&scores, &rep(&v)]), &want);
+        close(&eval(Sdpa(open), [&scores, &rep(&v)]), &want);
     }
 }
 
@@ -109,9 +113,9 @@ fn window_gathers_the_rows_of_the_step() {
     // Axes [B, 3, S, 2].
     let dims = vec![Dim::sym(Sym::B), Dim::new(3), Dim::sym(Sym::S), Dim::new(2)];
     let mut win = |x: &V, dims: &[Dim], batch, seq| {
-        let op = Op::Win(WinSpec { batch, seq });
-        let ty = infer(&op, &[&Type::tensor(DType::F32, dims)]).expect("well typed");
-        interp::eval_op(&op, &[x], &ty, &mut state).expect("evaluates")
+        let op = Op::Win(Win { batch, seq });
+        let ty = infer(&op, [&Type::tensor(DType::F32, dims)]).expect("well typed");
+        interp::eval_op(&op, [x], &ty, &mut state).expect("evaluates")
     };
     let mut want = Vec::new();
     for (b, s) in [(0, 2), (1, 0), (1, 1)] {
@@ -144,7 +148,7 @@ fn steps_agree_with_full_attention() {
         rand(&[b, 2, s, d], 19),
     );
     for spec in specs().into_iter().filter(|s| s.mask.causal) {
-        let full = eval(Op::Attn(spec), &[&q, &k, &v]);
+        let full = eval(Attn(spec), [&q, &k, &v]);
         let cache = Value::Cache(interp::CacheRef {
             layer: 3,
             kv_heads: 2,
@@ -163,19 +167,19 @@ fn steps_agree_with_full_attention() {
                     Dim::sym(Sym::S),
                     Dim::new(d as i64),
                 ];
-                let op = Op::Win(WinSpec {
+                let op = Op::Win(Win {
                     batch: Some(0),
                     seq: Some(2),
                 });
-                let ty = infer(&op, &[&Type::tensor(DType::F32, dims)]).expect("well typed");
-                interp::eval_op(&op, &[x], &ty, state).expect("evaluates")
+                let ty = infer(&op, [&Type::tensor(DType::F32, dims)]).expect("well typed");
+                interp::eval_op(&op, [x], &ty, state).expect("evaluates")
             };
             let (wq, wk, wv) = (
                 win(&mut state, &q, 4),
                 win(&mut state, &k, 2),
                 win(&mut state, &v, 2),
             );
-            let y = eval_in(&mut state, &Op::AttnStep(spec), &[&wq, &wk, &wv, &cache]);
+            let y = eval_in(&mut state, AttnStep(spec), [&wq, &wk, &wv, &cache]);
             let Value::Tuple(y) = y else {
                 panic!("a step returns a tuple")
             };
@@ -209,7 +213,12 @@ fn a_step_checks_what_the_cache_holds() {
         ..AttnSpec::open()
     };
     let ty = Type::Tuple(vec![type_of(&x), Type::Cache]);
-    let e = interp::eval_op(&Op::AttnStep(spec), &[&x, &x, &x, &cache], &ty, &mut state);
+    let e = interp::eval_op(
+        &Op::AttnStep(AttnStep(spec)),
+        [&x, &x, &x, &cache],
+        &ty,
+        &mut state,
+    );
     assert!(
         e.unwrap_err()
             .reason
@@ -230,7 +239,6 @@ fn packed_attention_agrees_with_projections() {
     let (gq, gk) = (rand(&[d], 31), rand(&[d], 32));
     let freq = rand(&[d / 2], 33);
     let pos = ints(&[t], &[0, 1, 2, 0, 1]);
-    let none = Value::None;
     let cache = Value::Cache(interp::CacheRef {
         layer: 0,
         kv_heads: 2,
@@ -242,20 +250,24 @@ fn packed_attention_agrees_with_projections() {
     };
     for rope in [
         None,
-        Some(RopeSpec {
+        Some(Rope {
             scaling: Real::new(1.5),
         }),
     ] {
         for head_norm in [None, Some(Real::new(0.01))] {
             let interleave = rope.is_some();
             let proj = |w: &V, g: &V, heads, roped: bool| {
-                let spec = ProjSpec {
+                let spec = Proj {
                     heads,
                     head_dim: d as u32,
                     head_norm: head_norm.filter(|_| roped),
                     rope: rope.filter(|_| roped),
                 };
-                eval(Op::Proj(spec), &[&x, w, &none, g, &pos, &freq])
+                let operands = Operands::from([&x, w])
+                    .with(proj::GAMMA, spec.head_norm.map(|_| g))
+                    .with(proj::POSITIONS, spec.rope.map(|_| &pos))
+                    .with(proj::INV_FREQ, spec.rope.map(|_| &freq));
+                eval(spec, operands)
             };
             let (q, kk, v) = (
                 proj(&wq, &gq, 4, true),
@@ -264,29 +276,30 @@ fn packed_attention_agrees_with_projections() {
             );
             let meta = StepMeta::new(&[3, 2], &[0, 0]);
             let mut state = step_state(meta.clone());
-            let Value::Tuple(want) =
-                eval_in(&mut state, &Op::AttnStep(attn), &[&q, &kk, &v, &cache])
+            let Value::Tuple(want) = eval_in(&mut state, AttnStep(attn), [&q, &kk, &v, &cache])
             else {
                 panic!("a step returns a tuple")
             };
-            let kind = PackKind::Qkv {
+            let kind = Pack::Qkv {
                 head_dim: d as u32,
                 interleave,
             };
-            let packed = eval(Op::Pack(kind), &[&wq, &wk, &wv]);
-            let qkv = eval(Op::Linear, &[&x, &packed]);
+            let packed = eval(kind, [&wq, &wk, &wv]);
+            let qkv = eval(Linear, [&x, &packed]);
             let order = |g: &V| {
                 if interleave {
-                    eval(Op::Pack(PackKind::Head { head_dim: d as u32 }), &[g])
+                    eval(Pack::Head { head_dim: d as u32 }, [g])
                 } else {
                     g.clone()
                 }
             };
-            let (pq, pk) = match head_norm {
-                Some(_) => (order(&gq), order(&gk)),
-                None => (Value::None, Value::None),
-            };
-            let spec = QkvSpec {
+            let (pq, pk) = (order(&gq), order(&gk));
+            let operands = Operands::from([&qkv, &cache])
+                .with(attn_qkv::Q_NORM, head_norm.map(|_| &pq))
+                .with(attn_qkv::K_NORM, head_norm.map(|_| &pk))
+                .with(attn_qkv::POSITIONS, rope.map(|_| &pos))
+                .with(attn_qkv::INV_FREQ, rope.map(|_| &freq));
+            let spec = AttnQkv {
                 attn,
                 heads: 4,
                 kv_heads: 2,
@@ -295,11 +308,7 @@ fn packed_attention_agrees_with_projections() {
                 rope,
             };
             let mut packed_state = step_state(meta);
-            let Value::Tuple(got) = eval_in(
-                &mut packed_state,
-                &Op::AttnQkv(spec),
-                &[&qkv, &pq, &pk, &pos, &freq, &cache],
-            ) else {
+            let Value::Tuple(got) = eval_in(&mut packed_state, spec, operands) else {
                 panic!("a step returns a tuple")
             };
             close(&got[0], &want[0]);

@@ -1,5 +1,6 @@
 //! The verifier reports every error of a program, and where it is.
 
+use lathe_ir::ops::{Get, Input};
 use lathe_ir::text::parse;
 use lathe_ir::*;
 
@@ -23,18 +24,18 @@ fn node(op: Op, inputs: &[u32], ty: Type) -> Node {
 #[test]
 fn operands_types_and_outputs() {
     let mut g = Graph::new("g");
-    let x = Op::Input {
+    let x = Op::Input(Input {
         name: "x".into(),
         dtype: DType::F32,
         shape: vec![Dim::new(2)],
-    };
+    });
     let two = || Type::tensor(DType::F32, [Dim::new(2)]);
     g.push_unchecked(node(x, &[], two()));
     let neg = || Op::Unary(UnaryFn::Neg);
     g.push_unchecked(node(neg(), &[1], two()));
     g.push_unchecked(node(neg(), &[0], Type::tensor(DType::F32, [Dim::new(3)])));
     g.push_unchecked(node(neg(), &[0, 9], two()));
-    g.push_unchecked(node(Op::Get(0), &[0], two()));
+    g.push_unchecked(node(Op::Get(Get(0)), &[0], two()));
     g.set_output("y", NodeId(2));
     g.set_output("y", NodeId(7));
     assert_eq!(
@@ -72,9 +73,10 @@ fn attention_is_checked() {
         "%q = input {name=\"q\"} : f32[B,2,S,4]\n%s = input {name=\"s\"} : f32[B,2,S,S]\n\
          %0 = sdpa %s, %q {scale=1.0, causal=true, groups=2, stage=closed} : f32[B,2,S,4]\n\
          %1 = attn %q, %q, %q {scale=1.0, causal=false, groups=1, stage=mask} : f32[B,2,S,4]\n\
-         %x = input {name=\"x\"} : f32[T,32]\n%n = none : none\n\
+         %x = input {name=\"x\"} : f32[T,32]\n%p = input {name=\"p\"} : i32[T]\n\
+         %f = input {name=\"f\"} : f32[4]\n\
          %c = cache {layer=0, kv_heads=1, head_dim=4} : cache\n\
-         %2 = attn_qkv %x, %n, %n, %n, %n, %c {heads=2, kv_heads=1, head_dim=8, rope=1.0, \
+         %2 = attn_qkv qkv=%x, cache=%c, positions=%p, inv_freq=%f {heads=2, kv_heads=1, head_dim=8, rope=1.0, \
          scale=1.0, causal=false, groups=1, stage=closed} : (f32[T,2,8], cache)\nreturn\n",
     );
     assert_eq!(
@@ -83,10 +85,10 @@ fn attention_is_checked() {
             "%2 sdpa: an open attention must not be in stage 'closed'",
             "%2 sdpa: an open attention cannot share KV heads, but has 2 query heads a KV head",
             "%3 attn: the attention is still open",
-            "%7 attn_qkv: a step must not see later keys, but its mask is not causal",
-            "%7 attn_qkv: 2 query heads are not 1 KV heads times 1",
-            "%7 attn_qkv: RoPE partners of heads of 8 features cannot be interleaved by 8",
-            "%7 attn_qkv: works on 1 KV heads of 8, but the cache holds 1 of 4",
+            "%8 attn_qkv: a step must not see later keys, but its mask is not causal",
+            "%8 attn_qkv: 2 query heads are not 1 KV heads times 1",
+            "%8 attn_qkv: RoPE partners of heads of 8 features cannot be interleaved by 8",
+            "%8 attn_qkv: works on 1 KV heads of 8, but the cache holds 1 of 4",
         ]
     );
 }

@@ -10,9 +10,9 @@
 //! units can only lead through units between them.
 
 use crate::predict::weight_only;
-use lathe_ir::chain::{
-    self, Access, ChainArg, MAX_STATEMENTS, Statement, access, is_chainable, reduces_rows,
-};
+use lathe_ir::Operands;
+use lathe_ir::chain::{self, Access, ChainArg, ChainOp, MAX_STATEMENTS, Statement, access};
+use lathe_ir::ops::{Const, Get};
 use lathe_ir::{Chain, Dim, Graph, NodeId, Op, Prov, TypeError};
 use std::collections::BTreeMap;
 
@@ -134,7 +134,7 @@ impl<'a> Grouping<'a> {
         let (mut reductions, mut results) = (0, 0);
         for &m in &members {
             let node = self.graph.node(m);
-            reductions += usize::from(reduces_rows(&node.op));
+            reductions += usize::from(ChainOp::of(&node.op).is_some_and(|op| op.reduces_rows()));
             results += usize::from(self.is_read_outside(m, &inside));
             for i in node
                 .inputs
@@ -162,7 +162,7 @@ impl<'a> Grouping<'a> {
     }
 
     fn is_const(&self, id: NodeId) -> bool {
-        matches!(self.graph.node(id).op, Op::Const { .. })
+        matches!(self.graph.node(id).op, Op::Const(_))
     }
 
     fn is_read_outside(&self, id: NodeId, inside: &impl Fn(&NodeId) -> bool) -> bool {
@@ -222,8 +222,8 @@ impl<'a> Grouping<'a> {
                 [] => {}
                 &[id] => {
                     let node = self.graph.node(id);
-                    let inputs: Vec<NodeId> = node.inputs.iter().map(|i| map[i.index()]).collect();
-                    map[id.index()] = out.add(node.op.clone(), &inputs, &node.prov)?;
+                    let inputs = node.inputs.map(|i| map[i.index()]);
+                    map[id.index()] = out.add(node.op.clone(), inputs, &node.prov)?;
                 }
                 members => self.add_chain(u, members, &mut out, &mut map)?,
             }
@@ -250,7 +250,7 @@ impl<'a> Grouping<'a> {
             for i in &node.inputs {
                 args.push(match (statement.get(i), &self.graph.node(*i).op) {
                     (Some(&s), _) => ChainArg::Value(s),
-                    (None, Op::Const { value, dtype }) => ChainArg::Const {
+                    (None, Op::Const(Const { value, dtype })) => ChainArg::Const {
                         value: *value,
                         dtype: *dtype,
                     },
@@ -264,10 +264,8 @@ impl<'a> Grouping<'a> {
                 });
             }
             statement.insert(m, at as u8);
-            statements.push(Statement {
-                op: node.op.clone(),
-                args,
-            });
+            let op = ChainOp::of(&node.op).expect("invariant: members of chains are chainable");
+            statements.push(Statement { op, args });
         }
         let inside = |id: &NodeId| self.unit[id.index()] == unit;
         let read: Vec<NodeId> = members
@@ -276,17 +274,17 @@ impl<'a> Grouping<'a> {
             .filter(|m| self.is_read_outside(*m, &inside))
             .collect();
         let results = read.iter().map(|m| statement[m]).collect();
-        let chain = Op::Chain(Chain {
+        let chain = Chain {
             statements,
             results,
-        });
-        let inputs: Vec<NodeId> = operands.iter().map(|i| map[i.index()]).collect();
+        };
+        let inputs: Operands<NodeId> = operands.iter().map(|i| map[i.index()]).collect();
         let prov = self.prov(members);
-        let id = out.add(chain, &inputs, &prov)?;
+        let id = out.add(chain, inputs, &prov)?;
         for (i, m) in read.iter().enumerate() {
             map[m.index()] = match read.len() {
                 1 => id,
-                _ => out.add(Op::Get(i as u8), &[id], &self.graph.node(*m).prov)?,
+                _ => out.add(Get(i as u8), [id], &self.graph.node(*m).prov)?,
             };
         }
         Ok(())
@@ -302,22 +300,22 @@ impl<'a> Grouping<'a> {
 /// The domain of an operation that may join a chain.
 fn own_domain(graph: &Graph, id: NodeId) -> Option<Vec<Dim>> {
     let node = graph.node(id);
-    if !is_chainable(&node.op) || !graph.tensor(id)?.dtype.is_float() {
-        return None;
-    }
-    let operands = node.inputs.iter().map(|i| &graph.node(*i).ty);
-    let domain = chain::domain(operands.clone()).ok()?;
+    let op =
+        ChainOp::of(&node.op).filter(|_| graph.tensor(id).is_some_and(|t| t.dtype.is_float()))?;
+    let operands: Vec<_> = (node.inputs.iter())
+        .map(|i| graph.tensor(*i))
+        .collect::<Option<_>>()?;
+    let domain = chain::domain(operands.iter().copied()).ok()?;
     domain.last()?.known().filter(|&n| n > 0)?;
-    for t in operands {
-        let t = t.as_tensor()?;
+    for t in &operands {
         access(&t.shape, &domain).filter(|_| t.dtype.is_float())?;
     }
-    if let (Op::Reduce { axis, .. }, Some(x)) = (&node.op, graph.tensor(node.inputs[0]))
-        && usize::from(*axis) + 1 != x.rank()
+    if let (ChainOp::Reduce { axis, .. }, &[x]) = (op, &operands[..])
+        && usize::from(axis) + 1 != x.rank()
     {
         return None;
     }
     let shape = &graph.tensor(id)?.shape;
     let whole = access(shape, &domain) == Some(Access::Full);
-    (whole || reduces_rows(&node.op)).then_some(domain)
+    (whole || op.reduces_rows()).then_some(domain)
 }

@@ -4,6 +4,8 @@ use crate::egraph::analysis::op_of;
 use crate::egraph::mask::Fact;
 use crate::egraph::{EGraph, Lang};
 use egg::Id;
+use lathe_ir::ops::X;
+use lathe_ir::ops::{Attn, Sdpa};
 use lathe_ir::{Op, Prov, SdpaStage, Sym};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -83,7 +85,7 @@ impl Diagnosis<'_> {
     /// The rows of an attention that no step can compute.
     fn without_step(&self, id: Id) -> Option<Unmatched> {
         let (inner, attn) = self.forms(id, "win").into_iter().find_map(|win| {
-            let inner = self.egraph.find(win.operands()[0]);
+            let inner = self.egraph.find(win.place(X));
             let attn = self.forms(inner, "attn").into_iter().next()?;
             Some((inner, attn))
         })?;
@@ -91,7 +93,7 @@ impl Diagnosis<'_> {
             return None;
         }
         let detail = match op_of(self.egraph, attn) {
-            Op::Attn(spec) if !spec.mask.causal => {
+            Op::Attn(Attn(spec)) if !spec.mask.causal => {
                 "each row sees later keys: its mask is not causal".to_string()
             }
             _ => format!("no step computes the rows of {}", self.names(inner)),
@@ -107,14 +109,14 @@ impl Diagnosis<'_> {
         // Scores of each open form; the innermost are those that no other form peels further.
         let mut scores: BTreeMap<Id, SdpaStage> = BTreeMap::new();
         for form in self.forms(id, "sdpa") {
-            if let Op::Sdpa(spec) = op_of(self.egraph, form) {
-                scores.insert(self.egraph.find(form.operands()[0]), spec.stage);
+            if let Op::Sdpa(Sdpa(spec)) = op_of(self.egraph, form) {
+                scores.insert(self.egraph.find(form.place(X)), spec.stage);
             }
         }
         let peeled = |s: Id| {
             let nodes = self.egraph[s].nodes.iter();
             nodes
-                .flat_map(Lang::operands)
+                .flat_map(Lang::places)
                 .any(|&c| self.peels_to(c, &scores))
         };
         let (&s, &stage) = scores
@@ -130,10 +132,10 @@ impl Diagnosis<'_> {
     fn peels_to(&self, c: Id, scores: &BTreeMap<Id, SdpaStage>) -> bool {
         let c = self.egraph.find(c);
         let inside = |tanh: &Lang| {
-            let arg = self.egraph.find(tanh.operands()[0]);
+            let arg = self.egraph.find(tanh.place(X));
             let nodes = self.egraph[arg].nodes.iter();
             nodes
-                .flat_map(Lang::operands)
+                .flat_map(Lang::places)
                 .any(|&c| scores.contains_key(&self.egraph.find(c)))
         };
         scores.contains_key(&c) || self.forms(c, "tanh").into_iter().any(inside)
@@ -150,7 +152,7 @@ impl Diagnosis<'_> {
             }
         }
         if let Some(f) = self.forms(s, "where").into_iter().next() {
-            let c = self.egraph.find(f.operands()[0]);
+            let c = self.egraph.find(f.place(X));
             let what = format!("its condition {} is no known mask", self.described(c));
             return ("attention-mask-fill", what);
         }
@@ -158,7 +160,7 @@ impl Diagnosis<'_> {
             .into_iter()
             .find_map(|f| self.forms(s, f).into_iter().next());
         if let Some(f) = factors {
-            let sides: Vec<Id> = f.operands().iter().map(|&c| self.egraph.find(c)).collect();
+            let sides: Vec<Id> = f.places().iter().map(|&c| self.egraph.find(c)).collect();
             if sides.iter().any(|&c| self.has(c, "tanh")) {
                 return ("attention-softcap", CAP.to_string());
             }
@@ -173,11 +175,7 @@ impl Diagnosis<'_> {
     }
 
     fn mask(&self, add: &Lang, stage: SdpaStage) -> String {
-        let sides: Vec<Id> = add
-            .operands()
-            .iter()
-            .map(|&c| self.egraph.find(c))
-            .collect();
+        let sides: Vec<Id> = add.places().iter().map(|&c| self.egraph.find(c)).collect();
         for &side in &sides {
             let value = self.egraph[side].data.value();
             if let Some(Fact::Additive { band }) = value.fact {
@@ -213,7 +211,7 @@ impl Diagnosis<'_> {
             return None;
         }
         let product = self.forms(id, "matmul").into_iter().next()?;
-        let p = self.egraph.find(product.operands()[0]);
+        let p = self.egraph.find(product.place(X));
         // Weights are [B,H,S,S]: a row for each query, a column for each key.
         let shape = &self.egraph[p].data.value().ty.as_tensor()?.shape;
         if shape.len() != 4 || !shape[2..].iter().all(|d| d.is_sym(Sym::S)) {
@@ -224,7 +222,7 @@ impl Diagnosis<'_> {
             return self.unmatched(id, detail.to_string(), "attention-open");
         }
         let cast = self.forms(p, "cast").into_iter().next();
-        let inner = cast.map_or(p, |c| self.egraph.find(c.operands()[0]));
+        let inner = cast.map_or(p, |c| self.egraph.find(c.place(X)));
         if self.has(inner, "softmax") {
             let detail = "its softmax is converted to another type than that of the scores";
             return self.unmatched(id, detail.to_string(), "softmax-upcast");

@@ -8,13 +8,15 @@
 use crate::egraph::analysis::{Applied, Data, op_of};
 use crate::egraph::convert::Choice;
 use crate::egraph::extract::alternatives;
+use crate::egraph::pattern::pattern;
 use crate::egraph::{EGraph, Lang};
 use crate::pipeline::Terms;
 use crate::predict::weight_only;
 use crate::rule::{Rule, Stage};
 use crate::rules;
 use egg::{ENodeOrVar, Id, Language, Pattern, RecExpr, Var};
-use lathe_ir::{Graph, NodeId, Op, Type, text};
+use lathe_ir::ops::X;
+use lathe_ir::{Graph, NodeId, Op, text};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The number of a value: its e-class when all stages have run.
@@ -201,7 +203,7 @@ impl History<'_> {
                     } else {
                         format!("{{{}}}", attrs.join(", "))
                     },
-                    operands: self.numbers(a.node.operands()),
+                    operands: self.numbers(a.node.places()),
                     own: a.own,
                     total: a.total,
                     rules: made
@@ -235,7 +237,7 @@ impl History<'_> {
         for id in program.ids() {
             let node = program.node(id);
             let by = match node.op {
-                Op::Get(_) | Op::Reshape(_) => owner[node.inputs[0].index()],
+                Op::Get(_) | Op::Reshape(_) => owner[node.inputs[X].index()],
                 _ => id,
             };
             owner.push(by);
@@ -269,7 +271,7 @@ impl History<'_> {
                     })
                 })
                 .collect();
-            let lowered = matches!(op, Op::Gemm(_) | Op::AttnQkv(_) | Op::AddRms { .. });
+            let lowered = matches!(op, Op::Gemm(_) | Op::AttnQkv(_) | Op::AddRms(_));
             let class = classes[node.index()];
             ops.push(OpStory {
                 node,
@@ -301,7 +303,7 @@ impl History<'_> {
             }
             part.push(v);
             for node in &self.egraph()[Id::from(v)].nodes {
-                stack.extend(node.operands().iter().map(|&c| self.number(c)));
+                stack.extend(node.places().iter().map(|&c| self.number(c)));
             }
         }
         part
@@ -324,7 +326,7 @@ impl History<'_> {
         let nodes = self.egraph()[class].nodes.iter();
         let mut whole: Vec<Id> = nodes
             .filter(|n| n.name() == Some("win"))
-            .map(|n| self.egraph().find(n.operands()[0]))
+            .map(|n| self.egraph().find(n.place(X)))
             .collect();
         if whole.is_empty() {
             whole.push(class);
@@ -371,7 +373,7 @@ impl History<'_> {
     }
 
     fn near(&self, rule: &Rule, lhs: &str, class: Id) -> Option<Nearest> {
-        let pattern: Pattern<Lang> = lhs.parse().ok()?;
+        let pattern: Pattern<Lang> = pattern(lhs).ok()?;
         let ast = &pattern.ast;
         let root = Id::from(ast.as_ref().len() - 1);
         let found = self.match_part(ast, root, class, &BTreeMap::new());
@@ -422,6 +424,15 @@ impl History<'_> {
                 }
                 return start;
             }
+            ENodeOrVar::ENode(Lang::Absent) => {
+                if !matches!(self.egraph()[class].data, Data::Absent) {
+                    start.failure = Some(format!(
+                        "it wants an operand to be absent, found {}",
+                        self.described(class)
+                    ));
+                }
+                return start;
+            }
             ENodeOrVar::ENode(n) => n,
         };
         let mut best: Option<Part> = None;
@@ -465,7 +476,7 @@ impl History<'_> {
             .collect();
         let names: Vec<&str> = names.into_iter().collect();
         let origin = match &self.egraph()[class].data {
-            Data::Value(v) if v.ty != Type::None => v.origin(),
+            Data::Value(v) => v.origin(),
             _ => None,
         };
         match origin {
@@ -486,7 +497,7 @@ impl Nearest {
 /// Operations of a pattern, those of shared parts as often as they are matched.
 fn operations(ast: &RecExpr<ENodeOrVar<Lang>>, at: Id) -> usize {
     match &ast[at] {
-        ENodeOrVar::Var(_) => 0,
+        ENodeOrVar::Var(_) | ENodeOrVar::ENode(Lang::Absent) => 0,
         ENodeOrVar::ENode(n) => {
             let below: usize = n.children().iter().map(|&c| operations(ast, c)).sum();
             1 + below

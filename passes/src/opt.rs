@@ -5,14 +5,14 @@
 //! intermediate forms (`sdpa`, `proj`, `win`) can be looked at.
 
 use crate::chains::{self, fuse_chains};
-use crate::egraph::convert::{add_graph, to_graph};
+use crate::egraph::convert::{add_graph, e_node, to_graph};
 use crate::egraph::cost::{CostPoint, INFINITE};
 use crate::egraph::extract::{extract, node_cost};
 use crate::egraph::{EGraph, Lang, TensorAnalysis};
 use crate::pipeline::{CompileError, open_windows, saturate};
 use crate::rule::{Rule, Stage};
 use crate::rules;
-use egg::Id;
+use egg::{Id, Language};
 use indexmap::IndexMap;
 use lathe_ir::{Dim, Graph, NodeId, Sym};
 use std::collections::BTreeSet;
@@ -126,25 +126,19 @@ pub fn run(graph: &Graph, passes: &[&str], goal: &Goal) -> Result<OptReport, Com
 fn given(egraph: &EGraph, graph: &Graph, ids: &[Id]) -> BTreeSet<Lang> {
     let mut nodes = BTreeSet::new();
     for node in graph.nodes().iter().filter(|n| !n.inputs.is_empty()) {
-        let payload = node.op.has_payload().then(|| {
-            let leaf = Lang::Payload(node.op.clone());
-            egraph.lookup(leaf).expect("invariant: the graph was added")
-        });
-        let operands = node.inputs.iter().map(|i| ids[i.index()]);
-        let children = payload
-            .into_iter()
-            .chain(operands)
-            .map(|c| egraph.find(c))
-            .collect();
-        nodes.insert(Lang::App(node.op.name(), children));
+        let lookup = |leaf| egraph.lookup(leaf).expect("invariant: the graph was added");
+        nodes.insert(
+            e_node(&node.op, &node.inputs.map(|i| ids[i.index()]), lookup)
+                .map_children(|c| egraph.find(c)),
+        );
     }
     nodes
 }
 
 fn cost(egraph: &EGraph, id: Id, node: &Lang, goal: &Goal) -> u64 {
     match (goal, node) {
-        (_, Lang::Payload(_)) => 0,
-        (Goal::Size | Goal::Rewritten, Lang::App(..)) => u64::from(!node.operands().is_empty()),
+        (_, Lang::Payload(_) | Lang::Absent) => 0,
+        (Goal::Size | Goal::Rewritten, Lang::App(..)) => u64::from(!node.places().is_empty()),
         (Goal::Time(at), Lang::App(..)) => match node_cost(egraph, id, node, at) {
             c if c >= INFINITE => NO_KERNEL,
             c => c,

@@ -13,7 +13,9 @@ use crate::rule::{Rule, Stage};
 use crate::rules::{self, STEP};
 use egg::{Id, Runner, SimpleScheduler, StopReason};
 use indexmap::IndexMap;
-use lathe_ir::{DType, Dim, Graph, NodeId, Op, Prov, Sym, Type, TypeError, WinSpec};
+use lathe_ir::ops::{Cache, Input, Sample, Select, Weight, Win};
+use lathe_ir::{DType, Dim, Graph, NodeId, Op, Prov, Sym, TypeError};
+use lathe_ir::{Operands, Output, StepInput};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 use thiserror::Error;
@@ -642,7 +644,7 @@ impl Terms {
     pub fn step_cost(&self, id: Id, node: &Lang, at: &CostPoint) -> u64 {
         let whole = match &self.egraph[id].data {
             Data::Value(v) => v.ty.as_tensor().is_some_and(|t| !is_step_shape(&t.shape)),
-            Data::Payload(_) => false,
+            Data::Payload(_) | Data::Absent => false,
         };
         if whole {
             return INFINITE;
@@ -652,8 +654,7 @@ impl Terms {
 
     /// Whether a class is a weight in some layout.
     fn is_weight(&self, id: Id) -> bool {
-        let v = self.egraph[id].data.value();
-        v.weight_only && v.ty != Type::None
+        matches!(&self.egraph[id].data, Data::Value(v) if v.weight_only)
     }
 
     /// Weight-only classes that the chosen program reads from elsewhere: the layouts in memory.
@@ -665,7 +666,7 @@ impl Terms {
             if !seen.insert(id) {
                 continue;
             }
-            for &c in choice[&id].operands() {
+            for &c in choice[&id].places() {
                 let c = self.egraph.find(c);
                 if self.is_weight(c) && !self.is_weight(id) {
                     layouts.insert(c);
@@ -679,10 +680,10 @@ impl Terms {
 
     /// Whether a form reads a weight in another layout than these.
     pub fn reads_other_layout(&self, id: Id, node: &Lang, layouts: &BTreeSet<Id>) -> bool {
-        if matches!(node, Lang::Payload(_)) || self.is_weight(id) {
+        if matches!(node, Lang::Payload(_) | Lang::Absent) || self.is_weight(id) {
             return false;
         }
-        node.operands()
+        node.places()
             .iter()
             .map(|&c| self.egraph.find(c))
             .any(|c| self.is_weight(c) && !layouts.contains(&c))
@@ -694,24 +695,24 @@ impl Terms {
 pub(crate) fn open_windows(egraph: &mut EGraph, full: &[(String, Id)]) -> Vec<(String, Id)> {
     let mut step = Vec::new();
     for (name, id) in full {
-        let window = Op::Win(WinSpec {
+        let window = Win {
             batch: Some(0),
             seq: Some(1),
-        });
-        let mut class = add_op(egraph, &window, &[*id]);
+        };
+        let mut class = add_op(egraph, &window.into(), &[*id].into());
         let origin = egraph[*id].data.value().origin().cloned();
         let origin = origin.unwrap_or_else(|| Prov::global(name));
-        if name == "logits" {
-            let rows = Op::Input {
-                name: format!("{STEP}rows"),
+        if Output::by_name(name) == Some(Output::Logits) {
+            let rows = Input {
+                name: StepInput::Rows.name().into(),
                 dtype: DType::I32,
                 shape: vec![Dim::sym(Sym::R)],
             };
-            let rows = add_op(egraph, &rows, &[]);
-            class = add_op(egraph, &Op::Select, &[class, rows]);
-            let next = add_op(egraph, &Op::Sample, &[class]);
+            let rows = add_op(egraph, &rows.into(), &Operands::default());
+            class = add_op(egraph, &Select.into(), &[class, rows].into());
+            let next = add_op(egraph, &Sample.into(), &[class].into());
             set_prov(egraph, next, Prov::global("sample"));
-            step.push(("next".into(), next));
+            step.push((Output::Next.name().into(), next));
         }
         set_prov(egraph, class, origin);
         step.push((name.clone(), class));
@@ -778,44 +779,44 @@ fn stitch(
         let mut map: Vec<NodeId> = Vec::with_capacity(graph.nodes().len());
         for node in graph.nodes() {
             let prov = place(&node.prov, region.layer);
-            if let Op::Input { name, .. } = &node.op
+            if let Op::Input(Input { name, .. }) = &node.op
                 && let Some(&id) = bound.get(name)
             {
                 map.push(id);
                 continue;
             }
             let op = match (&node.op, region.layer) {
-                (Op::Weight { weight, dtype }, Some(l)) => Op::Weight {
+                (Op::Weight(Weight { weight, dtype }), Some(l)) => Op::Weight(Weight {
                     weight: lathe_ir::WeightRef {
                         name: layer_name(&weight.name, l),
                         shape: weight.shape.clone(),
                     },
                     dtype: *dtype,
-                },
+                }),
                 (
-                    Op::Cache {
+                    Op::Cache(Cache {
                         kv_heads, head_dim, ..
-                    },
+                    }),
                     Some(l),
-                ) => Op::Cache {
+                ) => Op::Cache(Cache {
                     layer: l,
                     kv_heads: *kv_heads,
                     head_dim: *head_dim,
-                },
+                }),
                 (op, _) => op.clone(),
             };
-            let inputs: Vec<NodeId> = node.inputs.iter().map(|i| map[i.index()]).collect();
+            let inputs = node.inputs.map(|i| map[i.index()]);
             let id = if op.is_leaf() {
                 match leaves.get(&op) {
                     Some(&id) => id,
                     None => {
-                        let id = out.add(op.clone(), &inputs, &prov)?;
+                        let id = out.add(op.clone(), inputs, &prov)?;
                         leaves.insert(op, id);
                         id
                     }
                 }
             } else {
-                out.add(op, &inputs, &prov)?
+                out.add(op, inputs, &prov)?
             };
             map.push(id);
         }
@@ -823,7 +824,7 @@ fn stitch(
         for (name, id) in graph.outputs() {
             named.insert(name.clone(), map[id.index()]);
         }
-        for name in ["next", "logits"] {
+        for name in [Output::Next, Output::Logits].map(Output::name) {
             if let Some(&id) = named.get(name) {
                 finals.push((name, id));
             }

@@ -3,80 +3,12 @@
 
 use crate::egraph::cost::{CostPoint, Work, picoseconds, work};
 use indexmap::IndexMap;
-use lathe_ir::{GemmSpec, Graph, NodeId, Op, Prologue, Type};
+use lathe_ir::ops::{Gemm, Select};
+use lathe_ir::ops::{X, gemm};
+use lathe_ir::{Class, Operands};
+use lathe_ir::{Graph, NodeId, Op, Prologue, Type};
 
 pub use lathe_ir::kernel_name;
-
-/// Kinds of operations, for tables.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
-pub enum OpClass {
-    /// Products with weights, with whatever is fused into them.
-    Gemm,
-    /// Attention, with the append to the cache.
-    Attention,
-    /// Normalisation, softmax, reductions.
-    Norm,
-    /// Elementwise functions and activations.
-    Elementwise,
-    /// Lookups and changes of layout.
-    Movement,
-    /// Products of two activations (attention that was not recognised).
-    Matmul,
-    /// Picking tokens.
-    Sample,
-}
-
-impl OpClass {
-    /// All kinds, in the order of tables.
-    pub const ALL: [OpClass; 7] = [
-        OpClass::Gemm,
-        OpClass::Attention,
-        OpClass::Norm,
-        OpClass::Elementwise,
-        OpClass::Movement,
-        OpClass::Matmul,
-        OpClass::Sample,
-    ];
-
-    /// The name in tables.
-    pub fn name(self) -> &'static str {
-        [
-            "gemm",
-            "attention",
-            "norm",
-            "elementwise",
-            "movement",
-            "matmul",
-            "sample",
-        ][self as usize]
-    }
-
-    /// The kind of an operation that launches a kernel.
-    pub fn of(op: &Op) -> OpClass {
-        match op {
-            Op::Linear | Op::Gemm(_) | Op::Proj(_) => OpClass::Gemm,
-            Op::Attn(_) | Op::AttnStep(_) | Op::AttnQkv(_) | Op::Sdpa(_) => OpClass::Attention,
-            Op::RmsNorm { .. } | Op::AddRms { .. } | Op::Softmax | Op::Reduce { .. } => {
-                OpClass::Norm
-            }
-            Op::Chain(c) if c.reduces() => OpClass::Norm,
-            Op::Matmul => OpClass::Matmul,
-            Op::Sample => OpClass::Sample,
-            Op::Embedding
-            | Op::Select
-            | Op::Reshape(_)
-            | Op::Permute(_)
-            | Op::Expand(_)
-            | Op::Slice { .. }
-            | Op::Concat { .. }
-            | Op::RepeatKv { .. }
-            | Op::Pack(_)
-            | Op::Win(_)
-            | Op::Get(_) => OpClass::Movement,
-            _ => OpClass::Elementwise,
-        }
-    }
-}
 
 /// Sums over the operations of one kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -104,7 +36,7 @@ impl Share {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Prediction {
     /// By kind of operation, largest first.
-    pub by_class: IndexMap<OpClass, Share>,
+    pub by_class: IndexMap<Class, Share>,
     /// Kernels of each decoder layer, in order; all else under `None`.
     pub by_layer: IndexMap<Option<u32>, Share>,
     /// The whole program.
@@ -119,11 +51,11 @@ pub fn predict(graph: &Graph, at: &CostPoint) -> Prediction {
     let mut p = Prediction::default();
     for id in graph.ids() {
         let node = graph.node(id);
-        let inputs: Vec<&Type> = node.inputs.iter().map(|&i| &graph.node(i).ty).collect();
+        let inputs = node.inputs.map(|&i| &graph.node(i).ty);
         let kernels = match work(&node.op, &inputs, &node.ty, weight_only[id.index()], at) {
-            Some(w) => vec![(OpClass::of(&node.op), w)],
+            Some(w) => vec![(node.op.class(), w)],
             None => match split_prologue(&node.op, &inputs, &node.ty, at) {
-                Some([norm, gemm]) => vec![(OpClass::Norm, norm), (OpClass::Gemm, gemm)],
+                Some([norm, gemm]) => vec![(Class::Norm, norm), (Class::Gemm, gemm)],
                 None => {
                     p.no_kernel.push(id);
                     continue;
@@ -145,19 +77,24 @@ pub fn predict(graph: &Graph, at: &CostPoint) -> Prediction {
 
 /// A GEMM whose norm prologue no kernel takes at so many rows: lowering makes the norm a kernel of its own, which
 /// writes what the GEMM then reads. Norm and GEMM.
-fn split_prologue(op: &Op, inputs: &[&Type], output: &Type, at: &CostPoint) -> Option<[Work; 2]> {
+fn split_prologue(
+    op: &Op,
+    inputs: &Operands<&Type>,
+    output: &Type,
+    at: &CostPoint,
+) -> Option<[Work; 2]> {
     let Op::Gemm(spec) = op else {
         return None;
     };
     if spec.prologue == Prologue::None {
         return None;
     }
-    let plain = Op::Gemm(GemmSpec {
+    let plain = Op::Gemm(Gemm {
         prologue: Prologue::None,
         ..*spec
     });
     let gemm = work(&plain, inputs, output, false, at)?;
-    let x = inputs.first()?.as_tensor()?;
+    let x = inputs.get(gemm::X)?.as_tensor()?;
     // The GEMM's operands hold the gain, and a delta with its sum; what comes on top is x and what is written.
     let norm = Work {
         bytes: 2.0 * x.bytes(&at.env) as f64,
@@ -176,17 +113,18 @@ pub fn weight_only(graph: &Graph) -> Vec<bool> {
     for id in graph.ids() {
         let node = graph.node(id);
         let at = |i: &NodeId| only[i.index()];
-        let neutral = |i: &NodeId| konst[i.index()] || graph.node(*i).ty == Type::None;
         only[id.index()] = match &node.op {
-            Op::Weight { .. } | Op::Pack(_) => true,
+            Op::Weight(_) | Op::Pack(_) => true,
             op if op.is_leaf() => false,
-            Op::Get(_) | Op::Win(_) | Op::Select => false,
-            _ => node.inputs.iter().any(at) && node.inputs.iter().all(|i| at(i) || neutral(i)),
+            Op::Get(_) | Op::Win(_) | Op::Select(Select) => false,
+            _ => {
+                node.inputs.iter().any(at) && node.inputs.iter().all(|i| at(i) || konst[i.index()])
+            }
         };
         konst[id.index()] = match &node.op {
-            Op::Const { .. } => true,
-            Op::Cast(_) | Op::Reshape(_) | Op::Expand(_) => konst[node.inputs[0].index()],
-            Op::Unary(lathe_ir::UnaryFn::Neg) => konst[node.inputs[0].index()],
+            Op::Const(_) => true,
+            Op::Cast(_) | Op::Reshape(_) | Op::Expand(_) => konst[node.inputs[X].index()],
+            Op::Unary(lathe_ir::UnaryFn::Neg) => konst[node.inputs[X].index()],
             _ => false,
         };
     }
@@ -199,7 +137,7 @@ pub fn kernels_by_layer(graph: &Graph, at: &CostPoint) -> Vec<(Vec<Option<u32>>,
     let mut layers: IndexMap<Option<u32>, Vec<String>> = IndexMap::new();
     for id in graph.ids() {
         let node = graph.node(id);
-        let inputs: Vec<&Type> = node.inputs.iter().map(|&i| &graph.node(i).ty).collect();
+        let inputs = node.inputs.map(|&i| &graph.node(i).ty);
         let launches = work(&node.op, &inputs, &node.ty, weight_only[id.index()], at)
             .map_or(1, |w| w.launches);
         if launches > 0 {

@@ -6,6 +6,8 @@
 //! does better (the tests compare them). What depends on positions only (masks, rotary angles) and
 //! what depends on weights only is repeated in every region that uses it.
 
+use lathe_ir::ops::select;
+use lathe_ir::ops::{Expand, Input, Reshape, Select, Weight};
 use lathe_ir::{Graph, NodeId, Op, Prov, Sym, TypeError, WeightRef};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -109,8 +111,8 @@ impl<'a> Cutter<'a> {
         for id in graph.ids() {
             let node = graph.node(id);
             // A value varies if it depends on the tokens; all else is repeated where it is used.
-            varies[id.index()] = matches!(node.op, Op::Input { .. })
-                || node.inputs.iter().any(|i| varies[i.index()]);
+            varies[id.index()] =
+                matches!(node.op, Op::Input(_)) || node.inputs.iter().any(|i| varies[i.index()]);
             if !varies[id.index()] {
                 continue;
             }
@@ -239,33 +241,30 @@ impl RegionBuild {
             let ty = c.graph.tensor(id).expect("boundary values are tensors");
             let name = output_name(self.inputs.len());
             self.inputs.push((id, name.clone()));
-            let op = Op::Input {
+            let op = Op::Input(Input {
                 name,
                 dtype: ty.dtype,
                 shape: ty.shape.clone(),
-            };
+            });
             // Where the value comes from differs between layers and does not matter to a template.
             let prov = match self.layer {
                 Some(_) => Prov::layer(0, "boundary"),
                 None => node.prov.clone(),
             };
-            self.graph.add(op, &[], &prov)?
+            self.graph.add(op, [], &prov)?
         } else {
-            let mut inputs = Vec::with_capacity(node.inputs.len());
-            for &i in &node.inputs {
-                inputs.push(self.take(c, region, i)?);
-            }
+            let inputs = node.inputs.try_map(|&i| self.take(c, region, i))?;
             let op = match (&node.op, self.layer) {
-                (Op::Weight { weight, dtype }, Some(l)) => Op::Weight {
+                (Op::Weight(Weight { weight, dtype }), Some(l)) => Op::Weight(Weight {
                     weight: WeightRef {
                         name: generic_name(&weight.name, l),
                         shape: weight.shape.clone(),
                     },
                     dtype: *dtype,
-                },
+                }),
                 (op, _) => op.clone(),
             };
-            self.graph.add(op, &inputs, &self.generic(&node.prov))?
+            self.graph.add(op, inputs, &self.generic(&node.prov))?
         };
         self.map.insert(id, new);
         Ok(new)
@@ -290,17 +289,21 @@ pub fn select_all(graph: &Graph) -> Result<Graph, TypeError> {
     let mut out = Graph::new(&graph.name);
     let mut map: Vec<NodeId> = Vec::with_capacity(graph.nodes().len());
     for node in graph.nodes() {
-        let inputs: Vec<NodeId> = node.inputs.iter().map(|i| map[i.index()]).collect();
-        if node.op == Op::Select {
-            map.push(inputs[0]);
+        let inputs = node.inputs.map(|i| map[i.index()]);
+        if node.op.is::<Select>() {
+            map.push(inputs[select::X]);
             continue;
         }
         let op = match &node.op {
-            Op::Reshape(s) => Op::Reshape(s.iter().map(|d| d.rename(Sym::R, Sym::T)).collect()),
-            Op::Expand(s) => Op::Expand(s.iter().map(|d| d.rename(Sym::R, Sym::T)).collect()),
+            Op::Reshape(Reshape(s)) => Op::Reshape(Reshape(
+                s.iter().map(|d| d.rename(Sym::R, Sym::T)).collect(),
+            )),
+            Op::Expand(Expand(s)) => {
+                Op::Expand(Expand(s.iter().map(|d| d.rename(Sym::R, Sym::T)).collect()))
+            }
             op => op.clone(),
         };
-        map.push(out.add(op, &inputs, &node.prov)?);
+        map.push(out.add(op, inputs, &node.prov)?);
     }
     for (name, id) in graph.outputs() {
         out.set_output(name, map[id.index()]);

@@ -3,11 +3,15 @@
 //! README.md beside this crate has the rules for writing rules.
 
 use crate::egraph::analysis::{Applied, Value};
-use crate::egraph::convert::add_op;
+use crate::egraph::convert::{add_op, operands_of};
 use crate::egraph::mask::Fact;
-use crate::egraph::{EGraph, Lang, TensorAnalysis};
+use crate::egraph::pattern::pattern;
+use crate::egraph::{Data, EGraph, Lang, TensorAnalysis};
 use egg::{Applier, Id, Pattern, PatternAst, Rewrite, Subst, Symbol, Var};
-use lathe_ir::{Op, TensorType, Type, infer};
+use lathe_ir::Operands;
+use lathe_ir::ops::Reshape;
+use lathe_ir::ops::Variant;
+use lathe_ir::{Op, TensorType, infer};
 
 /// The rulesets, in the order in which they run on one e-graph.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -98,8 +102,7 @@ impl Rule {
             .iter()
             .enumerate()
             .map(|(spelling, lhs)| {
-                let pattern: Pattern<Lang> = lhs
-                    .parse()
+                let pattern: Pattern<Lang> = pattern(lhs)
                     .unwrap_or_else(|e| panic!("rule {}: pattern {lhs}: {e}", self.name));
                 let applier = Action {
                     name: self.name,
@@ -207,24 +210,22 @@ impl Apply<'_> {
         self.value(self.id(var)).fact
     }
 
-    /// Whether a variable's class is the filler of an absent operand.
-    pub fn is_none(&self, var: &str) -> bool {
-        self.value(self.id(var)).ty == Type::None
+    /// The class bound to a variable in the place of an operand that may be absent.
+    pub fn opt(&self, var: &str) -> Option<Id> {
+        let id = self.id(var);
+        (!matches!(self.egraph[id].data, Data::Absent)).then_some(id)
+    }
+
+    /// The payload bound to a variable, if it is of this kind.
+    pub fn payload<P: Variant>(&self, var: &str) -> Option<P> {
+        P::of(self.egraph[self.id(var)].data.payload()).cloned()
     }
 
     /// Adds an operation, or returns `None` if it does not accept these operands.
-    pub fn add(&mut self, op: Op, operands: &[Id]) -> Option<Id> {
-        let types: Vec<&Type> = operands
-            .iter()
-            .map(|&i| &self.egraph[i].data.value().ty)
-            .collect();
-        infer(&op, &types).ok()?;
-        Some(add_op(self.egraph, &op, operands))
-    }
-
-    /// The filler of an absent operand.
-    pub fn none(&mut self) -> Id {
-        add_op(self.egraph, &Op::None, &[])
+    pub fn add(&mut self, op: impl Into<Op>, operands: impl Into<Operands<Id>>) -> Option<Id> {
+        let (op, operands) = (op.into(), operands.into());
+        infer(&op, operands.map(|&i| &self.egraph[i].data.value().ty)).ok()?;
+        Some(add_op(self.egraph, &op, &operands))
     }
 
     /// A reshape, or the value itself if it has these extents already.
@@ -232,7 +233,7 @@ impl Apply<'_> {
         if self.tensor(id)?.shape == shape {
             return Some(id);
         }
-        self.add(Op::Reshape(shape), &[id])
+        self.add(Reshape(shape), [id])
     }
 
     /// Also unites two other classes when the rule applies (elements of a tuple).
@@ -241,13 +242,13 @@ impl Apply<'_> {
     }
 
     /// The operands of the first form of a class with this name, with the operation.
-    pub fn form(&self, id: Id, name: &str) -> Option<(Op, Vec<Id>)> {
+    pub fn form(&self, id: Id, name: &str) -> Option<(Op, Operands<Id>)> {
         let node = self.egraph[id]
             .nodes
             .iter()
             .find(|n| n.name() == Some(name))?;
         let op = crate::egraph::analysis::op_of(self.egraph, node);
-        Some((op, node.operands().to_vec()))
+        Some((op, operands_of(self.egraph, node)))
     }
 
     /// Whether two variables are the same class.

@@ -6,6 +6,7 @@ mod common;
 use common::build::{Build, b, n, s};
 use common::model;
 use egg::Id;
+use lathe_ir::ops::{Attn, Cast, Expand, Iota, Matmul, Where};
 use lathe_ir::{BinaryFn, DType, Graph, Node, NodeId, Op, ReduceFn, UnaryFn};
 use lathe_passes::egraph::convert::to_graph;
 use lathe_passes::egraph::cost::DeviceModel;
@@ -102,7 +103,7 @@ const WINDOW: f64 = 5.0;
 fn masked(q: &mut Build, a: &Attention, scores: NodeId) -> NodeId {
     let i64 = DType::I64;
     let iota = q.op(
-        Op::Iota {
+        Iota {
             len: s(),
             dtype: i64,
         },
@@ -117,7 +118,7 @@ fn masked(q: &mut Build, a: &Attention, scores: NodeId) -> NodeId {
     let min = q.konst(HIDDEN, D);
     let zero = q.konst(0.0, D);
     let add = |q: &mut Build, scores: NodeId, seen: NodeId| {
-        let m = q.op(Op::Where, &[seen, zero, min]);
+        let m = q.op(Where, &[seen, zero, min]);
         let m = q.reshape(m, &[n(1), n(1), s(), s()]);
         q.bin(BinaryFn::Add, scores, m)
     };
@@ -128,7 +129,7 @@ fn masked(q: &mut Build, a: &Attention, scores: NodeId) -> NodeId {
         }
         Edit::UnknownFill => {
             let m = q.input("seen", DType::Bool, &[b(), n(1), s(), s()]);
-            return q.op(Op::Where, &[m, scores, min]);
+            return q.op(Where, &[m, scores, min]);
         }
         _ => {}
     }
@@ -143,7 +144,7 @@ fn masked(q: &mut Build, a: &Attention, scores: NodeId) -> NodeId {
             let old = q.bin(BinaryFn::Le, j, first);
             hidden = q.bin(BinaryFn::Or, hidden, old);
         }
-        return q.op(Op::Where, &[hidden, min, scores]);
+        return q.op(Where, &[hidden, min, scores]);
     }
     let mut seen = match a.spelling {
         _ if a.edit == Edit::Leaks => {
@@ -176,15 +177,15 @@ fn masked(q: &mut Build, a: &Attention, scores: NodeId) -> NodeId {
     match a.spelling {
         Spelling::Inverted => {
             let one = q.konst(1.0, D);
-            let seen = q.op(Op::Cast(D), &[seen]);
+            let seen = q.op(Cast(D), &[seen]);
             let hidden = q.bin(BinaryFn::Sub, one, seen);
             let m = q.bin(BinaryFn::Mul, hidden, min);
             q.bin(BinaryFn::Add, scores, m)
         }
-        Spelling::Keep => q.op(Op::Where, &[seen, scores, min]),
+        Spelling::Keep => q.op(Where, &[seen, scores, min]),
         Spelling::Next => {
             let inf = q.konst(f64::NEG_INFINITY, D);
-            let m = q.op(Op::Where, &[seen, zero, inf]);
+            let m = q.op(Where, &[seen, zero, inf]);
             q.bin(BinaryFn::Add, m, scores)
         }
         _ => add(q, scores, seen),
@@ -198,7 +199,7 @@ fn attention(a: &Attention) -> Graph {
     let heads = |q: &mut Build, name: &str, heads: i64, norm: bool| {
         let w = q.weight(&format!("{name}_proj"), D, &[heads * HEAD, 24]);
         let w = q.permute(w, &[1, 0]);
-        let y = q.op(Op::Matmul, &[x, w]);
+        let y = q.op(Matmul, &[x, w]);
         let mut y = q.reshape(y, &[b(), s(), n(heads), n(HEAD)]);
         if norm {
             let two = q.konst(2.0, D);
@@ -224,7 +225,7 @@ fn attention(a: &Attention) -> Graph {
         shape.insert(axis, n(1));
         let x = q.reshape(x, &shape);
         shape[axis] = n(groups);
-        let x = q.op(Op::Expand(shape), &[x]);
+        let x = q.op(Expand(shape), &[x]);
         q.reshape(x, &[b(), n(a.heads), s(), n(HEAD)])
     };
     let k = heads(&mut q, "k", a.kv_heads, a.qk_norm);
@@ -232,7 +233,7 @@ fn attention(a: &Attention) -> Graph {
     let k = repeat(&mut q, k);
     let v = repeat(&mut q, v);
     let kt = q.permute(k, &[0, 1, 3, 2]);
-    let mut y = q.op(Op::Matmul, &[query, kt]);
+    let mut y = q.op(Matmul, &[query, kt]);
     if a.edit == Edit::Scores {
         y = q.un(UnaryFn::Abs, y);
     }
@@ -259,7 +260,7 @@ fn attention(a: &Attention) -> Graph {
         sum = q.bin(BinaryFn::Add, sum, one);
     }
     let p = q.bin(BinaryFn::Div, e, sum);
-    let y = q.op(Op::Matmul, &[p, v]);
+    let y = q.op(Matmul, &[p, v]);
     let y = q.permute(y, &[0, 2, 1, 3]);
     let y = q.reshape(y, &[b(), s(), n(a.heads * HEAD)]);
     q.done(&[y])
@@ -323,7 +324,7 @@ fn check_fused(a: &Attention) {
         assert_eq!(full.count(part), 0, "{a:?}: {part}");
     }
     let spec = full.nodes().iter().find_map(|n| match &n.op {
-        Op::Attn(spec) => Some(*spec),
+        Op::Attn(Attn(spec)) => Some(*spec),
         _ => None,
     });
     let spec = spec.expect("an attention");

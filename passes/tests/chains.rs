@@ -4,6 +4,7 @@ mod common;
 
 use common::{Noise, Session, Weights, distance, model, random_input};
 use lathe_ir::interp::{Interp, Value};
+use lathe_ir::ops::{Const, Input, Linear, Reduce, Reshape, RmsNorm, Silu, Softmax, Weight, Where};
 use lathe_ir::text::{parse, print};
 use lathe_ir::{
     BinaryFn, DType, Dim, Graph, NodeId, Op, Prov, Real, ReduceFn, Sym, SymEnv, UnaryFn, WeightRef,
@@ -24,18 +25,18 @@ struct Random {
 }
 
 impl Random {
-    fn add(&mut self, op: Op, inputs: &[NodeId]) -> NodeId {
+    fn add(&mut self, op: impl Into<Op>, inputs: &[NodeId]) -> NodeId {
         self.graph
             .add(op, inputs, &Prov::global("random"))
             .expect("well typed")
     }
 
     fn input(&mut self, name: &str, shape: &[Dim]) -> NodeId {
-        let op = Op::Input {
+        let op = Op::Input(Input {
             name: name.into(),
             dtype: DType::F32,
             shape: shape.to_vec(),
-        };
+        });
         self.add(op, &[])
     }
 
@@ -48,10 +49,12 @@ impl Random {
     fn grow(&mut self) {
         let w = self.width;
         let full = self.pick(0);
-        let keep = |f| Op::Reduce {
-            f,
-            axis: 1,
-            keepdim: true,
+        let keep = |f| {
+            Op::Reduce(Reduce {
+                f,
+                axis: 1,
+                keepdim: true,
+            })
         };
         let (kind, id) = match self.noise.below(16) {
             0..=2 => {
@@ -64,7 +67,7 @@ impl Random {
                     UnaryFn::Abs,
                 ];
                 let f = all[self.noise.below(all.len())];
-                (0, self.add(Op::Unary(f), &[full]))
+                (0, self.add(f, &[full]))
             }
             3..=7 => {
                 let all = [
@@ -82,7 +85,7 @@ impl Random {
                 } else {
                     (other, full)
                 };
-                (0, self.add(Op::Binary(f), &[a, b]))
+                (0, self.add(f, &[a, b]))
             }
             8 => {
                 let f = [ReduceFn::Sum, ReduceFn::Mean, ReduceFn::Amax][self.noise.below(3)];
@@ -90,45 +93,45 @@ impl Random {
             }
             9 => {
                 let (a, b) = (self.pick(1), self.pick(1));
-                (1, self.add(Op::Binary(BinaryFn::Add), &[a, b]))
+                (1, self.add(BinaryFn::Add, &[a, b]))
             }
             10 => {
                 let gamma = self.pick(2);
                 (
                     0,
                     self.add(
-                        Op::RmsNorm {
+                        RmsNorm {
                             eps: Real::new(1e-5),
                         },
                         &[full, gamma],
                     ),
                 )
             }
-            11 => (0, self.add(Op::Softmax, &[full])),
-            12 => (0, self.add(Op::Silu, &[full])),
+            11 => (0, self.add(Softmax, &[full])),
+            12 => (0, self.add(Silu, &[full])),
             // What does not join: a product, a cut, a comparison, a change of the domain.
             13 => {
                 let name = format!("w{}", self.graph.nodes().len());
                 let shape = vec![w, w];
                 let weight = WeightRef { name, shape };
                 let m = self.add(
-                    Op::Weight {
+                    Weight {
                         weight,
                         dtype: DType::F32,
                     },
                     &[],
                 );
-                (0, self.add(Op::Linear, &[full, m]))
+                (0, self.add(Linear, &[full, m]))
             }
             14 => {
                 let (a, b) = (self.pick(0), self.pick(0));
-                let c = self.add(Op::Binary(BinaryFn::Lt), &[a, b]);
-                (0, self.add(Op::Where, &[c, a, b]))
+                let c = self.add(BinaryFn::Lt, &[a, b]);
+                (0, self.add(Where, &[c, a, b]))
             }
             _ => {
-                let flat = self.add(Op::Reshape(vec![T, Dim::new(1), Dim::new(w)]), &[full]);
-                let y = self.add(Op::Unary(UnaryFn::Neg), &[flat]);
-                (0, self.add(Op::Reshape(vec![T, Dim::new(w)]), &[y]))
+                let flat = self.add(Reshape(vec![T, Dim::new(1), Dim::new(w)]), &[full]);
+                let y = self.add(UnaryFn::Neg, &[flat]);
+                (0, self.add(Reshape(vec![T, Dim::new(w)]), &[y]))
             }
         };
         self.values[kind].push(id);
@@ -156,7 +159,7 @@ fn random(seed: u64) -> Graph {
     }
     for c in [0.5, 3.0] {
         let id = r.add(
-            Op::Const {
+            Const {
                 value: Real::new(c),
                 dtype: DType::F32,
             },
@@ -184,7 +187,7 @@ fn run(g: &Graph, seed: u64) -> Vec<(String, Value<f64>)> {
     let weights = |w: &WeightRef| common::random_weight(seed, w);
     let mut interp = Interp::new(env, &weights);
     for node in g.nodes() {
-        if let Op::Input { name, dtype, shape } = &node.op {
+        if let Op::Input(Input { name, dtype, shape }) = &node.op {
             interp = interp.with_input(name, random_input(seed, name, *dtype, shape, &env, 4));
         }
     }
@@ -250,7 +253,7 @@ fn near_misses_stay_apart() {
               %x = input {name="x"} : f32[T,8]
               %w = weight {name="w"} : f32[8,8]
               %a = neg %x : f32[T,8]
-              %l = linear %a, %w : f32[T,8]
+              %l = linear x=%a, w=%w : f32[T,8]
               %y = add %a, %l : f32[T,8]
               return y=%y
             }"#,
@@ -309,7 +312,7 @@ fn near_misses_stay_apart() {
               %f = cast %w : f32[8]
               %one = const {value=1.0} : f32[]
               %g = add %one, %f : f32[8]
-              %y = rmsnorm %x, %g {eps=1e-6} : f32[T,8]
+              %y = rmsnorm x=%x, gamma=%g {eps=1e-6} : f32[T,8]
               return y=%y
             }"#,
             vec!["cast", "add", "rmsnorm"],
@@ -340,8 +343,8 @@ fn chains_do_not_need_one_another() {
       %v = weight {name="v"} : f32[8,4]
       %a = neg %x : f32[T,8]
       %b = neg %z : f32[T,4]
-      %la = linear %a, %w : f32[T,4]
-      %lb = linear %b, %v : f32[T,8]
+      %la = linear x=%a, w=%w : f32[T,4]
+      %lb = linear x=%b, w=%v : f32[T,8]
       %c = add %b, %la : f32[T,4]
       %d = add %a, %lb : f32[T,8]
       return c=%c, d=%d

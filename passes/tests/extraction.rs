@@ -11,6 +11,7 @@ use egg::Id;
 use good_lp::{Expression, ProblemVariables, Solution, SolverModel, microlp, variable};
 use indexmap::IndexMap;
 use lathe_ir::interp::{Interp, KvState, StepMeta, Tensor, Value};
+use lathe_ir::ops::{Gemm, Linear, RmsNorm, Silu};
 use lathe_ir::text::print;
 use lathe_ir::{BinaryFn, DType, Graph, Op, Sym, SymEnv, WeightRef};
 use lathe_passes::egraph::convert::{Choice, to_graph};
@@ -87,7 +88,7 @@ fn find_cycle(egraph: &EGraph, choice: &Choice, roots: &[Id]) -> Option<Vec<Id>>
         }
         done.insert(id, false);
         path.push(id);
-        for &c in choice[&id].operands() {
+        for &c in choice[&id].places() {
             if let Some(cycle) = visit(egraph, choice, c, path, done) {
                 return Some(cycle);
             }
@@ -204,7 +205,7 @@ fn optimum(egraph: &EGraph, roots: &[Id], cost: &dyn Fn(Id, &Lang) -> u64) -> u6
         let mut next: BTreeMap<Id, Vec<(u64, Vec<Id>)>> = BTreeMap::new();
         for class in egraph.classes() {
             for n in &class.nodes {
-                let children: Vec<Id> = n.operands().iter().map(|&c| egraph.find(c)).collect();
+                let children: Vec<Id> = n.places().iter().map(|&c| egraph.find(c)).collect();
                 let ready = children.iter().all(|c| forms.contains_key(c));
                 let c = cost(class.id, n);
                 if c < INFINITE && ready && !children.contains(&class.id) {
@@ -402,12 +403,12 @@ fn residual_chain(features: i64) -> Graph {
     for block in 0..3 {
         let g = q.weight(&format!("g{block}"), d, &[features]);
         let eps = lathe_ir::Real::new(1e-6);
-        let h = q.op(Op::RmsNorm { eps }, &[x, g]);
+        let h = q.op(RmsNorm { eps }, &[x, g]);
         let up = q.weight(&format!("u{block}"), d, &[2 * features, features]);
         let down = q.weight(&format!("o{block}"), d, &[features, 2 * features]);
-        let y = q.op(Op::Linear, &[h, up]);
-        let y = q.op(Op::Silu, &[y]);
-        let y = q.op(Op::Linear, &[y, down]);
+        let y = q.op(Linear, &[h, up]);
+        let y = q.op(Silu, &[y]);
+        let y = q.op(Linear, &[y, down]);
         x = q.bin(BinaryFn::Add, x, y);
     }
     q.done(&[x])
@@ -440,9 +441,11 @@ fn the_integer_program_finds_the_optimum() {
     let best = optimum(&terms.egraph, &roots, &cost);
     // Without epilogues every other program costs more.
     let plain = |id: Id, n: &Lang| {
-        let op = lathe_passes::egraph::analysis::op_of(&terms.egraph, n);
+        let op = n
+            .name()
+            .map(|_| lathe_passes::egraph::analysis::op_of(&terms.egraph, n));
         match op {
-            Op::Gemm(spec) if spec != lathe_ir::GemmSpec::PLAIN => INFINITE,
+            Some(Op::Gemm(spec)) if spec != Gemm::PLAIN => INFINITE,
             _ => cost(id, n),
         }
     };

@@ -6,6 +6,7 @@ mod common;
 
 use common::case::Case;
 use lathe_ir::interp::{Interp, StepMeta, Tensor, Value};
+use lathe_ir::ops::Input;
 use lathe_ir::{DType, Dim, Graph, Op, Sym, SymEnv, Type, WeightRef, text, verify};
 use lathe_passes::opt::{is_full_sequence, run, windowed};
 use std::path::Path;
@@ -189,7 +190,7 @@ fn evaluate(graph: &Graph) -> Result<Vec<(String, Value<f64>)>, String> {
     let mut interp = Interp::new(syms, &weights);
     interp.step = Some(StepMeta::new(&[SEQ; BATCH], &[0; BATCH]));
     for node in graph.nodes() {
-        let Op::Input { name, dtype, shape } = &node.op else {
+        let Op::Input(Input { name, dtype, shape }) = &node.op else {
             continue;
         };
         let value = input(name, *dtype, shape, &syms);

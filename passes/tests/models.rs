@@ -8,6 +8,8 @@ use common::{
     LLAMA_CONFIGS, LLAMA_SHAPE, Session, Weights, distance, is_kernel, model, term_hashes,
 };
 use lathe_ir::interp::{Tensor, Value};
+use lathe_ir::ops::{Embedding, Iota, Linear, Reduce, Select, Weight};
+use lathe_ir::ops::{binary, gemm};
 use lathe_ir::text::print;
 use lathe_ir::{BinaryFn, DType, Graph, Op, Type, WeightRef};
 use lathe_passes::egraph::cost::DeviceModel;
@@ -108,14 +110,14 @@ fn check_programs(name: &str, model: &Graph) {
         for (node, fixed) in g.nodes().iter().zip(fixed) {
             let Some(l) = node.prov.layer else { continue };
             // The rows that are wanted are picked behind the last layer.
-            if is_kernel(&node.op) && !fixed && node.op != Op::Select {
+            if is_kernel(&node.op) && !fixed && node.op != Op::Select(Select) {
                 kernels[l as usize] += 1;
             }
             let Op::Gemm(_) = node.op else { continue };
             // Behind a norm the packed weight has its gamma.
-            let mut weight = g.node(node.inputs[1]);
+            let mut weight = g.node(node.inputs[gemm::W]);
             if weight.op == Op::Binary(BinaryFn::Mul) {
-                weight = g.node(weight.inputs[0]);
+                weight = g.node(weight.inputs[binary::A]);
             }
             if let Op::Pack(kind) = &weight.op {
                 let kind = format!("{kind:?}");
@@ -143,7 +145,7 @@ fn check_programs(name: &str, model: &Graph) {
                 t.rank() == 2 && t.shape[0].is_sym(lathe_ir::Sym::T) && is_kernel(&node.op)
             });
         assert!(
-            !(vocab && matches!(node.op, Op::Gemm(_) | Op::Linear)),
+            !(vocab && matches!(node.op, Op::Gemm(_) | Op::Linear(Linear))),
             "{name}: logits of all rows"
         );
     }
@@ -159,7 +161,7 @@ fn check_weights(at: &str, model: &Graph, g: &Graph) {
         g.nodes()
             .iter()
             .filter_map(|n| match &n.op {
-                Op::Weight { weight, .. } => Some(weight.name.clone()),
+                Op::Weight(Weight { weight, .. }) => Some(weight.name.clone()),
                 _ => None,
             })
             .collect()
@@ -168,14 +170,14 @@ fn check_weights(at: &str, model: &Graph, g: &Graph) {
     let users = g.users();
     for id in g.ids() {
         let node = g.node(id);
-        if let Op::Weight { weight, .. } = &node.op {
+        if let Op::Weight(Weight { weight, .. }) = &node.op {
             let packed = users[id.index()]
                 .iter()
                 .filter(|u| matches!(g.node(**u).op, Op::Pack(_)))
                 .count();
             let tied = users[id.index()]
                 .iter()
-                .any(|u| g.node(*u).op == Op::Embedding);
+                .any(|u| g.node(*u).op == Op::Embedding(Embedding));
             assert!(packed <= 1, "{at}: {} is packed twice", weight.name);
             let most = if tied { 2 } else { 1 };
             let uses = users[id.index()].len();
@@ -613,7 +615,7 @@ fn what_depends_on_the_length_has_no_step() {
     let mut q = Build::new();
     let x = q.input("x", F32, &[b(), s(), n(3)]);
     let i = q.op(
-        Op::Iota {
+        Iota {
             len: s(),
             dtype: F32,
         },
@@ -621,7 +623,7 @@ fn what_depends_on_the_length_has_no_step() {
     );
     let f = lathe_ir::ReduceFn::Sum;
     let sum = q.op(
-        Op::Reduce {
+        Reduce {
             f,
             axis: 0,
             keepdim: true,

@@ -7,7 +7,8 @@ use common::{Noise, V, all_outputs, distance, random_input, random_weight};
 use egg::{Id, Rewrite, Runner, SimpleScheduler, StopReason};
 use indexmap::IndexMap;
 use lathe_ir::interp::{Interp, KvState, StepMeta, Tensor, Value, eval_op};
-use lathe_ir::{Graph, Op, Sym, SymEnv, Type, WeightRef, WinSpec, infer};
+use lathe_ir::ops::{Input, Win};
+use lathe_ir::{Graph, Op, Sym, SymEnv, Type, WeightRef, infer};
 use lathe_passes::egraph::convert::{Choice, add_graph, to_graph};
 use lathe_passes::sample::{self, SampleError, Samples, Template};
 use lathe_passes::{EGraph, Exactness, Lang, Rule, Stage, rules};
@@ -69,7 +70,7 @@ fn smallest(egraph: &EGraph, forced: (Id, &Lang), roots: &[Id]) -> Option<Choice
                 if id == forced.0 && node != forced.1 {
                     continue;
                 }
-                let operands = node.operands().iter().map(|c| size.get(&egraph.find(*c)));
+                let operands = node.places().iter().map(|c| size.get(&egraph.find(*c)));
                 let Some(sum) = operands.sum::<Option<u64>>() else {
                     continue;
                 };
@@ -111,22 +112,22 @@ impl World<'_> {
         let env = Self::env(lens);
         let full = name.strip_prefix("step.").and_then(|full| {
             self.sample.ids().find(
-                |&i| matches!(&self.sample.node(i).op, Op::Input { name, .. } if name == full),
+                |&i| matches!(&self.sample.node(i).op, Op::Input(Input { name, .. }) if name == full),
             )
         });
         if let Some(full) = full {
             let node = self.sample.node(full);
             let shape = &node.ty.as_tensor().expect("inputs are tensors").shape;
             let axis = |sym| shape.iter().position(|d| d.is_sym(sym)).map(|i| i as u8);
-            let win = Op::Win(WinSpec {
+            let win = Op::Win(Win {
                 batch: axis(Sym::B),
                 seq: axis(Sym::S),
             });
-            let ty = infer(&win, &[&node.ty]).expect("a window");
+            let ty = infer(&win, [&node.ty]).expect("a window");
             let value = self.input(&name["step.".len()..], &node.ty, lens, step);
             let mut interp = Interp::new(env, &|_| Err("no weights".to_string()));
             interp.step = Some(step.clone());
-            return eval_op(&win, &[&value], &ty, &mut interp).expect("a window");
+            return eval_op(&win, [&value], &ty, &mut interp).expect("a window");
         }
         if name == "step.positions" {
             let p: Vec<i64> = step.rows().map(|(_, p)| p as i64).collect();
@@ -150,7 +151,7 @@ impl World<'_> {
             let step = StepMeta::new(&lens, &past);
             let mut interp = Interp::new(Self::env(&lens), &weights);
             for node in graph.nodes() {
-                if let Op::Input { name, .. } = &node.op {
+                if let Op::Input(Input { name, .. }) = &node.op {
                     let value = self.input(name, &node.ty, &lens, &step);
                     interp.inputs.insert(name.clone(), value);
                 }
@@ -480,7 +481,7 @@ fn a_wrong_rule_is_found() {
         name: "wrong",
         rhs: |a| {
             let (x, c) = (a.id("?x"), a.id("?c"));
-            a.add(Op::Binary(lathe_ir::BinaryFn::Add), &[x, c])
+            a.add(lathe_ir::BinaryFn::Add, [x, c])
         },
         ..*rules::by_name("mul-one").expect("a rule")
     };

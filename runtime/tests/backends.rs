@@ -44,7 +44,7 @@ fn torch_simple_launches_each_op_once() {
             let plan = plan(&name, dtype, UNFUSED);
             for program in &plan.programs {
                 let fused = |s: &lathe_codegen::plan::Step| {
-                    matches!(s.op, Op::Gemm(_) | Op::AttnQkv(_) | Op::AddRms { .. })
+                    matches!(s.op, Op::Gemm(_) | Op::AttnQkv(_) | Op::AddRms(_))
                 };
                 let found: Vec<&str> = program
                     .steps

@@ -10,9 +10,10 @@ use lathe_codegen::cuda::{
     lower_tuned,
 };
 use lathe_codegen::{Operand, Plan, Program, ProgramKind, Programs, ValueId, lower};
-use lathe_ir::{
-    DType, Dim, Epilogue, GemmSpec, Graph, NodeId, Op, Prologue, Prov, Real, Sym, WeightRef,
-};
+use lathe_ir::Operands;
+use lathe_ir::ops::gemm;
+use lathe_ir::ops::{Embedding, Gemm, Input, Reshape, Weight};
+use lathe_ir::{DType, Dim, Epilogue, Graph, NodeId, Op, Prologue, Prov, Real, Sym, WeightRef};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// What a buffer holds.
@@ -40,7 +41,7 @@ fn follow(program: &Program, p: &CudaProgram, library: bool) -> Result<(usize, u
             _ => panic!("{}: argument {i}", kernel.name),
         };
         let step = &program.steps[l.step];
-        let x = match step.operands.first() {
+        let x = match step.operands.iter().next() {
             Some(Operand::Value(v)) => Some(*v),
             _ => None,
         };
@@ -171,14 +172,17 @@ fn gamma_is_in_a_weight_or_in_the_norm() {
     each_plan(|name, off, plan| {
         let mut readers: BTreeMap<usize, BTreeSet<bool>> = BTreeMap::new();
         for step in plan.programs.iter().flat_map(|p| &p.steps) {
-            for (i, operand) in step.operands.iter().enumerate() {
+            for (i, operand) in step.operands.enumerate() {
                 let Operand::Weight(w) = operand else {
                     continue;
                 };
                 let bare = matches!(&step.op, Op::Gemm(spec)
                     if matches!(spec.prologue, Prologue::Rms { .. })
-                        && step.operands[4] == Operand::None);
-                readers.entry(*w).or_default().insert(bare && i == 1);
+                        && step.get(gemm::GAMMA).is_none());
+                readers
+                    .entry(*w)
+                    .or_default()
+                    .insert(bare && i == gemm::W.index());
             }
         }
         for (w, bare) in readers {
@@ -238,18 +242,18 @@ struct Gemms(Graph, f64);
 impl Gemms {
     fn new() -> (Gemms, NodeId) {
         let mut g = Gemms(Graph::new("several readers"), 1e-6);
-        let tokens = Op::Input {
+        let tokens = Input {
             name: "step.tokens".into(),
             dtype: DType::I32,
             shape: vec![Dim::from(Sym::T)],
         };
-        let tokens = g.add(tokens, &[]);
+        let tokens = g.add(tokens, []);
         let table = g.weight(64, 64);
-        let x = g.add(Op::Embedding, &[table, tokens]);
+        let x = g.add(Embedding, [table, tokens]);
         (g, x)
     }
 
-    fn add(&mut self, op: Op, inputs: &[NodeId]) -> NodeId {
+    fn add(&mut self, op: impl Into<Op>, inputs: impl Into<Operands<NodeId>>) -> NodeId {
         let at = Prov::global(&format!("n{}", self.0.nodes().len()));
         self.0.add(op, inputs, &at).unwrap()
     }
@@ -260,29 +264,29 @@ impl Gemms {
             shape: vec![n, k],
         };
         let dtype = DType::BF16;
-        self.add(Op::Weight { weight, dtype }, &[])
+        self.add(Weight { weight, dtype }, [])
     }
 
     /// `norm(x) w`, the norm as factors.
     fn norm(&mut self, x: NodeId, n: i64, k: i64) -> NodeId {
-        let (w, none) = (self.weight(n, k), self.add(Op::None, &[]));
-        let spec = GemmSpec {
+        let w = self.weight(n, k);
+        let spec = Gemm {
             prologue: Prologue::Rms {
                 eps: Real::new(self.1),
             },
             epilogue: Epilogue::None,
         };
-        self.add(Op::Gemm(spec), &[x, w, none, none, none, none])
+        self.add(spec, [x, w])
     }
 
     /// `x w + residual`.
     fn residual(&mut self, x: NodeId, residual: NodeId) -> NodeId {
-        let (w, none) = (self.weight(64, 64), self.add(Op::None, &[]));
-        let spec = GemmSpec {
+        let w = self.weight(64, 64);
+        let spec = Gemm {
             prologue: Prologue::None,
             epilogue: Epilogue::Residual,
         };
-        self.add(Op::Gemm(spec), &[x, w, none, residual, none, none])
+        self.add(spec, Operands::from([x, w]).with(gemm::RESIDUAL, residual))
     }
 
     /// Reads and additions of a decode step of 8 rows, and its kernels of sums.
@@ -334,7 +338,7 @@ fn sums_are_of_rows_and_not_of_a_value() {
     let q = g.norm(x, 128, 64);
     let halves = vec![Dim::from(Sym::T), Dim::new(2), Dim::new(64)];
     let wide = g.norm(q, 64, 128);
-    let halves = g.add(Op::Reshape(halves), &[q]);
+    let halves = g.add(Reshape(halves), [q]);
     let narrow = g.norm(halves, 64, 64);
     assert_eq!(g.followed(&[wide, narrow]), (3, 0, 3));
 }

@@ -3,7 +3,8 @@
 use std::fmt;
 
 use lathe_codegen::work::{KernelClass, WorkShape};
-use lathe_passes::predict::{OpClass, Prediction};
+use lathe_ir::Class;
+use lathe_passes::predict::Prediction;
 use lathe_runtime::device::profile::{Ceilings, KernelTime, StepProfile};
 use lathe_runtime::device::step::StepKind;
 use serde::Serialize;
@@ -197,12 +198,12 @@ fn percent(part: f64, whole: f64) -> f64 {
     }
 }
 
-fn class_of(class: OpClass) -> KernelClass {
+fn class_of(class: Class) -> KernelClass {
     match class {
-        OpClass::Gemm | OpClass::Matmul => KernelClass::Gemm,
-        OpClass::Attention => KernelClass::Attention,
-        OpClass::Norm | OpClass::Elementwise => KernelClass::Pointwise,
-        OpClass::Movement | OpClass::Sample => KernelClass::Other,
+        Class::Gemm | Class::Matmul => KernelClass::Gemm,
+        Class::Attention => KernelClass::Attention,
+        Class::Norm | Class::Elementwise => KernelClass::Pointwise,
+        Class::Movement | Class::Sample => KernelClass::Other,
     }
 }
 

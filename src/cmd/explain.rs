@@ -367,7 +367,7 @@ impl View<'_> {
         let mut values = Vec::new();
         for id in self.graph.ids() {
             let node = self.graph.node(id);
-            let element = matches!(node.op, Op::Get(_)) && node.inputs == [op.node];
+            let element = matches!(node.op, Op::Get(_)) && node.inputs.only() == Some(op.node);
             if id == op.node || element {
                 values.push((id, self.story.nodes[id.index()]));
             }

@@ -4,7 +4,7 @@
 use super::{at, cost_change, summaries};
 use crate::frontend::Imported;
 use crate::phases::{duration, picoseconds};
-use lathe_ir::{Graph, Op, text};
+use lathe_ir::{Graph, text};
 use lathe_passes::Stage;
 use lathe_passes::explain::{Form, OpStory, ProgramStory};
 use lathe_passes::pipeline::{Compiled, PassConfig, TemplateReport};
@@ -153,7 +153,7 @@ fn graph(g: &Graph, values: Option<&[usize]>) -> Value {
                 "a": attrs.join(", "),
                 "t": text::format_type(&n.ty),
                 "p": &*n.prov.path,
-                "l": n.op.is_leaf() || n.op == Op::None,
+                "l": n.op.is_leaf(),
                 "v": values.and_then(|v| v.get(id.index())),
             })
         })

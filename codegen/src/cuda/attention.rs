@@ -7,7 +7,10 @@ use super::launch::{Arg, MapArg, MapSwizzle, Meta, Ref};
 use super::source::{Body, Defines, literal};
 use crate::plan::ProgramKind;
 use crate::work::{AttnWork, KernelClass, Work, WorkShape};
-use lathe_ir::{AttnSpec, DType, Op, QkvSpec, Real, RopeSpec};
+use lathe_ir::Slot;
+use lathe_ir::ops::{AttnQkv, AttnStep, Rope};
+use lathe_ir::ops::{attn_qkv, attn_step, rope};
+use lathe_ir::{AttnSpec, DType, Op, Real};
 
 /// Fewest sequences of a general step whose decode rows get the decode kernel.
 const RAGGED_SEQUENCES: usize = 16;
@@ -54,7 +57,7 @@ pub(super) fn step(cx: &mut Context<'_>) -> Result<(), CudaError> {
     match cx.step().op {
         Op::Rope(spec) => rope(cx, spec),
         Op::AttnQkv(spec) => packed(cx, &spec),
-        Op::AttnStep(spec) => split(cx, spec),
+        Op::AttnStep(AttnStep(spec)) => split(cx, spec),
         _ => Err(cx.refuse("it is no attention")),
     }
 }
@@ -64,7 +67,7 @@ fn meta(m: Meta) -> Arg {
 }
 
 /// Cosine and sine tables of the frequencies in an operand.
-fn rope_tables(cx: &Context<'_>, operand: usize, scaling: Real) -> Result<[Arg; 2], CudaError> {
+fn rope_tables(cx: &Context<'_>, operand: Slot, scaling: Real) -> Result<[Arg; 2], CudaError> {
     let Ref::Table(table) = cx.operand(operand)? else {
         return Err(cx.refuse("the rotary frequencies are no table"));
     };
@@ -77,21 +80,24 @@ fn rope_tables(cx: &Context<'_>, operand: usize, scaling: Real) -> Result<[Arg; 
     }))
 }
 
-fn rope(cx: &mut Context<'_>, spec: RopeSpec) -> Result<(), CudaError> {
-    let x = cx.tensor(0)?;
+fn rope(cx: &mut Context<'_>, spec: Rope) -> Result<(), CudaError> {
+    let x = cx.tensor(rope::X)?;
     let (rows, d) = cx.matrix(x);
-    let positions = cx.tensor(1)?.elements(&cx.env);
-    if cx.operand(1)? != Ref::Meta(Meta::Positions) || positions == 0 || rows % positions != 0 {
+    let positions = cx.tensor(rope::POSITIONS)?.elements(&cx.env);
+    if cx.operand(rope::POSITIONS)? != Ref::Meta(Meta::Positions)
+        || positions == 0
+        || rows % positions != 0
+    {
         return Err(cx.refuse("positions are not those of the step"));
     }
     let heads = rows / positions;
-    let [cos, sin] = rope_tables(cx, 2, spec.scaling)?;
+    let [cos, sin] = rope_tables(cx, rope::INV_FREQ, spec.scaling)?;
     let defines = cx
         .defines(x.dtype)
         .def("LATHE_D", d)
         .def("LATHE_HEADS", heads);
     let args = vec![
-        Arg::Ptr(cx.operand(0)?),
+        Arg::Ptr(cx.operand(rope::X)?),
         cos,
         sin,
         meta(Meta::Positions),
@@ -113,7 +119,7 @@ fn rope(cx: &mut Context<'_>, spec: RopeSpec) -> Result<(), CudaError> {
 /// Separate q, k and v: one kernel that appends and attends, or one for each where tensor cores
 /// compute the attention of prompts.
 fn split(cx: &mut Context<'_>, spec: AttnSpec) -> Result<(), CudaError> {
-    let (q, k) = (cx.tensor(0)?, cx.tensor(1)?);
+    let (q, k) = (cx.tensor(attn_step::Q)?, cx.tensor(attn_step::K)?);
     let (q_shape, k_shape) = (cx.extents(q), cx.extents(k));
     let h = Heads {
         spec,
@@ -123,8 +129,9 @@ fn split(cx: &mut Context<'_>, spec: AttnSpec) -> Result<(), CudaError> {
         dtype: q.dtype,
     };
     check_causal(cx, &h)?;
-    let (q, k, v) = (cx.operand(0)?, cx.operand(1)?, cx.operand(2)?);
-    let (cache, out) = (cx.operand(3)?, cx.result(0)?);
+    let q = cx.operand(attn_step::Q)?;
+    let (k, v) = (cx.operand(attn_step::K)?, cx.operand(attn_step::V)?);
+    let (cache, out) = (cx.operand(attn_step::CACHE)?, cx.result(0)?);
     if cx.program.kind == ProgramKind::Decode && decode_takes(cx, &h) {
         let extra = Decode {
             fused: true,
@@ -176,13 +183,13 @@ fn check_causal(cx: &Context<'_>, h: &Heads) -> Result<(), CudaError> {
 }
 
 /// A packed projection: head norms, RoPE, append and attention.
-fn packed(cx: &mut Context<'_>, spec: &QkvSpec) -> Result<(), CudaError> {
+fn packed(cx: &mut Context<'_>, spec: &AttnQkv) -> Result<(), CudaError> {
     let h = Heads {
         spec: spec.attn,
         hq: spec.heads as usize,
         hkv: spec.kv_heads as usize,
         d: spec.head_dim as usize,
-        dtype: cx.tensor(0)?.dtype,
+        dtype: cx.tensor(attn_qkv::QKV)?.dtype,
     };
     let blocks = h.d / 16;
     if !h.d.is_multiple_of(16)
@@ -192,17 +199,20 @@ fn packed(cx: &mut Context<'_>, spec: &QkvSpec) -> Result<(), CudaError> {
         return Err(cx.refuse(format!("no kernel splits heads of {} features", h.d)));
     }
     let [cos, sin] = match spec.rope {
-        Some(r) => rope_tables(cx, 4, r.scaling)?,
+        Some(r) => rope_tables(cx, attn_qkv::INV_FREQ, r.scaling)?,
         None => [Arg::Ptr(Ref::Null), Arg::Ptr(Ref::Null)],
     };
-    let norms = [Arg::Ptr(cx.operand(1)?), Arg::Ptr(cx.operand(2)?)];
+    let norms = [attn_qkv::Q_NORM, attn_qkv::K_NORM];
+    let [q_norm, k_norm] = norms.map(|s| cx.operand(s).map(Arg::Ptr));
+    let norms = [q_norm?, k_norm?];
     let with_norm = |d: Defines| match spec.head_norm {
         Some(eps) => d
             .def("LATHE_QKNORM", 1)
             .def("LATHE_EPS", literal(eps.get())),
         None => d,
     };
-    let (qkv, cache, out) = (cx.operand(0)?, cx.operand(5)?, cx.result(0)?);
+    let qkv = cx.operand(attn_qkv::QKV)?;
+    let (cache, out) = (cx.operand(attn_qkv::CACHE)?, cx.result(0)?);
     let is_decode = cx.program.kind == ProgramKind::Decode;
     if is_decode && spec.rope.is_some() && decode_takes(cx, &h) {
         let [qnorm, knorm] = norms;

@@ -7,6 +7,7 @@ use super::launch::Arg;
 use super::source::{Body, c_type, literal};
 use crate::chain::{Instr, Pass, Reduction, RowProgram};
 use lathe_ir::DType;
+use lathe_ir::Slot;
 use lathe_ir::chain::Access;
 use std::fmt::Write;
 
@@ -24,7 +25,7 @@ pub(super) fn step(cx: &mut Context<'_>) -> Result<(), CudaError> {
     let text = Text::new(&program);
     let mut args = Vec::new();
     for i in 0..program.operands.len() {
-        args.push(Arg::Ptr(cx.operand(i)?));
+        args.push(Arg::Ptr(cx.operand(Slot::nth(i))?));
     }
     for (i, _) in program.results.iter().enumerate() {
         args.push(Arg::Ptr(cx.result(i)?));

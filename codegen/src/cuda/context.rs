@@ -9,7 +9,8 @@ use super::row_sums::RowSums;
 use super::source::{Body, Defines, Kernels};
 use crate::plan::{Operand, Plan, Program, Step, ValueId};
 use crate::work::Work;
-use lathe_ir::{DType, Op, SymEnv, TensorType};
+use lathe_ir::{DType, SymEnv, TensorType};
+use lathe_ir::{Slot, StepInput};
 
 /// Shared memory that a block may have on Hopper.
 pub(super) const SHARED: usize = 232_448;
@@ -101,17 +102,8 @@ impl<'a> Context<'a> {
     pub(super) fn begin(&mut self, at: usize) {
         self.at = at;
         let step = self.step();
-        let weights: &[usize] = match step.op {
-            Op::Linear => &[1],
-            Op::Gemm(_) => &[1, 2, 4],
-            Op::RmsNorm { .. } => &[1],
-            Op::AddRms { .. } => &[2],
-            Op::AttnQkv(_) => &[1, 2],
-            _ => &[],
-        };
-        self.serial = weights
-            .iter()
-            .any(|&i| matches!(step.operands.get(i), Some(Operand::Value(_))));
+        let mut weights = step.op.signature().slots.iter().filter(|s| s.is_weight());
+        self.serial = weights.any(|&s| matches!(step.get(s), Some(Operand::Value(_))));
     }
 
     /// Whether the step's kernels may start early.
@@ -166,10 +158,10 @@ impl<'a> Context<'a> {
     }
 
     /// The tensor type of an operand.
-    pub(super) fn tensor(&self, i: usize) -> Result<&'a TensorType, CudaError> {
+    pub(super) fn tensor(&self, operand: Slot) -> Result<&'a TensorType, CudaError> {
         let step = self.step();
-        step.tensor(i)
-            .ok_or_else(|| self.refuse(format!("operand {i} is no tensor")))
+        step.tensor(operand)
+            .ok_or_else(|| self.refuse(format!("operand '{}' is no tensor", operand.name())))
     }
 
     /// The type of a result.
@@ -180,37 +172,33 @@ impl<'a> Context<'a> {
     }
 
     /// Where an operand is; a null pointer if it is absent.
-    pub(super) fn operand(&self, i: usize) -> Result<Ref, CudaError> {
-        Ok(match self.step().operands.get(i) {
+    pub(super) fn operand(&self, operand: Slot) -> Result<Ref, CudaError> {
+        Ok(match self.step().get(operand) {
             Some(Operand::Value(v)) => Ref::Value(*v),
             Some(Operand::Weight(w)) => Ref::Weight(*w),
             Some(Operand::Table(t)) => Ref::Table(*t),
             Some(Operand::Cache(c)) => Ref::Cache(*c),
-            Some(Operand::Input(n)) => {
-                let (name, _) = &self.program.inputs[*n];
-                Ref::Meta(match name.as_str() {
-                    "step.tokens" => Meta::Tokens,
-                    "step.positions" => Meta::Positions,
-                    "step.rows" => Meta::Rows,
-                    _ => return Err(self.refuse(format!("input {name} is unknown"))),
-                })
-            }
+            Some(Operand::Input(n)) => Ref::Meta(match self.program.inputs[*n].0 {
+                StepInput::Tokens => Meta::Tokens,
+                StepInput::Positions => Meta::Positions,
+                StepInput::Rows => Meta::Rows,
+            }),
             Some(Operand::Const { .. }) => {
-                return Err(self.refuse(format!("operand {i} is a constant")));
+                return Err(self.refuse(format!("operand '{}' is a constant", operand.name())));
             }
-            Some(Operand::None) | None => Ref::Null,
+            None => Ref::Null,
         })
     }
 
-    pub(super) fn is_absent(&self, i: usize) -> bool {
-        matches!(self.step().operands.get(i), Some(Operand::None) | None)
+    pub(super) fn is_absent(&self, operand: Slot) -> bool {
+        self.step().get(operand).is_none()
     }
 
     /// The element type of an operand in memory: inputs are always i32.
-    pub(super) fn stored_dtype(&self, i: usize) -> Result<DType, CudaError> {
-        match self.step().operands.get(i) {
+    pub(super) fn stored_dtype(&self, operand: Slot) -> Result<DType, CudaError> {
+        match self.step().get(operand) {
             Some(Operand::Input(_)) => Ok(DType::I32),
-            _ => Ok(self.tensor(i)?.dtype),
+            _ => Ok(self.tensor(operand)?.dtype),
         }
     }
 

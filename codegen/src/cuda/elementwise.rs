@@ -6,44 +6,42 @@ use super::launch::{Arg, Ref};
 use super::plain::Geo;
 use super::source::{Body, c_type, literal};
 use crate::plan::Operand;
+use lathe_ir::ops::angles;
+use lathe_ir::ops::{self, Angles, Cast, Silu, SwiGlu, Where};
 use lathe_ir::{BinaryFn, DType, Op, UnaryFn};
 
 pub(super) fn step(cx: &mut Context<'_>) -> Result<(), CudaError> {
     let step = cx.step();
     let out = cx.result_type(0)?;
     let dims = cx.extents(out);
-    let operands = match step.op {
-        Op::Angles | Op::SwiGlu | Op::Binary(_) => 2,
-        Op::Where => 3,
-        Op::Iota { .. } => 0,
-        _ => 1,
-    };
     // Memory operands get the parameters a, b, c in turn; constants are written into the expression.
     let mut names = Vec::new();
     let mut types = Vec::new();
     let mut args = Vec::new();
     let mut geo = Geo::of(cx, &dims)?;
-    for i in 0..operands {
-        if let Operand::Const { value, dtype } = step.operands[i] {
+    for &operand in step.op.signature().slots {
+        if let Some(&Operand::Const { value, dtype }) = step.get(operand) {
             names.push(constant(value.get(), dtype));
             continue;
         }
         let slot = args.len();
-        let shape = cx.extents(cx.tensor(i)?);
+        let shape = cx.extents(cx.tensor(operand)?);
         let strides = match step.op {
             // An outer product: the rows of the positions, the columns of the frequencies.
-            Op::Angles if i == 0 => broadcast_strides(&[&shape[..], &[1]].concat(), &dims),
+            Op::Angles(_) if operand == angles::POSITIONS => {
+                broadcast_strides(&[&shape[..], &[1]].concat(), &dims)
+            }
             _ => broadcast_strides(&shape, &dims),
         };
         geo.inputs[slot][..dims.len()].copy_from_slice(&strides);
         names.push(["a", "b", "c"][slot].to_owned());
-        types.push(cx.stored_dtype(i)?);
-        args.push(Arg::Ptr(cx.operand(i)?));
+        types.push(cx.stored_dtype(operand)?);
+        args.push(Arg::Ptr(cx.operand(operand)?));
     }
     let is_integer = |t: &DType| !t.is_float();
     let exact = types.iter().all(is_integer)
-        && (is_integer(&out.dtype) || operands == 0)
-        && !matches!(step.op, Op::Angles);
+        && (is_integer(&out.dtype) || step.op.is_leaf())
+        && !matches!(step.op, Op::Angles(Angles));
     let expr = expression(cx, &names)?;
     let inputs = args.len();
     let mut defines = cx
@@ -100,13 +98,13 @@ fn expression(cx: &Context<'_>, x: &[String]) -> Result<String, CudaError> {
     let b = x.get(1).map_or("", String::as_str);
     let call = |f: &str| format!("{f}({a})");
     Ok(match &cx.step().op {
-        Op::Cast(DType::Bool) => format!("{a} != 0"),
+        Op::Cast(Cast(DType::Bool)) => format!("{a} != 0"),
         Op::Cast(_) => a.to_owned(),
-        Op::Iota { .. } => "ix[0]".to_owned(),
-        Op::Where => format!("{a} != 0 ? {b} : {}", x[2]),
-        Op::Silu => call("silu"),
-        Op::SwiGlu => format!("silu({a}) * {b}"),
-        Op::Angles => format!("{a} * {b}"),
+        Op::Iota(_) => "ix[0]".to_owned(),
+        Op::Where(Where) => format!("{a} != 0 ? {b} : {}", x[2]),
+        Op::Silu(Silu) => call("silu"),
+        Op::SwiGlu(SwiGlu) => format!("silu({a}) * {b}"),
+        Op::Angles(Angles) => format!("{a} * {b}"),
         Op::Unary(f) => unary(*f, a),
         Op::Binary(BinaryFn::Pow) => power(cx, a, b),
         Op::Binary(f) => binary(*f, a, b),
@@ -158,9 +156,9 @@ pub(super) fn binary(f: BinaryFn, a: &str, b: &str) -> String {
 
 /// Small whole powers are products: `powf` of a negative base is exact for them too, but slow.
 fn power(cx: &Context<'_>, a: &str, b: &str) -> String {
-    match cx.step().operands[1] {
-        Operand::Const { value, .. } if value.get() == 2.0 => format!("{a} * {a}"),
-        Operand::Const { value, .. } if value.get() == 3.0 => format!("{a} * {a} * {a}"),
+    match cx.step().get(ops::binary::B) {
+        Some(Operand::Const { value, .. }) if value.get() == 2.0 => format!("{a} * {a}"),
+        Some(Operand::Const { value, .. }) if value.get() == 3.0 => format!("{a} * {a} * {a}"),
         _ => binary(BinaryFn::Pow, a, b),
     }
 }

@@ -12,7 +12,9 @@ use super::source::{Body, Defines, literal};
 use super::{CudaError, gemv, skinny, tiled};
 use crate::plan::Operand;
 use crate::work::{KernelClass, Work, WorkShape, gemm_flops};
-use lathe_ir::{DType, Epilogue, GemmSpec, Op, Prologue};
+use lathe_ir::Slot;
+use lathe_ir::ops::{self, Sample, X, gemm};
+use lathe_ir::{DType, Epilogue, Op, Prologue};
 
 /// A GEMM step with its operands found.
 #[derive(Clone)]
@@ -89,7 +91,7 @@ impl Gemm {
 /// the kernel can keep the logits to itself.
 pub(super) fn argmax_follows(cx: &Context<'_>) -> bool {
     let step = cx.step();
-    let Op::Gemm(GemmSpec {
+    let Op::Gemm(ops::Gemm {
         epilogue: Epilogue::None,
         ..
     }) = step.op
@@ -100,12 +102,12 @@ pub(super) fn argmax_follows(cx: &Context<'_>) -> bool {
         return false;
     };
     let logits = step.results.last().copied().flatten();
-    let rows = step.tensor(0).map_or(0, |x| cx.matrix(x).0);
+    let rows = step.tensor(gemm::X).map_or(0, |x| cx.matrix(x).0);
     cx.sampling == Sampling::GreedyOnly
-        && next.op == Op::Sample
-        && matches!(next.operands[0], Operand::Value(v) if Some(v) == logits)
+        && next.op == Op::Sample(Sample)
+        && matches!(next.get(X), Some(Operand::Value(v)) if Some(*v) == logits)
         && rows <= gemv::ROWS
-        && cx.is_absent(2)
+        && cx.is_absent(gemm::BIAS)
         && !cx.options.plain
 }
 
@@ -122,20 +124,19 @@ pub(super) fn key(cx: &mut Context<'_>) -> Result<Option<GemmKey>, CudaError> {
 }
 
 fn operands(cx: &mut Context<'_>, argmax: bool) -> Result<Gemm, CudaError> {
-    let (x, w) = (cx.tensor(0)?, cx.tensor(1)?);
+    let (x, w) = (cx.tensor(gemm::X)?, cx.tensor(gemm::W)?);
     let (m, k) = cx.matrix(x);
     let n = w.shape[0].eval(&cx.env) as usize;
     let spec = match cx.step().op {
         Op::Gemm(spec) => spec,
-        _ => GemmSpec::PLAIN,
+        _ => ops::Gemm::PLAIN,
     };
-    let is_gemm = matches!(cx.step().op, Op::Gemm(_));
-    let optional = |i: usize| match is_gemm && !cx.is_absent(i) {
-        true => cx.operand(i).map(Some),
-        false => Ok(None),
+    let optional = |slot: Slot| match cx.is_absent(slot) {
+        true => Ok(None),
+        false => cx.operand(slot).map(Some),
     };
-    let (bias, residual) = (optional(2)?, optional(3)?);
-    let (gamma, delta) = (optional(4)?, optional(5)?);
+    let (bias, residual) = (optional(gemm::BIAS)?, optional(gemm::RESIDUAL)?);
+    let (gamma, delta) = (optional(gemm::GAMMA)?, optional(gemm::DELTA)?);
     let added = matches!(spec.prologue, Prologue::AddRms { .. });
     let sum = match (added, cx.result_id(0)) {
         (false, _) => Ref::Null,
@@ -149,8 +150,8 @@ fn operands(cx: &mut Context<'_>, argmax: bool) -> Result<Gemm, CudaError> {
         dtype: x.dtype,
         prologue: spec.prologue,
         epilogue: spec.epilogue,
-        x: cx.operand(0)?,
-        w: cx.operand(1)?,
+        x: cx.operand(gemm::X)?,
+        w: cx.operand(gemm::W)?,
         bias,
         residual,
         gamma: gamma.unwrap_or(Ref::Null),

@@ -6,6 +6,8 @@ use super::gemm::{Gemm, epilogue_name};
 use super::launch::{Arg, Ref};
 use super::source::{Body, literal};
 use crate::plan::Operand;
+use lathe_ir::ops::Linear;
+use lathe_ir::ops::gemm;
 use lathe_ir::{Epilogue, Op, Prologue};
 
 /// Most rows.
@@ -171,9 +173,11 @@ fn next_weights(cx: &Context<'_>, bytes: usize) -> Option<Ref> {
     let later = &cx.program.steps[cx.at + 1..];
     let next = later
         .iter()
-        .find(|s| matches!(s.op, Op::Gemm(_) | Op::Linear))?;
-    match next.operands[1] {
-        Operand::Weight(w) if cx.plan.weights[w].recipe.bytes() >= bytes => Some(Ref::Weight(w)),
+        .find(|s| matches!(s.op, Op::Gemm(_) | Op::Linear(Linear)))?;
+    match next.get(gemm::W) {
+        Some(&Operand::Weight(w)) if cx.plan.weights[w].recipe.bytes() >= bytes => {
+            Some(Ref::Weight(w))
+        }
         _ => None,
     }
 }

@@ -32,6 +32,7 @@ pub use source::{FAMILIES, KernelSource};
 use crate::plan::{Operand, Plan, Program};
 use context::Context;
 use lathe_ir::Op;
+use lathe_ir::ops::{Angles, Embedding, Linear, Sample, Silu, SwiGlu, Where};
 use std::collections::BTreeMap;
 
 /// A step that no CUDA kernel executes.
@@ -112,7 +113,7 @@ pub fn gemm_keys(
     let mut keys: BTreeMap<GemmKey, Vec<usize>> = BTreeMap::new();
     for at in 0..program.steps.len() {
         cx.begin(at);
-        if matches!(cx.step().op, Op::Linear | Op::Gemm(_))
+        if matches!(cx.step().op, Op::Linear(Linear) | Op::Gemm(_))
             && let Some(key) = gemm::key(&mut cx)?
         {
             keys.entry(key).or_default().push(at);
@@ -147,24 +148,24 @@ fn lower_steps(
             continue;
         }
         match &cx.step().op {
-            Op::Embedding => plain::embedding(&mut cx)?,
-            Op::RmsNorm { .. } | Op::AddRms { .. } => norm::step(&mut cx)?,
-            Op::Linear | Op::Gemm(_) => {
+            Op::Embedding(Embedding) => plain::embed(&mut cx)?,
+            Op::RmsNorm(_) | Op::AddRms(_) => norm::step(&mut cx)?,
+            Op::Linear(Linear) | Op::Gemm(_) => {
                 let argmax = gemm::argmax_follows(&cx);
                 gemm::step(&mut cx, argmax)?;
                 skip = argmax.then_some(at + 1);
             }
             Op::Rope(_) | Op::AttnStep(_) | Op::AttnQkv(_) => attention::step(&mut cx)?,
             Op::Chain(_) => chain::step(&mut cx)?,
-            Op::Sample => sample::step(&mut cx)?,
+            Op::Sample(Sample) => sample::step(&mut cx)?,
             Op::Cast(_)
             | Op::Unary(_)
             | Op::Binary(_)
-            | Op::Where
-            | Op::Iota { .. }
-            | Op::Silu
-            | Op::SwiGlu
-            | Op::Angles => elementwise::step(&mut cx)?,
+            | Op::Where(Where)
+            | Op::Iota(_)
+            | Op::Silu(Silu)
+            | Op::SwiGlu(SwiGlu)
+            | Op::Angles(Angles) => elementwise::step(&mut cx)?,
             _ => plain::step(&mut cx)?,
         }
     }

@@ -4,6 +4,8 @@ use super::CudaError;
 use super::context::{Context, Geometry};
 use super::launch::{Arg, Ref};
 use super::source::{Body, literal};
+use lathe_ir::ops::{AddRms, RmsNorm};
+use lathe_ir::ops::{addrms, rmsnorm};
 use lathe_ir::{DType, Op};
 
 /// A norm over rows; with `delta` of `x + delta`, which goes to `sum`.
@@ -21,14 +23,14 @@ pub(super) struct Norm {
 }
 
 pub(super) fn step(cx: &mut Context<'_>) -> Result<(), CudaError> {
-    let x = cx.tensor(0)?;
+    let x = cx.tensor(rmsnorm::X)?;
     let (rows, cols) = cx.matrix(x);
     let bytes = rows * cols * x.dtype.size();
     let norm = match cx.step().op {
-        Op::RmsNorm { eps } => Norm {
-            x: cx.operand(0)?,
+        Op::RmsNorm(RmsNorm { eps }) => Norm {
+            x: cx.operand(rmsnorm::X)?,
             delta: None,
-            gamma: cx.operand(1)?,
+            gamma: cx.operand(rmsnorm::GAMMA)?,
             y: cx.result(0)?,
             sum: Ref::Null,
             rows,
@@ -36,10 +38,10 @@ pub(super) fn step(cx: &mut Context<'_>) -> Result<(), CudaError> {
             eps: eps.get(),
             dtype: x.dtype,
         },
-        Op::AddRms { eps } => Norm {
-            x: cx.operand(0)?,
-            delta: Some(cx.operand(1)?),
-            gamma: cx.operand(2)?,
+        Op::AddRms(AddRms { eps }) => Norm {
+            x: cx.operand(addrms::X)?,
+            delta: Some(cx.operand(addrms::DELTA)?),
+            gamma: cx.operand(addrms::GAMMA)?,
             y: match cx.result_id(1) {
                 Some(v) => Ref::Value(v),
                 None => cx.work("unread", bytes, None),

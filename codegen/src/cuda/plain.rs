@@ -6,7 +6,10 @@ use super::context::{Context, Geometry};
 use super::elementwise::broadcast_strides;
 use super::launch::{Arg, Ref};
 use super::source::{Body, c_type};
-use lathe_ir::{DType, Op, PackKind, ReduceFn};
+use lathe_ir::Slot;
+use lathe_ir::ops::{Concat, Matmul, Pack, Permute, Reduce, RepeatKv, Slice, Softmax};
+use lathe_ir::ops::{X, concat, embedding, matmul, select};
+use lathe_ir::{DType, Op, ReduceFn};
 
 /// The structure `Geo` of `plain.cu`.
 pub(super) struct Geo {
@@ -66,23 +69,23 @@ fn dense(dims: &[i64]) -> Vec<i64> {
     strides
 }
 
-pub(super) fn embedding(cx: &mut Context<'_>) -> Result<(), CudaError> {
-    let table = cx.tensor(0)?;
+pub(super) fn embed(cx: &mut Context<'_>) -> Result<(), CudaError> {
+    let table = cx.tensor(embedding::TABLE)?;
     let (vocab, width) = cx.matrix(table);
     if !(width * table.dtype.size()).is_multiple_of(16) {
-        return gather(cx);
+        return gather(cx, embedding::TABLE, embedding::IDS);
     }
-    let rows = cx.tensor(1)?.elements(&cx.env);
-    if cx.stored_dtype(1)? != DType::I32 {
-        return gather(cx);
+    let rows = cx.tensor(embedding::IDS)?.elements(&cx.env);
+    if cx.stored_dtype(embedding::IDS)? != DType::I32 {
+        return gather(cx, embedding::TABLE, embedding::IDS);
     }
     let defines = cx
         .defines(table.dtype)
         .def("LATHE_H", width)
         .def("LATHE_V", vocab);
     let args = vec![
-        Arg::Ptr(cx.operand(0)?),
-        Arg::Ptr(cx.operand(1)?),
+        Arg::Ptr(cx.operand(embedding::TABLE)?),
+        Arg::Ptr(cx.operand(embedding::IDS)?),
         Arg::Ptr(cx.result(0)?),
         Arg::I32(rows as i32),
     ];
@@ -99,34 +102,35 @@ pub(super) fn embedding(cx: &mut Context<'_>) -> Result<(), CudaError> {
 
 pub(super) fn step(cx: &mut Context<'_>) -> Result<(), CudaError> {
     match cx.step().op.clone() {
-        Op::Reduce { f, axis, .. } => reduce(cx, f, usize::from(axis)),
-        Op::Matmul => matmul(cx),
-        Op::Embedding | Op::Select => gather(cx),
-        Op::Softmax => softmax(cx),
-        Op::Permute(perm) => {
-            let x = cx.extents(cx.tensor(0)?);
+        Op::Reduce(Reduce { f, axis, .. }) => reduce(cx, f, usize::from(axis)),
+        Op::Matmul(Matmul) => matmul(cx),
+        Op::Embedding(_) => gather(cx, embedding::TABLE, embedding::IDS),
+        Op::Select(_) => gather(cx, select::X, select::ROWS),
+        Op::Softmax(Softmax) => softmax(cx),
+        Op::Permute(Permute(perm)) => {
+            let x = cx.extents(cx.tensor(X)?);
             let strides = dense(&x);
             let dims: Vec<i64> = perm.iter().map(|&p| x[usize::from(p)]).collect();
             let from: Vec<i64> = perm.iter().map(|&p| strides[usize::from(p)]).collect();
-            copy(cx, 0, &dims, &from, 0, None)
+            copy(cx, X, &dims, &from, 0, None)
         }
         Op::Expand(_) => {
             let dims = cx.extents(cx.result_type(0)?);
-            let from = broadcast_strides(&cx.extents(cx.tensor(0)?), &dims);
-            copy(cx, 0, &dims, &from, 0, None)
+            let from = broadcast_strides(&cx.extents(cx.tensor(X)?), &dims);
+            copy(cx, X, &dims, &from, 0, None)
         }
-        Op::Slice { axis, start, .. } => {
+        Op::Slice(Slice { axis, start, .. }) => {
             let dims = cx.extents(cx.result_type(0)?);
-            let from = dense(&cx.extents(cx.tensor(0)?));
+            let from = dense(&cx.extents(cx.tensor(X)?));
             let offset = start * from[usize::from(axis)];
-            copy(cx, 0, &dims, &from, offset, None)
+            copy(cx, X, &dims, &from, offset, None)
         }
-        Op::Concat { axis } => concat(cx, usize::from(axis)),
-        Op::RepeatKv { groups } => {
-            let x = cx.extents(cx.tensor(0)?);
+        Op::Concat(Concat { axis }) => concat(cx, usize::from(axis)),
+        Op::RepeatKv(RepeatKv { groups }) => {
+            let x = cx.extents(cx.tensor(X)?);
             let s = dense(&x);
             let dims = [x[0], x[1], i64::from(groups), x[2], x[3]];
-            copy(cx, 0, &dims, &[s[0], s[1], 0, s[2], s[3]], 0, None)
+            copy(cx, X, &dims, &[s[0], s[1], 0, s[2], s[3]], 0, None)
         }
         Op::Pack(kind) => pack(cx, kind),
         _ => Err(cx.refuse("no CUDA kernel computes it")),
@@ -136,7 +140,7 @@ pub(super) fn step(cx: &mut Context<'_>) -> Result<(), CudaError> {
 /// Copies a strided view of an operand, to strides and an offset of the result if given.
 fn copy(
     cx: &mut Context<'_>,
-    operand: usize,
+    operand: Slot,
     dims: &[i64],
     from: &[i64],
     offset: i64,
@@ -178,7 +182,7 @@ fn copy(
 
 /// Two tensors one after the other along an axis.
 fn concat(cx: &mut Context<'_>, axis: usize) -> Result<(), CudaError> {
-    let (a, b) = (cx.tensor(0)?, cx.tensor(1)?);
+    let (a, b) = (cx.tensor(concat::A)?, cx.tensor(concat::B)?);
     let out = cx.result_type(0)?;
     let dims = cx.extents(out);
     let (first, second) = (cx.extents(a), cx.extents(b));
@@ -194,13 +198,13 @@ fn concat(cx: &mut Context<'_>, axis: usize) -> Result<(), CudaError> {
         .def("LATHE_KIND", 0)
         .def("LATHE_RANK", dims.len().max(1))
         .def("LATHE_CONCAT", axis)
-        .def("LATHE_TA", c_type(cx.stored_dtype(0)?))
-        .def("LATHE_TB", c_type(cx.stored_dtype(1)?))
+        .def("LATHE_TA", c_type(cx.stored_dtype(concat::A)?))
+        .def("LATHE_TB", c_type(cx.stored_dtype(concat::B)?))
         .def("LATHE_TO", c_type(out.dtype))
         .def("LATHE_CT", compute);
     let grid = [(geo.n as usize).div_ceil(256), 1, 1];
     let label = format!("concat{axis}_r{}_{}", dims.len(), out.dtype);
-    let inputs = [cx.operand(0)?, cx.operand(1)?, Ref::Null];
+    let inputs = [cx.operand(concat::A)?, cx.operand(concat::B)?, Ref::Null];
     launch(
         cx,
         &label,
@@ -227,7 +231,7 @@ fn launch(
 }
 
 fn reduce(cx: &mut Context<'_>, f: ReduceFn, axis: usize) -> Result<(), CudaError> {
-    let x = cx.tensor(0)?;
+    let x = cx.tensor(X)?;
     let mut dims = cx.extents(x);
     let mut strides = dense(&dims);
     let (extent, stride) = (dims.remove(axis), strides.remove(axis));
@@ -251,12 +255,12 @@ fn reduce(cx: &mut Context<'_>, f: ReduceFn, axis: usize) -> Result<(), CudaErro
         .def("LATHE_RED", code);
     let label = format!("{}_r{}_{}", cx.step().op.name(), dims.len(), x.dtype);
     let geometry = Geometry::new([geo.n as usize, 1, 1], 128, 0);
-    let inputs = [cx.operand(0)?, Ref::Null, Ref::Null];
+    let inputs = [cx.operand(X)?, Ref::Null, Ref::Null];
     launch(cx, &label, defines, geometry, inputs, &geo)
 }
 
 fn matmul(cx: &mut Context<'_>) -> Result<(), CudaError> {
-    let (a, b) = (cx.tensor(0)?, cx.tensor(1)?);
+    let (a, b) = (cx.tensor(matmul::A)?, cx.tensor(matmul::B)?);
     let out = cx.result_type(0)?;
     let (ad, bd, od) = (cx.extents(a), cx.extents(b), cx.extents(out));
     let rank = od.len();
@@ -288,7 +292,7 @@ fn matmul(cx: &mut Context<'_>) -> Result<(), CudaError> {
         (m as usize).div_ceil(16),
         (od[0] * od[1]) as usize,
     ];
-    let inputs = [cx.operand(0)?, cx.operand(1)?, Ref::Null];
+    let inputs = [cx.operand(matmul::A)?, cx.operand(matmul::B)?, Ref::Null];
     let label = format!("matmul_{}", out.dtype);
     launch(
         cx,
@@ -300,11 +304,12 @@ fn matmul(cx: &mut Context<'_>) -> Result<(), CudaError> {
     )
 }
 
-/// Rows of the first operand by the indices in the second.
-fn gather(cx: &mut Context<'_>) -> Result<(), CudaError> {
-    let (x, out) = (cx.tensor(0)?, cx.result_type(0)?);
+/// Rows of an operand by the indices in another.
+fn gather(cx: &mut Context<'_>, x: Slot, ids: Slot) -> Result<(), CudaError> {
+    let operands = [cx.operand(x)?, cx.operand(ids)?, Ref::Null];
+    let (x, out) = (cx.tensor(x)?, cx.result_type(0)?);
     let rows = cx.extents(x)[0];
-    let count = cx.tensor(1)?.elements(&cx.env) as i64;
+    let count = cx.tensor(ids)?.elements(&cx.env) as i64;
     let inner = x.elements(&cx.env) as i64 / rows.max(1);
     let mut geo = Geo::new(&[1, count, inner, rows]);
     geo.n = count * inner;
@@ -313,22 +318,21 @@ fn gather(cx: &mut Context<'_>) -> Result<(), CudaError> {
         .def("LATHE_KIND", 3)
         .def("LATHE_TA", c_type(x.dtype))
         .def("LATHE_TO", c_type(out.dtype))
-        .def("LATHE_TI", c_type(cx.stored_dtype(1)?));
+        .def("LATHE_TI", c_type(cx.stored_dtype(ids)?));
     let grid = [(geo.n as usize).div_ceil(256), 1, 1];
-    let inputs = [cx.operand(0)?, cx.operand(1)?, Ref::Null];
     let label = format!("gather_{}", x.dtype);
     launch(
         cx,
         &label,
         defines,
         Geometry::new(grid, 256, 0),
-        inputs,
+        operands,
         &geo,
     )
 }
 
 fn softmax(cx: &mut Context<'_>) -> Result<(), CudaError> {
-    let x = cx.tensor(0)?;
+    let x = cx.tensor(X)?;
     let (rows, cols) = cx.matrix(x);
     let geo = Geo::new(&[rows as i64, cols as i64]);
     let defines = cx
@@ -337,7 +341,7 @@ fn softmax(cx: &mut Context<'_>) -> Result<(), CudaError> {
         .def("LATHE_TA", c_type(x.dtype))
         .def("LATHE_TO", c_type(cx.result_type(0)?.dtype));
     let label = format!("softmax_{}", x.dtype);
-    let inputs = [cx.operand(0)?, Ref::Null, Ref::Null];
+    let inputs = [cx.operand(X)?, Ref::Null, Ref::Null];
     launch(
         cx,
         &label,
@@ -349,11 +353,11 @@ fn softmax(cx: &mut Context<'_>) -> Result<(), CudaError> {
 }
 
 /// Computed weights laid out as one (weights from files are packed while they are loaded).
-fn pack(cx: &mut Context<'_>, kind: PackKind) -> Result<(), CudaError> {
-    let parts = cx.step().operands.len();
+fn pack(cx: &mut Context<'_>, kind: Pack) -> Result<(), CudaError> {
     let mut at = 0;
-    for i in 0..parts {
-        let (rows, k) = match cx.extents(cx.tensor(i)?)[..] {
+    for i in 0..cx.step().operands.len() {
+        let part = Slot::nth(i);
+        let (rows, k) = match cx.extents(cx.tensor(part)?)[..] {
             [n] => (n, 1),
             [n, k] => (n, k),
             _ => return Err(cx.refuse("weights have one or two axes")),
@@ -366,19 +370,19 @@ fn pack(cx: &mut Context<'_>, kind: PackKind) -> Result<(), CudaError> {
             (dims, from, to)
         };
         let (dims, from, to) = match kind {
-            PackKind::GateUp => (vec![rows / 8, 8, k], vec![8 * k, k, 1], vec![16 * k, k, 1]),
-            PackKind::Qkv {
+            Pack::GateUp => (vec![rows / 8, 8, k], vec![8 * k, k, 1], vec![16 * k, k, 1]),
+            Pack::Qkv {
                 head_dim,
                 interleave: true,
             } if i < 2 => halves(i64::from(head_dim)),
-            PackKind::Head { head_dim } => halves(i64::from(head_dim)),
-            PackKind::Qkv { .. } => (vec![rows, k], vec![k, 1], vec![k, 1]),
+            Pack::Head { head_dim } => halves(i64::from(head_dim)),
+            Pack::Qkv { .. } => (vec![rows, k], vec![k, 1], vec![k, 1]),
         };
         let offset = match kind {
-            PackKind::GateUp => i as i64 * 8 * k,
+            Pack::GateUp => i as i64 * 8 * k,
             _ => at * k,
         };
-        copy(cx, i, &dims, &from, 0, Some((&to, offset)))?;
+        copy(cx, part, &dims, &from, 0, Some((&to, offset)))?;
         at += rows;
     }
     Ok(())

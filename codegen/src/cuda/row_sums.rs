@@ -12,6 +12,7 @@ use super::norm::row_threads;
 use super::source::Body;
 use crate::plan::{Operand, Step, ValueId};
 use crate::work::{KernelClass, Work};
+use lathe_ir::ops::gemm;
 use lathe_ir::{DType, Op, Prologue, Real};
 
 /// Bytes of a sum of squares, a fixed-point number.
@@ -57,8 +58,8 @@ pub(super) fn is_fine(eps: Real) -> bool {
 /// Whether a step takes the norm of a value as factors, if its kernel can.
 fn takes_factors(step: &Step, value: ValueId) -> bool {
     matches!(&step.op, Op::Gemm(spec) if matches!(spec.prologue, Prologue::Rms { eps } if is_fine(eps)))
-        && step.operands[0] == Operand::Value(value)
-        && step.operands[4] == Operand::None
+        && step.get(gemm::X) == Some(&Operand::Value(value))
+        && step.get(gemm::GAMMA).is_none()
 }
 
 /// Whether a step from number `from` on may read the sums of a value.

@@ -4,9 +4,10 @@ use super::CudaError;
 use super::context::{Context, Geometry};
 use super::launch::{Arg, Meta, Ref, Sampling};
 use super::source::Body;
+use lathe_ir::ops::X;
 
 pub(super) fn step(cx: &mut Context<'_>) -> Result<(), CudaError> {
-    let logits = cx.tensor(0)?;
+    let logits = cx.tensor(X)?;
     let (rows, vocab) = cx.matrix(logits);
     let greedy = cx.sampling != Sampling::Params;
     let defines = cx
@@ -20,7 +21,7 @@ pub(super) fn step(cx: &mut Context<'_>) -> Result<(), CudaError> {
     );
     let meta = |m| Arg::Ptr(Ref::Meta(m));
     let args = vec![
-        Arg::Ptr(cx.operand(0)?),
+        Arg::Ptr(cx.operand(X)?),
         meta(Meta::Temperature),
         meta(Meta::TopK),
         meta(Meta::TopP),

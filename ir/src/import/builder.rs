@@ -1,9 +1,10 @@
 //! Appends typed nodes with provenance: the vocabulary in which the blocks are written.
 
 use super::error::ImportError;
-use crate::{
-    BinaryFn, DType, Dim, Graph, NodeId, Op, Prov, Real, ReduceFn, Sym, UnaryFn, WeightRef,
+use crate::ops::{
+    Cast, Concat, Const, Expand, Matmul, Op, Permute, Reduce, Reshape, Slice, Weight, WeightRef,
 };
+use crate::{BinaryFn, DType, Dim, Graph, NodeId, Prov, Real, ReduceFn, Sym, UnaryFn};
 
 /// Result of every building step.
 pub(crate) type Built = Result<NodeId, ImportError>;
@@ -77,7 +78,7 @@ impl Builder {
     }
 
     /// Appends any operation.
-    pub(crate) fn add(&mut self, op: Op, inputs: &[NodeId]) -> Built {
+    pub(crate) fn add(&mut self, op: impl Into<Op>, inputs: &[NodeId]) -> Built {
         self.graph
             .add(op, inputs, &self.prov)
             .map_err(|source| ImportError::Type {
@@ -107,7 +108,7 @@ impl Builder {
             self.weights.push(weight.clone());
         }
         let dtype = self.dtype;
-        self.add(Op::Weight { weight, dtype }, &[])
+        self.add(Weight { weight, dtype }, &[])
     }
 
     /// A number as the model's element type holds it.
@@ -122,7 +123,7 @@ impl Builder {
     /// A scalar.
     pub(crate) fn konst(&mut self, value: f64, dtype: DType) -> Built {
         let value = Real::new(value);
-        self.add(Op::Const { value, dtype }, &[])
+        self.add(Const { value, dtype }, &[])
     }
 
     /// `x` in another element type; nothing is appended if it already has it.
@@ -130,18 +131,18 @@ impl Builder {
         if self.dtype_of(x) == to {
             Ok(x)
         } else {
-            self.add(Op::Cast(to), &[x])
+            self.add(Cast(to), &[x])
         }
     }
 
     /// An elementwise function.
     pub(crate) fn unary(&mut self, f: UnaryFn, x: NodeId) -> Built {
-        self.add(Op::Unary(f), &[x])
+        self.add(f, &[x])
     }
 
     /// An elementwise function of two operands.
     pub(crate) fn binary(&mut self, f: BinaryFn, a: NodeId, b: NodeId) -> Built {
-        self.add(Op::Binary(f), &[a, b])
+        self.add(f, &[a, b])
     }
 
     /// `f(x, value)` with the constant in x's element type.
@@ -154,7 +155,7 @@ impl Builder {
     pub(crate) fn reduce_last(&mut self, f: ReduceFn, x: NodeId) -> Built {
         let axis = self.last_axis(x);
         self.add(
-            Op::Reduce {
+            Reduce {
                 f,
                 axis,
                 keepdim: true,
@@ -175,28 +176,28 @@ impl Builder {
 
     /// A matrix product.
     pub(crate) fn matmul(&mut self, a: NodeId, b: NodeId) -> Built {
-        self.add(Op::Matmul, &[a, b])
+        self.add(Matmul, &[a, b])
     }
 
     /// The same elements under other extents.
     pub(crate) fn reshape(&mut self, x: NodeId, shape: &[Dim]) -> Built {
-        self.add(Op::Reshape(shape.to_vec()), &[x])
+        self.add(Reshape(shape.to_vec()), &[x])
     }
 
     /// Axes in another order.
     pub(crate) fn permute(&mut self, x: NodeId, perm: &[u8]) -> Built {
-        self.add(Op::Permute(perm.to_vec()), &[x])
+        self.add(Permute(perm.to_vec()), &[x])
     }
 
     /// Extents of 1 stretched.
     pub(crate) fn expand(&mut self, x: NodeId, shape: &[Dim]) -> Built {
-        self.add(Op::Expand(shape.to_vec()), &[x])
+        self.add(Expand(shape.to_vec()), &[x])
     }
 
     /// Part of an axis.
     pub(crate) fn slice(&mut self, x: NodeId, axis: u8, start: u32, end: u32) -> Built {
         self.add(
-            Op::Slice {
+            Slice {
                 axis,
                 start: start.into(),
                 end: end.into(),
@@ -208,6 +209,6 @@ impl Builder {
     /// Two values along the last axis.
     pub(crate) fn concat_last(&mut self, a: NodeId, b: NodeId) -> Built {
         let axis = self.last_axis(a);
-        self.add(Op::Concat { axis }, &[a, b])
+        self.add(Concat { axis }, &[a, b])
     }
 }

@@ -1,6 +1,7 @@
 //! Tests of configurations and of the graphs that they give.
 
 use super::*;
+use crate::ops::{Cast, Const, Table, X};
 use crate::{NodeId, Op};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -85,8 +86,8 @@ fn importers_emit_primitives_and_casts_only_where_types_change() {
             let g = build(&golden(name, "config.json"), dtype).graph;
             for node in g.nodes() {
                 assert!(node.op.is_primitive(), "{name}: {}", node.op.name());
-                if let Op::Cast(to) = node.op {
-                    assert_ne!(g.tensor(node.inputs[0]).expect("tensor").dtype, to);
+                if let Op::Cast(Cast(to)) = node.op {
+                    assert_ne!(g.tensor(node.inputs[X]).expect("tensor").dtype, to);
                 }
             }
             assert_eq!(g.without_dead().nodes().len(), g.nodes().len(), "{name}");
@@ -432,7 +433,7 @@ fn fewer_layers_keep_the_first_layer_types() {
 fn overrides_reach_both_spellings() {
     let theta = |m: &Model| {
         m.graph.nodes().iter().find_map(|n| match &n.op {
-            Op::Table { data, .. } => Some(data[1].get()),
+            Op::Table(Table { data, .. }) => Some(data[1].get()),
             _ => None,
         })
     };
@@ -463,14 +464,14 @@ fn overrides_reach_both_spellings() {
 fn rope_factors(overrides: &[(&str, Value)], theta: f64) -> (Vec<f64>, f64) {
     let g = with("llama-linear", overrides).graph;
     let table = g.nodes().iter().find_map(|n| match &n.op {
-        Op::Table { data, .. } => Some(data.clone()),
+        Op::Table(Table { data, .. }) => Some(data.clone()),
         _ => None,
     });
     let table = table.expect("a table");
     let d = 2.0 * table.len() as f64;
     let ratio = |(i, f): (usize, &crate::Real)| f.get() * theta.powf(2.0 * i as f64 / d);
     let scaling = g.nodes().iter().find_map(|n| match n.op {
-        Op::Const { value, .. } if &*n.prov.path == "model.rotary_emb" => Some(value.get()),
+        Op::Const(Const { value, .. }) if &*n.prov.path == "model.rotary_emb" => Some(value.get()),
         _ => None,
     });
     let factors = table.iter().enumerate().map(ratio).collect();

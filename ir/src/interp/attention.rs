@@ -1,10 +1,15 @@
 //! Attention, in full-sequence form and in steps on a KV cache.
 
-use super::rows::{required, rms_row, rope_row, rounded, softmax_row};
+use super::eval::{Call, Eval};
+use super::rows::{rms_row, rope_row, rounded, softmax_row};
 use super::value::CacheRef;
 use super::{Float, Tensor, Value};
 use crate::dtype::DType;
-use crate::spec::{AttnSpec, Mask, QkvSpec};
+use crate::operands::Operands;
+use crate::ops::{
+    Attn, AttnQkv, AttnSpec, AttnStep, Mask, Sdpa, attn as attn_args, attn_qkv, attn_step,
+    sdpa as sdpa_args,
+};
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -149,7 +154,7 @@ fn view(mask: Mask, pos: usize, n: usize) -> Range<usize> {
 }
 
 /// `(q [B,H,S,D], k, v [B,Hkv,S,D])`.
-pub(super) fn attn<F: Float>(
+fn attn<F: Float>(
     spec: &AttnSpec,
     q: &Tensor<F>,
     k: &Tensor<F>,
@@ -183,11 +188,7 @@ pub(super) fn attn<F: Float>(
 }
 
 /// Scores and values to the result: `softmax(mask(cap(scale·s)))·v`.
-pub(super) fn sdpa<F: Float>(
-    spec: &AttnSpec,
-    s: &Tensor<F>,
-    v: &Tensor<F>,
-) -> Result<Tensor<F>, String> {
+fn sdpa<F: Float>(spec: &AttnSpec, s: &Tensor<F>, v: &Tensor<F>) -> Result<Tensor<F>, String> {
     if s.rank() < 2 {
         return Err(format!("scores have rank {}", s.rank()));
     }
@@ -283,17 +284,60 @@ fn append_and_attend<F: Float>(
     Ok(out)
 }
 
-/// `(q [T,H,D], k [T,Hkv,D], v [T,Hkv,D], cache)`.
-pub(super) fn attn_step<F: Float>(
+type Out<F> = Result<Value<F>, String>;
+
+impl Eval for Sdpa {
+    fn eval<F: Float>(&self, x: &Operands<&Value<F>>, _: &mut Call<'_, '_, F>) -> Out<F> {
+        let (scores, v) = (x.float(sdpa_args::SCORES)?, x.float(sdpa_args::V)?);
+        sdpa(&self.0, scores, v).map(Value::Float)
+    }
+}
+
+impl Eval for Attn {
+    fn eval<F: Float>(&self, x: &Operands<&Value<F>>, _: &mut Call<'_, '_, F>) -> Out<F> {
+        let (q, k, v) = (
+            x.float(attn_args::Q)?,
+            x.float(attn_args::K)?,
+            x.float(attn_args::V)?,
+        );
+        attn(&self.0, q, k, v).map(Value::Float)
+    }
+}
+
+impl Eval for AttnStep {
+    fn eval<F: Float>(&self, x: &Operands<&Value<F>>, call: &mut Call<'_, '_, F>) -> Out<F> {
+        let step = call.state.step()?.clone();
+        let (q, k) = (x.float(attn_step::Q)?, x.float(attn_step::K)?);
+        let cache = x.value(attn_step::CACHE)?.cache()?;
+        step_of(
+            &self.0,
+            q,
+            k,
+            x.float(attn_step::V)?,
+            cache,
+            &step,
+            &mut call.state.caches,
+        )
+    }
+}
+
+impl Eval for AttnQkv {
+    fn eval<F: Float>(&self, x: &Operands<&Value<F>>, call: &mut Call<'_, '_, F>) -> Out<F> {
+        let step = call.state.step()?.clone();
+        packed_step(self, x, &step, &mut call.state.caches, call.round)
+    }
+}
+
+/// Attention of a step on heads that come apart.
+fn step_of<F: Float>(
     spec: &AttnSpec,
-    inputs: &[&Value<F>],
+    q: &Tensor<F>,
+    k: &Tensor<F>,
+    v: &Tensor<F>,
+    cache: CacheRef,
     step: &StepMeta,
     caches: &mut Caches<F>,
-) -> Result<Value<F>, String> {
-    let &[q, k, v, cache] = inputs else {
-        return Err(format!("expected 4 operands, found {}", inputs.len()));
-    };
-    let (q, k, v, cache) = (q.float()?, k.float()?, v.float()?, cache.cache()?);
+) -> Out<F> {
     if q.rank() != 3 || k.rank() != 3 || k.shape[1..] != [cache.kv_heads, cache.head_dim] {
         return Err(format!(
             "q {:?} and k {:?} do not fit a cache of {} heads of {}",
@@ -308,19 +352,15 @@ pub(super) fn attn_step<F: Float>(
     ]))
 }
 
-/// `(qkv [T,(H+2Hkv)·D], gamma_q, gamma_k, positions, inv_freq, cache)`. `round` applies to the
-/// rows that go into the cache.
-pub(super) fn attn_qkv<F: Float>(
-    spec: &QkvSpec,
-    inputs: &[&Value<F>],
+/// Attention of a step on packed rows. `round` applies to the rows that go into the cache.
+fn packed_step<F: Float>(
+    spec: &AttnQkv,
+    x: &Operands<&Value<F>>,
     step: &StepMeta,
     caches: &mut Caches<F>,
     round: Option<DType>,
-) -> Result<Value<F>, String> {
-    let &[qkv, gamma_q, gamma_k, pos, freq, cache] = inputs else {
-        return Err(format!("expected 6 operands, found {}", inputs.len()));
-    };
-    let (qkv, cache) = (qkv.float()?, cache.cache()?);
+) -> Out<F> {
+    let (qkv, cache) = (x.float(attn_qkv::QKV)?, x.value(attn_qkv::CACHE)?.cache()?);
     let (heads, hkv, d) = (
         spec.heads as usize,
         spec.kv_heads as usize,
@@ -342,7 +382,7 @@ pub(super) fn attn_qkv<F: Float>(
     let t = qkv.shape[0];
     let norm = match spec.head_norm {
         Some(eps) => {
-            let (gq, gk) = (required(gamma_q, "gamma_q")?, required(gamma_k, "gamma_k")?);
+            let (gq, gk) = (x.float(attn_qkv::Q_NORM)?, x.float(attn_qkv::K_NORM)?);
             if gq.shape != [d] || gk.shape != [d] {
                 return Err(format!("head norms {:?}, {:?}", gq.shape, gk.shape));
             }
@@ -352,7 +392,8 @@ pub(super) fn attn_qkv<F: Float>(
     };
     let rope = match spec.rope {
         Some(r) => {
-            let (pos, freq) = (pos.to_float()?, required(freq, "inv_freq")?);
+            let pos = x.value(attn_qkv::POSITIONS)?.to_float()?;
+            let freq = x.float(attn_qkv::INV_FREQ)?;
             if pos.data.len() != t || freq.shape != [d / 2] || !d.is_multiple_of(16) {
                 return Err(format!(
                     "positions {:?}, frequencies {:?} for {t} tokens and heads of {d}",

@@ -1,9 +1,14 @@
 //! Elementwise operations with broadcasting, and conversions.
 
+use super::eval::{Call, Eval};
+use super::rows::silu;
 use super::value::{broadcast_shape, broadcast_strides, coalesce, walk};
 use super::{Float, Tensor, Value};
 use crate::dtype::DType;
-use crate::op::{BinaryFn, UnaryFn};
+use crate::functions::{BinaryFn, UnaryFn};
+use crate::operands::Operands;
+use crate::ops::swiglu as gated;
+use crate::ops::{Cast, Silu, SwiGlu, Where, X, binary as args, select_where};
 
 /// Applies `f` to each pair of elements.
 pub(super) fn zip<A: Copy, B: Copy, O>(
@@ -187,4 +192,48 @@ pub(super) fn cast<F: Float>(x: &Value<F>, to: DType) -> Result<Value<F>, String
         (Value::Bool(t), _) => Value::Float(t.map(|v| if v { F::ONE } else { F::ZERO })),
         _ => return Err(format!("cannot convert {}", x.kind())),
     })
+}
+
+/// `silu(gate)·up`.
+pub(super) fn swiglu<F: Float>(gate: &Tensor<F>, up: &Tensor<F>) -> Out<F> {
+    zip(gate, up, |g, u| silu(g) * u).map(Value::Float)
+}
+
+type Out<F> = Result<Value<F>, String>;
+
+impl Eval for Cast {
+    fn eval<F: Float>(&self, x: &Operands<&Value<F>>, _: &mut Call<'_, '_, F>) -> Out<F> {
+        cast(x.value(X)?, self.0)
+    }
+}
+
+impl Eval for UnaryFn {
+    fn eval<F: Float>(&self, x: &Operands<&Value<F>>, _: &mut Call<'_, '_, F>) -> Out<F> {
+        unary(*self, x.value(X)?)
+    }
+}
+
+impl Eval for BinaryFn {
+    fn eval<F: Float>(&self, x: &Operands<&Value<F>>, _: &mut Call<'_, '_, F>) -> Out<F> {
+        binary(*self, x.value(args::A)?, x.value(args::B)?)
+    }
+}
+
+impl Eval for Where {
+    fn eval<F: Float>(&self, x: &Operands<&Value<F>>, _: &mut Call<'_, '_, F>) -> Out<F> {
+        let cond = x.value(select_where::COND)?.bool()?;
+        select(cond, x.value(select_where::A)?, x.value(select_where::B)?)
+    }
+}
+
+impl Eval for Silu {
+    fn eval<F: Float>(&self, x: &Operands<&Value<F>>, _: &mut Call<'_, '_, F>) -> Out<F> {
+        Ok(Value::Float(x.float(X)?.map(silu)))
+    }
+}
+
+impl Eval for SwiGlu {
+    fn eval<F: Float>(&self, x: &Operands<&Value<F>>, _: &mut Call<'_, '_, F>) -> Out<F> {
+        swiglu(x.float(gated::GATE)?, x.float(gated::UP)?)
+    }
 }

@@ -1,9 +1,12 @@
 //! Products and reductions. The order of summation of an output element depends on the inner
 //! extent alone, so a row's result does not depend on the other rows of a batch.
 
+use super::eval::{Call, Eval};
 use super::value::{broadcast_shape, broadcast_strides, coalesce, walk};
 use super::{Float, Tensor, Value};
-use crate::op::ReduceFn;
+use crate::functions::ReduceFn;
+use crate::operands::Operands;
+use crate::ops::{self, Linear, Matmul, Reduce, X};
 
 /// Dot product, in 16 interleaved partial sums.
 pub(super) fn dot<F: Float>(a: &[F], b: &[F]) -> F {
@@ -212,4 +215,24 @@ pub(super) fn argmax<F: Float>(x: impl IntoIterator<Item = F>) -> i64 {
         }
     }
     at
+}
+
+type Out<F> = Result<Value<F>, String>;
+
+impl Eval for Reduce {
+    fn eval<F: Float>(&self, x: &Operands<&Value<F>>, _: &mut Call<'_, '_, F>) -> Out<F> {
+        reduce(self.f, self.axis, self.keepdim, x.float(X)?)
+    }
+}
+
+impl Eval for Matmul {
+    fn eval<F: Float>(&self, x: &Operands<&Value<F>>, _: &mut Call<'_, '_, F>) -> Out<F> {
+        matmul(x.float(ops::matmul::A)?, x.float(ops::matmul::B)?).map(Value::Float)
+    }
+}
+
+impl Eval for Linear {
+    fn eval<F: Float>(&self, x: &Operands<&Value<F>>, _: &mut Call<'_, '_, F>) -> Out<F> {
+        linear(x.float(ops::linear::X)?, x.float(ops::linear::W)?).map(Value::Float)
+    }
 }

@@ -6,8 +6,11 @@
 //! of a narrow float type is rounded when it is produced, as a device that stores it would.
 
 mod attention;
+mod chain;
 mod elementwise;
+mod eval;
 mod float;
+mod leaves;
 mod linalg;
 mod movement;
 mod rows;
@@ -17,15 +20,15 @@ pub use attention::{KvRows, KvState, StepMeta};
 pub use float::Float;
 pub use value::{CacheRef, Tensor, Value};
 
-use crate::chain::{Chain, ChainArg};
+pub(crate) use eval::{Call, Eval};
+
 use crate::dtype::DType;
 use crate::graph::{Graph, NodeId};
-use crate::op::Op;
+use crate::operands::Operands;
+use crate::ops::{Cast, Get, Op, WeightRef};
 use crate::shape::{Dim, SymEnv};
-use crate::spec::WeightRef;
 use crate::{TensorType, Type};
 use indexmap::IndexMap;
-use movement::any;
 use std::collections::BTreeMap;
 use std::fmt;
 use thiserror::Error;
@@ -74,7 +77,7 @@ pub struct Interp<'a, F> {
     pub round: bool,
     /// The KV caches, by layer. A cache that is missing is empty.
     pub caches: BTreeMap<u32, KvState<F>>,
-    /// How [`Op::Sample`] picks a token; by default the one with the largest logit, the lowest
+    /// How [`crate::ops::Sample`] picks a token; by default the one with the largest logit, the lowest
     /// one on ties.
     pub sampler: Option<&'a SampleFn<'a, F>>,
 }
@@ -135,19 +138,16 @@ impl<'a, F: Float> Interp<'a, F> {
                 continue;
             }
             let node = graph.node(id);
-            let result = match (&node.op, node.inputs.as_slice()) {
+            let result = match (&node.op, node.inputs.only()) {
                 // Without a copy where this is the last use.
-                (Op::Reshape(_) | Op::Get(_) | Op::Cast(_), &[x]) if uses[x.index()] == 1 => {
+                (Op::Reshape(_) | Op::Get(_) | Op::Cast(_), Some(x)) if uses[x.index()] == 1 => {
                     let x = values[x.index()].take().expect("operands come first");
                     self.consume(&node.op, x, &node.ty)
                 }
                 _ => {
-                    let inputs: Vec<&Value<F>> = node
-                        .inputs
-                        .iter()
-                        .map(|i| values[i.index()].as_ref().expect("operands come first"))
-                        .collect();
-                    eval_op(&node.op, &inputs, &node.ty, self)
+                    let value = |i: &NodeId| values[i.index()].as_ref();
+                    let inputs = node.inputs.map(|i| value(i).expect("operands come first"));
+                    eval_op(&node.op, inputs, &node.ty, self)
                 }
             };
             let value = result.map_err(|e| InterpError {
@@ -195,14 +195,16 @@ impl<'a, F: Float> Interp<'a, F> {
                     (Err(e), _) => e,
                 }
             }
-            (Op::Get(i), Value::Tuple(mut vs)) if usize::from(*i) < vs.len() => {
+            (Op::Get(Get(i)), Value::Tuple(mut vs)) if usize::from(*i) < vs.len() => {
                 return Ok(vs.swap_remove(usize::from(*i)));
             }
-            (Op::Cast(to), x @ Value::Float(_)) if to.is_float() => match self.finish(x, ty) {
-                Ok(v) => return Ok(v),
-                Err(e) => e,
-            },
-            (op, x) => return eval_op(op, &[&x], ty, self),
+            (Op::Cast(Cast(to)), x @ Value::Float(_)) if to.is_float() => {
+                match self.finish(x, ty) {
+                    Ok(v) => return Ok(v),
+                    Err(e) => e,
+                }
+            }
+            (op, x) => return eval_op(op, [&x], ty, self),
         };
         Err(InterpError {
             op: op.name(),
@@ -257,7 +259,7 @@ impl<'a, F: Float> Interp<'a, F> {
                 .map(|(v, t)| self.finish(v, t))
                 .collect::<Result<_, _>>()
                 .map(Value::Tuple),
-            (v @ Value::Cache(_), Type::Cache) | (v @ Value::None, Type::None) => Ok(v),
+            (v @ Value::Cache(_), Type::Cache) => Ok(v),
             (v, Type::Tensor(t)) => self.finish_tensor(v, t, self.rounding(ty)),
             (v, ty) => Err(format!("result is {}, expected {ty:?}", v.kind())),
         }
@@ -300,257 +302,21 @@ impl<'a, F: Float> Interp<'a, F> {
 ///
 /// # Errors
 /// The operands do not fit the operation, or something that it needs is missing from `state`.
-pub fn eval_op<F: Float>(
+pub fn eval_op<'v, F: Float>(
     op: &Op,
-    inputs: &[&Value<F>],
+    inputs: impl Into<Operands<&'v Value<F>>>,
     ty: &Type,
     state: &mut Interp<'_, F>,
 ) -> Result<Value<F>, InterpError> {
-    compute(op, inputs, ty, state)
+    let inputs = inputs.into();
+    let round = state.rounding(ty);
+    let checked = op.signature().check(&inputs);
+    checked
+        .and_then(|()| op.eval(&inputs, &mut Call { state, ty, round }))
         .and_then(|v| state.finish(v, ty))
         .map_err(|reason| InterpError {
             op: op.name(),
             at: None,
             reason,
         })
-}
-
-/// Exactly `N` operands.
-fn args<'a, F, const N: usize>(inputs: &[&'a Value<F>]) -> Result<[&'a Value<F>; N], String> {
-    inputs
-        .try_into()
-        .map_err(|_| format!("expected {N} operands, found {}", inputs.len()))
-}
-
-fn compute<F: Float>(
-    op: &Op,
-    inputs: &[&Value<F>],
-    ty: &Type,
-    state: &mut Interp<'_, F>,
-) -> Result<Value<F>, String> {
-    let round = state.rounding(ty);
-    if op.is_leaf() {
-        args::<F, 0>(inputs)?;
-        return leaf(op, state);
-    }
-    match op {
-        Op::Cast(to) => elementwise::cast(args::<F, 1>(inputs)?[0], *to),
-        Op::Unary(f) => elementwise::unary(*f, args::<F, 1>(inputs)?[0]),
-        Op::Binary(f) => {
-            let [a, b] = args(inputs)?;
-            elementwise::binary(*f, a, b)
-        }
-        Op::Where => {
-            let [c, a, b] = args(inputs)?;
-            elementwise::select(c.bool()?, a, b)
-        }
-        Op::Reduce { f, axis, keepdim } => {
-            linalg::reduce(*f, *axis, *keepdim, args::<F, 1>(inputs)?[0].float()?)
-        }
-        Op::Matmul => {
-            let [a, b] = args(inputs)?;
-            linalg::matmul(a.float()?, b.float()?).map(Value::Float)
-        }
-        Op::Embedding => {
-            let [table, ids] = args(inputs)?;
-            any!(table, t => movement::gather(t, ids.int()?)?)
-        }
-        Op::Reshape(shape) => {
-            let shape = state.extents(shape)?;
-            any!(args::<F, 1>(inputs)?[0], t => movement::reshape(t, &shape)?)
-        }
-        Op::Permute(perm) => {
-            any!(args::<F, 1>(inputs)?[0], t => movement::permute(t, perm)?)
-        }
-        Op::Expand(shape) => {
-            let shape = state.extents(shape)?;
-            any!(args::<F, 1>(inputs)?[0], t => movement::expand(t, &shape)?)
-        }
-        Op::Slice { axis, start, end } => {
-            any!(args::<F, 1>(inputs)?[0], t => movement::slice(t, *axis, *start, *end)?)
-        }
-        Op::Concat { axis } => {
-            let [a, b] = args(inputs)?;
-            movement::concat(a, b, *axis)
-        }
-        Op::Linear => {
-            let [x, w] = args(inputs)?;
-            linalg::linear(x.float()?, w.float()?).map(Value::Float)
-        }
-        Op::Softmax => rows::softmax(args::<F, 1>(inputs)?[0].float()?).map(Value::Float),
-        Op::RmsNorm { eps } => {
-            let [x, gamma] = args(inputs)?;
-            rows::rmsnorm(x.float()?, gamma.float()?, *eps, round).map(Value::Float)
-        }
-        Op::Silu => Ok(Value::Float(
-            args::<F, 1>(inputs)?[0].float()?.map(rows::silu),
-        )),
-        Op::SwiGlu => {
-            let [g, u] = args(inputs)?;
-            elementwise::zip(g.float()?, u.float()?, |g, u| rows::silu(g) * u).map(Value::Float)
-        }
-        Op::Angles => {
-            let [p, f] = args(inputs)?;
-            rows::angles(&p.to_float()?, f.float()?).map(Value::Float)
-        }
-        Op::Rope(spec) => {
-            let [x, p, f] = args(inputs)?;
-            rows::rope(*spec, x.float()?, &p.to_float()?, f.float()?).map(Value::Float)
-        }
-        Op::RepeatKv { groups } => {
-            let groups = *groups as usize;
-            any!(args::<F, 1>(inputs)?[0], t => movement::repeat_heads(t, groups)?)
-        }
-        Op::Sdpa(spec) => {
-            let [s, v] = args(inputs)?;
-            attention::sdpa(spec, s.float()?, v.float()?).map(Value::Float)
-        }
-        Op::Attn(spec) => {
-            let [q, k, v] = args(inputs)?;
-            attention::attn(spec, q.float()?, k.float()?, v.float()?).map(Value::Float)
-        }
-        Op::Win(w) => {
-            let step = state.step()?;
-            any!(args::<F, 1>(inputs)?[0], t => movement::window(t, *w, step)?)
-        }
-        Op::Select => {
-            let [x, ids] = args(inputs)?;
-            any!(x, t => movement::gather(t, ids.int()?)?)
-        }
-        Op::Get(i) => match args::<F, 1>(inputs)?[0] {
-            Value::Tuple(vs) if usize::from(*i) < vs.len() => Ok(vs[usize::from(*i)].clone()),
-            other => Err(format!("no element {i} in {}", other.kind())),
-        },
-        Op::AttnStep(spec) => {
-            let step = state.step()?.clone();
-            attention::attn_step(spec, inputs, &step, &mut state.caches)
-        }
-        Op::Proj(spec) => rows::proj(*spec, inputs).map(Value::Float),
-        Op::Pack(kind) => movement::pack(*kind, inputs),
-        Op::AddRms { eps } => {
-            let [r, d, gamma] = args(inputs)?;
-            let sum = rows::add(r.float()?, d.float()?, round)?;
-            let y = rows::rmsnorm(&sum, gamma.float()?, *eps, round)?;
-            Ok(Value::Tuple(vec![Value::Float(sum), Value::Float(y)]))
-        }
-        Op::Gemm(spec) => Ok(match rows::gemm(*spec, inputs, round)? {
-            (None, y) => Value::Float(y),
-            (Some(sum), y) => Value::Tuple(vec![Value::Float(sum), Value::Float(y)]),
-        }),
-        Op::AttnQkv(spec) => {
-            let step = state.step()?.clone();
-            attention::attn_qkv(spec, inputs, &step, &mut state.caches, round)
-        }
-        Op::Chain(c) => chain(c, inputs, state),
-        Op::Sample => {
-            let x = args::<F, 1>(inputs)?[0].float()?;
-            if x.rank() != 2 || x.last() == 0 {
-                return Err(format!("logits {:?}", x.shape));
-            }
-            let rows = x.data.chunks_exact(x.last());
-            let ids = match state.sampler {
-                Some(pick) => rows.enumerate().map(|(i, row)| pick(i, row)).collect(),
-                None => rows
-                    .map(|row| linalg::argmax(row.iter().copied()))
-                    .collect(),
-            };
-            Ok(Value::Int(Tensor::new([x.shape[0]], ids)))
-        }
-        Op::Input { .. }
-        | Op::Weight { .. }
-        | Op::Const { .. }
-        | Op::Table { .. }
-        | Op::Iota { .. }
-        | Op::Cache { .. }
-        | Op::None => leaf(op, state),
-    }
-}
-
-/// Statement by statement. Inside a kernel nothing is rounded; results are, by the caller.
-fn chain<F: Float>(
-    chain: &Chain,
-    inputs: &[&Value<F>],
-    state: &mut Interp<'_, F>,
-) -> Result<Value<F>, String> {
-    let mut values: Vec<Value<F>> = Vec::with_capacity(chain.statements.len());
-    for s in &chain.statements {
-        let mut operands = Vec::with_capacity(s.args.len());
-        for a in &s.args {
-            let value = match *a {
-                ChainArg::Operand(i) => inputs.get(usize::from(i)).map(|&v| v.clone()),
-                ChainArg::Value(i) => values.get(usize::from(i)).cloned(),
-                ChainArg::Const { value, dtype } => {
-                    Some(numbers(&[value.get()], Vec::new(), dtype))
-                }
-            };
-            operands.push(value.ok_or("a statement reads what is not there")?);
-        }
-        let refs: Vec<&Value<F>> = operands.iter().collect();
-        // Without a type nothing is rounded.
-        values.push(compute(&s.op, &refs, &Type::None, state)?);
-    }
-    let result = |&r: &u8| values.get(usize::from(r)).cloned().ok_or("no such result");
-    match &chain.results[..] {
-        [r] => Ok(result(r)?),
-        many => Ok(Value::Tuple(
-            many.iter().map(result).collect::<Result<_, _>>()?,
-        )),
-    }
-}
-
-fn leaf<F: Float>(op: &Op, state: &Interp<'_, F>) -> Result<Value<F>, String> {
-    Ok(match op {
-        Op::Input { name, .. } => state
-            .inputs
-            .get(name)
-            .cloned()
-            .ok_or_else(|| format!("no value was given for input '{name}'"))?,
-        Op::Weight { weight, .. } => {
-            let data = (state.weights)(weight)?;
-            let shape = state.extents(&weight.dims())?;
-            if shape.iter().product::<usize>() != data.len() {
-                return Err(format!(
-                    "weight '{}' has {} elements, expected {shape:?}",
-                    weight.name,
-                    data.len()
-                ));
-            }
-            Value::Float(Tensor::new(shape, data))
-        }
-        Op::Const { value, dtype } => numbers(&[value.get()], Vec::new(), *dtype),
-        Op::Table { data, .. } => {
-            let data: Vec<f64> = data.iter().map(|v| v.get()).collect();
-            let n = data.len();
-            numbers(&data, vec![n], DType::F32)
-        }
-        Op::Iota { len, dtype } => {
-            let n = state.extents(&[*len])?;
-            let data: Vec<f64> = (0..n[0]).map(|i| i as f64).collect();
-            numbers(&data, n, *dtype)
-        }
-        Op::Cache {
-            layer,
-            kv_heads,
-            head_dim,
-        } => Value::Cache(CacheRef {
-            layer: *layer,
-            kv_heads: *kv_heads as usize,
-            head_dim: *head_dim as usize,
-        }),
-        _ => Value::None,
-    })
-}
-
-/// Constants as a tensor of an element type.
-fn numbers<F: Float>(data: &[f64], shape: Vec<usize>, dtype: DType) -> Value<F> {
-    match dtype {
-        DType::Bool => Value::Bool(Tensor::new(shape, data.iter().map(|&v| v != 0.0).collect())),
-        DType::I32 | DType::I64 => {
-            Value::Int(Tensor::new(shape, data.iter().map(|&v| v as i64).collect()))
-        }
-        _ => Value::Float(Tensor::new(
-            shape,
-            data.iter().map(|&v| F::from_f64(v)).collect(),
-        )),
-    }
 }

@@ -1,8 +1,12 @@
 //! Operations that only move elements.
 
+use super::eval::{Call, Eval};
 use super::value::{broadcast_strides, coalesce, strides, walk};
 use super::{Float, StepMeta, Tensor, Value};
-use crate::spec::{PackKind, WinSpec};
+use crate::operands::Operands;
+use crate::ops::{
+    self, Concat, Embedding, Expand, Get, Pack, Permute, RepeatKv, Reshape, Select, Slice, Win, X,
+};
 
 /// Applies a function that is generic over the element type to a tensor value.
 macro_rules! any {
@@ -15,7 +19,6 @@ macro_rules! any {
         }
     };
 }
-pub(super) use any;
 
 /// Reads `src` from `base` on under extents and strides.
 fn strided<T: Copy>(src: &[T], base: usize, shape: &[usize], st: &[usize], out: &mut Vec<T>) {
@@ -157,11 +160,7 @@ pub(super) fn repeat_heads<T: Copy>(x: &Tensor<T>, groups: usize) -> Result<Tens
 }
 
 /// The rows of a full-sequence value that a step computes.
-pub(super) fn window<T: Copy>(
-    x: &Tensor<T>,
-    w: WinSpec,
-    step: &StepMeta,
-) -> Result<Tensor<T>, String> {
+pub(super) fn window<T: Copy>(x: &Tensor<T>, w: Win, step: &StepMeta) -> Result<Tensor<T>, String> {
     let own = strides(&x.shape);
     let axis = |a: Option<u8>| -> Result<Option<(usize, usize)>, String> {
         a.map(|a| {
@@ -200,7 +199,7 @@ pub(super) fn window<T: Copy>(
     Ok(Tensor::new(shape, data))
 }
 
-pub(super) fn pack<F: Float>(kind: PackKind, inputs: &[&Value<F>]) -> Result<Value<F>, String> {
+fn pack<F: Float>(kind: Pack, inputs: &Operands<&Value<F>>) -> Result<Value<F>, String> {
     let parts: Vec<&Tensor<F>> = inputs.iter().map(|v| v.float()).collect::<Result<_, _>>()?;
     let first = parts.first().ok_or("no operands")?;
     if parts
@@ -221,4 +220,85 @@ pub(super) fn pack<F: Float>(kind: PackKind, inputs: &[&Value<F>]) -> Result<Val
         data.extend_from_slice(&parts[part].data[r * row..(r + 1) * row]);
     }
     Ok(Value::Float(Tensor::new(shape, data)))
+}
+
+type Out<F> = Result<Value<F>, String>;
+
+impl Eval for Embedding {
+    fn eval<F: Float>(&self, x: &Operands<&Value<F>>, _: &mut Call<'_, '_, F>) -> Out<F> {
+        let ids = x.value(ops::embedding::IDS)?.int()?;
+        any!(x.value(ops::embedding::TABLE)?, t => gather(t, ids)?)
+    }
+}
+
+impl Eval for Select {
+    fn eval<F: Float>(&self, x: &Operands<&Value<F>>, _: &mut Call<'_, '_, F>) -> Out<F> {
+        let rows = x.value(ops::select::ROWS)?.int()?;
+        any!(x.value(ops::select::X)?, t => gather(t, rows)?)
+    }
+}
+
+impl Eval for Reshape {
+    fn eval<F: Float>(&self, x: &Operands<&Value<F>>, call: &mut Call<'_, '_, F>) -> Out<F> {
+        let shape = call.extents()?;
+        any!(x.value(X)?, t => reshape(t, &shape)?)
+    }
+}
+
+impl Eval for Permute {
+    fn eval<F: Float>(&self, x: &Operands<&Value<F>>, _: &mut Call<'_, '_, F>) -> Out<F> {
+        any!(x.value(X)?, t => permute(t, &self.0)?)
+    }
+}
+
+impl Eval for Expand {
+    fn eval<F: Float>(&self, x: &Operands<&Value<F>>, call: &mut Call<'_, '_, F>) -> Out<F> {
+        let shape = call.extents()?;
+        any!(x.value(X)?, t => expand(t, &shape)?)
+    }
+}
+
+impl Eval for Slice {
+    fn eval<F: Float>(&self, x: &Operands<&Value<F>>, _: &mut Call<'_, '_, F>) -> Out<F> {
+        any!(x.value(X)?, t => slice(t, self.axis, self.start, self.end)?)
+    }
+}
+
+impl Eval for Concat {
+    fn eval<F: Float>(&self, x: &Operands<&Value<F>>, _: &mut Call<'_, '_, F>) -> Out<F> {
+        concat(
+            x.value(ops::concat::A)?,
+            x.value(ops::concat::B)?,
+            self.axis,
+        )
+    }
+}
+
+impl Eval for RepeatKv {
+    fn eval<F: Float>(&self, x: &Operands<&Value<F>>, _: &mut Call<'_, '_, F>) -> Out<F> {
+        any!(x.value(X)?, t => repeat_heads(t, self.groups as usize)?)
+    }
+}
+
+impl Eval for Win {
+    fn eval<F: Float>(&self, x: &Operands<&Value<F>>, call: &mut Call<'_, '_, F>) -> Out<F> {
+        let step = call.state.step()?;
+        any!(x.value(X)?, t => window(t, *self, step)?)
+    }
+}
+
+impl Eval for Get {
+    fn eval<F: Float>(&self, x: &Operands<&Value<F>>, _: &mut Call<'_, '_, F>) -> Out<F> {
+        let i = usize::from(self.0);
+        match x.value(X)? {
+            Value::Tuple(vs) if i < vs.len() => Ok(vs[i].clone()),
+            other => Err(format!("no element {i} in {}", other.kind())),
+        }
+    }
+}
+
+impl Eval for Pack {
+    fn eval<F: Float>(&self, x: &Operands<&Value<F>>, _: &mut Call<'_, '_, F>) -> Out<F> {
+        pack(*self, x)
+    }
 }

@@ -1,11 +1,17 @@
 //! Operations on the rows of a value: softmax, norms, gates, rotary embedding and the composites
 //! made of them.
 
-use super::linalg::{add_bias, linear};
+use super::eval::{Call, Eval};
+use super::linalg::{add_bias, argmax, linear};
 use super::value::broadcast_strides;
 use super::{Float, Tensor, Value};
+use crate::Real;
 use crate::dtype::DType;
-use crate::spec::{Epilogue, GemmSpec, ProjSpec, Prologue, Real, RopeSpec};
+use crate::operands::Operands;
+use crate::ops::{
+    AddRms, Angles, Epilogue, Gemm, Proj, Prologue, RmsNorm, Rope, Sample, Softmax, X, addrms,
+    angles as angle, gemm, proj, rmsnorm as norm, rope as rotary,
+};
 
 /// Softmax of one row in place. A row of `-inf` alone becomes zeros.
 pub(super) fn softmax_row<F: Float>(row: &mut [F]) {
@@ -132,7 +138,7 @@ pub(super) fn rope_row<F: Float>(
 }
 
 pub(super) fn rope<F: Float>(
-    spec: RopeSpec,
+    spec: Rope,
     x: &Tensor<F>,
     pos: &Tensor<F>,
     freq: &Tensor<F>,
@@ -170,80 +176,6 @@ fn stretched<F: Float>(x: &Tensor<F>, shape: &[usize]) -> Result<Vec<F>, String>
     Ok(out)
 }
 
-/// Required operand of a spec that asks for it.
-pub(super) fn required<'a, F: Float>(v: &'a Value<F>, what: &str) -> Result<&'a Tensor<F>, String> {
-    v.optional()?
-        .ok_or_else(|| format!("{what} is absent, but the operation needs it"))
-}
-
-/// `(x, w, bias, gamma, positions, inv_freq)`.
-pub(super) fn proj<F: Float>(spec: ProjSpec, inputs: &[&Value<F>]) -> Result<Tensor<F>, String> {
-    let &[x, w, bias, gamma, pos, freq] = inputs else {
-        return Err(format!("expected 6 operands, found {}", inputs.len()));
-    };
-    let mut y = linear(x.float()?, w.float()?)?;
-    if let Some(b) = bias.optional()? {
-        add_bias(&mut y, b)?;
-    }
-    let (heads, d) = (spec.heads as usize, spec.head_dim as usize);
-    if y.last() != heads * d || d == 0 {
-        return Err(format!("{} features for {heads} heads of {d}", y.last()));
-    }
-    y.shape.pop();
-    let lead = y.shape.clone();
-    y.shape.extend([heads, d]);
-    if let Some(eps) = spec.head_norm {
-        y = rmsnorm(&y, required(gamma, "the head norm")?, eps, None)?;
-    }
-    if let Some(r) = spec.rope {
-        // Positions are given by token, or by token and head.
-        let mut pos = pos.to_float()?;
-        if pos.rank() <= lead.len() {
-            pos.shape.push(1);
-        }
-        y = rope(r, &y, &pos, required(freq, "inv_freq")?)?;
-    }
-    Ok(y)
-}
-
-/// `(x, w, bias, residual, gamma, delta)`. Returns the sum of the prologue, if there is one, and
-/// the result.
-pub(super) fn gemm<F: Float>(
-    spec: GemmSpec,
-    inputs: &[&Value<F>],
-    round: Option<DType>,
-) -> Result<(Option<Tensor<F>>, Tensor<F>), String> {
-    let &[x, w, bias, residual, gamma, delta] = inputs else {
-        return Err(format!("expected 6 operands, found {}", inputs.len()));
-    };
-    let (x, w) = (x.float()?, w.float()?);
-    let (sum, mut y) = match spec.prologue {
-        Prologue::None => (None, linear(x, w)?),
-        Prologue::Rms { eps } => {
-            let h = match gamma.optional()? {
-                Some(gamma) => rmsnorm(x, gamma, eps, None)?,
-                None => rms_scaled(x, eps),
-            };
-            (None, linear(&h, w)?)
-        }
-        Prologue::AddRms { eps } => {
-            let sum = add(x, required(delta, "delta")?, round)?;
-            let h = rmsnorm(&sum, required(gamma, "gamma")?, eps, None)?;
-            let y = linear(&h, w)?;
-            (Some(sum), y)
-        }
-    };
-    if let Some(b) = bias.optional()? {
-        add_bias(&mut y, b)?;
-    }
-    let y = match spec.epilogue {
-        Epilogue::None => y,
-        Epilogue::Residual => add(&y, required(residual, "the residual")?, None)?,
-        Epilogue::SwiGlu => swiglu_packed(&y)?,
-    };
-    Ok((sum, y))
-}
-
 /// The sum of two tensors of one shape, rounded where it is materialised.
 pub(super) fn add<F: Float>(
     a: &Tensor<F>,
@@ -269,4 +201,116 @@ fn swiglu_packed<F: Float>(y: &Tensor<F>) -> Result<Tensor<F>, String> {
     let mut shape = y.shape.clone();
     *shape.last_mut().ok_or("a scalar has no features")? /= 2;
     Ok(Tensor::new(shape, data))
+}
+
+type Out<F> = Result<Value<F>, String>;
+
+impl Eval for Softmax {
+    fn eval<F: Float>(&self, x: &Operands<&Value<F>>, _: &mut Call<'_, '_, F>) -> Out<F> {
+        softmax(x.float(X)?).map(Value::Float)
+    }
+}
+
+impl Eval for RmsNorm {
+    fn eval<F: Float>(&self, x: &Operands<&Value<F>>, call: &mut Call<'_, '_, F>) -> Out<F> {
+        let (rows, gamma) = (x.float(norm::X)?, x.float(norm::GAMMA)?);
+        rmsnorm(rows, gamma, self.eps, call.round).map(Value::Float)
+    }
+}
+
+impl Eval for AddRms {
+    fn eval<F: Float>(&self, x: &Operands<&Value<F>>, call: &mut Call<'_, '_, F>) -> Out<F> {
+        let sum = add(x.float(addrms::X)?, x.float(addrms::DELTA)?, call.round)?;
+        let y = rmsnorm(&sum, x.float(addrms::GAMMA)?, self.eps, call.round)?;
+        Ok(Value::Tuple(vec![Value::Float(sum), Value::Float(y)]))
+    }
+}
+
+impl Eval for Angles {
+    fn eval<F: Float>(&self, x: &Operands<&Value<F>>, _: &mut Call<'_, '_, F>) -> Out<F> {
+        let positions = x.value(angle::POSITIONS)?.to_float()?;
+        angles(&positions, x.float(angle::INV_FREQ)?).map(Value::Float)
+    }
+}
+
+impl Eval for Rope {
+    fn eval<F: Float>(&self, x: &Operands<&Value<F>>, _: &mut Call<'_, '_, F>) -> Out<F> {
+        let positions = x.value(rotary::POSITIONS)?.to_float()?;
+        let (rows, freq) = (x.float(rotary::X)?, x.float(rotary::INV_FREQ)?);
+        rope(*self, rows, &positions, freq).map(Value::Float)
+    }
+}
+
+impl Eval for Proj {
+    fn eval<F: Float>(&self, x: &Operands<&Value<F>>, _: &mut Call<'_, '_, F>) -> Out<F> {
+        let mut y = linear(x.float(proj::X)?, x.float(proj::W)?)?;
+        if let Some(bias) = x.opt_float(proj::BIAS)? {
+            add_bias(&mut y, bias)?;
+        }
+        let (heads, d) = (self.heads as usize, self.head_dim as usize);
+        if y.last() != heads * d || d == 0 {
+            return Err(format!("{} features for {heads} heads of {d}", y.last()));
+        }
+        y.shape.pop();
+        let lead = y.shape.clone();
+        y.shape.extend([heads, d]);
+        if let Some(eps) = self.head_norm {
+            y = rmsnorm(&y, x.float(proj::GAMMA)?, eps, None)?;
+        }
+        if let Some(r) = self.rope {
+            // Positions are given by token, or by token and head.
+            let mut positions = x.value(proj::POSITIONS)?.to_float()?;
+            if positions.rank() <= lead.len() {
+                positions.shape.push(1);
+            }
+            y = rope(r, &y, &positions, x.float(proj::INV_FREQ)?)?;
+        }
+        Ok(Value::Float(y))
+    }
+}
+
+impl Eval for Gemm {
+    fn eval<F: Float>(&self, x: &Operands<&Value<F>>, call: &mut Call<'_, '_, F>) -> Out<F> {
+        let (rows, w) = (x.float(gemm::X)?, x.float(gemm::W)?);
+        let gamma = x.opt_float(gemm::GAMMA)?;
+        let (sum, mut y) = match (self.prologue, gamma) {
+            (Prologue::None, _) => (None, linear(rows, w)?),
+            (Prologue::Rms { eps }, Some(gamma)) => {
+                (None, linear(&rmsnorm(rows, gamma, eps, None)?, w)?)
+            }
+            (Prologue::Rms { eps }, None) => (None, linear(&rms_scaled(rows, eps), w)?),
+            (Prologue::AddRms { eps }, _) => {
+                let sum = add(rows, x.float(gemm::DELTA)?, call.round)?;
+                let h = rmsnorm(&sum, x.float(gemm::GAMMA)?, eps, None)?;
+                (Some(sum), linear(&h, w)?)
+            }
+        };
+        if let Some(bias) = x.opt_float(gemm::BIAS)? {
+            add_bias(&mut y, bias)?;
+        }
+        let y = Value::Float(match self.epilogue {
+            Epilogue::None => y,
+            Epilogue::Residual => add(&y, x.float(gemm::RESIDUAL)?, None)?,
+            Epilogue::SwiGlu => swiglu_packed(&y)?,
+        });
+        Ok(match sum {
+            None => y,
+            Some(sum) => Value::Tuple(vec![Value::Float(sum), y]),
+        })
+    }
+}
+
+impl Eval for Sample {
+    fn eval<F: Float>(&self, x: &Operands<&Value<F>>, call: &mut Call<'_, '_, F>) -> Out<F> {
+        let x = x.float(X)?;
+        if x.rank() != 2 || x.last() == 0 {
+            return Err(format!("logits {:?}", x.shape));
+        }
+        let rows = x.data.chunks_exact(x.last());
+        let ids = match call.state.sampler {
+            Some(pick) => rows.enumerate().map(|(i, row)| pick(i, row)).collect(),
+            None => rows.map(|row| argmax(row.iter().copied())).collect(),
+        };
+        Ok(Value::Int(Tensor::new([x.shape[0]], ids)))
+    }
 }

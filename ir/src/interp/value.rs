@@ -69,8 +69,6 @@ pub enum Value<F> {
     Cache(CacheRef),
     /// Several values.
     Tuple(Vec<Value<F>>),
-    /// The value of an absent operand.
-    None,
 }
 
 /// Which cache a value stands for.
@@ -118,7 +116,6 @@ impl<F: Float> Value<F> {
             Value::Bool(_) => "a bool tensor",
             Value::Cache(_) => "a cache",
             Value::Tuple(_) => "a tuple",
-            Value::None => "none",
         }
     }
 
@@ -143,14 +140,6 @@ impl<F: Float> Value<F> {
         match self {
             Value::Cache(c) => Ok(*c),
             other => Err(format!("expected a cache, found {}", other.kind())),
-        }
-    }
-
-    /// A float tensor, or `None` for an absent operand.
-    pub(super) fn optional(&self) -> Result<Option<&Tensor<F>>, String> {
-        match self {
-            Value::None => Ok(None),
-            other => other.float().map(Some),
         }
     }
 

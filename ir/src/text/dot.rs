@@ -3,7 +3,8 @@
 use super::attrs::attrs;
 use super::print::{format_type, quote};
 use crate::graph::{Graph, NodeId};
-use crate::op::Op;
+use crate::ops::Op;
+use crate::ops::Table;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
@@ -61,7 +62,7 @@ fn node(graph: &Graph, id: NodeId) -> String {
     for (name, value) in attrs(&n.op) {
         // Long lists would hide everything else.
         lines.push(match &n.op {
-            Op::Table { data, .. } if name == "data" => format!("{} numbers", data.len()),
+            Op::Table(Table { data, .. }) if name == "data" => format!("{} numbers", data.len()),
             _ => format!("{name}={value}"),
         });
     }

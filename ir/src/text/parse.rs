@@ -1,13 +1,14 @@
 //! Reads SSA text. A syntax error ends the reading; types are checked for all nodes.
 
-use super::attrs::{Args, Attr, build, dtype};
+use super::attrs::{Args, Attr};
 use super::lexer::{Fault, Lexer, Pos, Token, fault};
 use super::print::{format_type, is_plain_path, layer};
 use crate::graph::{Graph, Node, NodeId, Prov};
 use crate::infer::infer;
+use crate::operands::Operands;
+use crate::ops::{Op, Signature};
 use crate::shape::{Dim, Sym};
-use crate::spec::Real;
-use crate::{TensorType, Type};
+use crate::{DType, Real, TensorType, Type};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use thiserror::Error;
@@ -264,19 +265,29 @@ impl<'a> Parser<'a> {
         self.next()?;
         self.expect('=')?;
         let at = self.at;
-        let Token::Word(op_name) = self.token else {
+        let op = match self.token {
+            Token::Word(name) => Op::named(name),
+            _ => None,
+        };
+        let Some(op) = op else {
             return self.unexpected("an operation");
         };
         self.next()?;
-        let inputs = self.operands()?;
+        let inputs = self.operands(op.name(), op.signature())?;
         let list = self.attrs()?;
         self.expect(':')?;
         let ty = self.ty()?;
-        let op = build(op_name, Args { at, list }, &ty)?;
+        let args = Args {
+            name: op.name(),
+            at,
+            list,
+            ty: &ty,
+        };
+        let op = args.build(op)?;
         let prov = self.prov()?;
         self.end_of_line()?;
-        let types: Vec<&Type> = inputs.iter().map(|&i| &self.graph.node(i).ty).collect();
-        let reason = match infer(&op, &types) {
+        let derived = infer(&op, inputs.map(|&i| &self.graph.node(i).ty));
+        let reason = match derived {
             Ok(derived) if derived == ty => None,
             Ok(derived) => Some(format!(
                 "type is written as {}, but is {}",
@@ -304,20 +315,41 @@ impl<'a> Parser<'a> {
         Ok(())
     }
 
-    fn operands(&mut self) -> R<Vec<NodeId>> {
-        let mut out = Vec::new();
-        if !matches!(self.token, Token::Value(_)) {
-            return Ok(out);
-        }
+    /// Values in the order of the operation's slots, then values by the names of their slots.
+    fn operands(&mut self, op: &str, signature: &Signature) -> R<Operands<NodeId>> {
+        let mut list = Vec::new();
+        let mut named = Vec::new();
         loop {
-            out.push(self.operand()?);
-            if out.len() > MAX_OPERANDS {
-                return self.unexpected(&format!("at most {MAX_OPERANDS} operands"));
+            if let Token::Word(name) = self.token {
+                let Some(slot) = signature.slot(name) else {
+                    return self.unexpected(&format!("an operand of '{op}'"));
+                };
+                let given = slot.index() < list.len() || named.iter().any(|&(s, _)| s == slot);
+                if given {
+                    return self.unexpected("an operand that is not given yet");
+                }
+                self.next()?;
+                self.expect('=')?;
+                named.push((slot, self.operand()?));
+            } else if list.is_empty() && named.is_empty() && !matches!(self.token, Token::Value(_))
+            {
+                return Ok(Operands::default());
+            } else if named.is_empty() {
+                list.push(self.operand()?);
+                if list.len() > MAX_OPERANDS {
+                    return self.unexpected(&format!("at most {MAX_OPERANDS} operands"));
+                }
+            } else {
+                return self.unexpected("an operand's name");
             }
             if !self.accept(',')? {
-                return Ok(out);
+                break;
             }
         }
+        let operands = Operands::from(list);
+        Ok(named
+            .into_iter()
+            .fold(operands, |all, (slot, id)| all.with(slot, id)))
     }
 
     fn attrs(&mut self) -> R<Vec<(String, Attr, Pos)>> {
@@ -443,13 +475,12 @@ impl<'a> Parser<'a> {
 
     /// A type other than a tuple: no operation makes tuples of tuples.
     fn plain_type(&mut self) -> R<Type> {
-        let expected = "a type: bool, i32, i64, f16, bf16 or f32 with extents, 'cache' or 'none'";
+        let expected = "a type: bool, i32, i64, f16, bf16 or f32 with extents, or 'cache'";
         let Token::Word(word) = self.token else {
             return self.unexpected(expected);
         };
-        let ty = match (word, dtype(word)) {
+        let ty = match (word, DType::by_name(word)) {
             ("cache", _) => Type::Cache,
-            ("none", _) => Type::None,
             (_, Some(dtype)) => {
                 self.next()?;
                 self.expect('[')?;

@@ -31,15 +31,13 @@ pub fn print(graph: &Graph) -> String {
 
 /// The line of one node.
 pub fn print_node(id: NodeId, node: &Node) -> String {
-    let mut line = format!("{id} = {}", node.op.name());
-    for (i, x) in node.inputs.iter().enumerate() {
-        let _ = write!(line, "{} {x}", if i > 0 { "," } else { "" });
-    }
-    for (i, (name, value)) in attrs(&node.op).iter().enumerate() {
+    let mut line = format!("{id} = {}{}", node.op.name(), operands(node));
+    let attrs = attrs(&node.op);
+    for (i, (name, value)) in attrs.iter().enumerate() {
         let _ = write!(line, "{}{name}={value}", if i > 0 { ", " } else { " {" });
-        if i + 1 == attrs(&node.op).len() {
-            line.push('}');
-        }
+    }
+    if !attrs.is_empty() {
+        line.push('}');
     }
     let _ = write!(line, " : {}", format_type(&node.ty));
     if let Some(comment) = comment(&node.prov) {
@@ -50,12 +48,28 @@ pub fn print_node(id: NodeId, node: &Node) -> String {
     line
 }
 
-/// A type as the text shows it: `bf16[T,64]`, `cache`, `none`, `(bf16[T,64], cache)`.
+/// The operands with a blank before them: by name where the operation has several, except for primitives.
+fn operands(node: &Node) -> String {
+    let signature = node.op.signature();
+    let mut out = String::new();
+    let mut positional = !signature.is_named();
+    for (n, (i, x)) in node.inputs.enumerate().enumerate() {
+        // A gap is legal in a graph that was built without checks.
+        positional &= n == i;
+        let sep = if n > 0 { ", " } else { " " };
+        let _ = match signature.slots.get(i) {
+            Some(slot) if !positional => write!(out, "{sep}{}={x}", slot.name()),
+            _ => write!(out, "{sep}{x}"),
+        };
+    }
+    out
+}
+
+/// A type as the text shows it: `bf16[T,64]`, `cache`, `(bf16[T,64], cache)`.
 pub fn format_type(ty: &Type) -> String {
     match ty {
         Type::Tensor(TensorType { dtype, shape }) => format!("{dtype}{}", format_shape(shape)),
         Type::Cache => "cache".to_string(),
-        Type::None => "none".to_string(),
         Type::Tuple(ts) => {
             let ts: Vec<String> = ts.iter().map(format_type).collect();
             format!("({})", ts.join(", "))

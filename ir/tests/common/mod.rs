@@ -1,9 +1,15 @@
 //! Random well-formed programs over every operation and payload.
 #![allow(dead_code)]
 
+use lathe_ir::ops::{
+    AddRms, Angles, Attn, AttnQkv, AttnStep, Cache, Cast, Concat, Const, Embedding, Expand, Gemm,
+    Get, Input, Iota, Linear, Matmul, Pack, Permute, Proj, Reduce, RepeatKv, Reshape, RmsNorm,
+    Rope, Sample, Sdpa, Select, Silu, Slice, Softmax, SwiGlu, Table, Weight, Where, Win, attn_qkv,
+    gemm, proj,
+};
 use lathe_ir::*;
 
-/// Values of the symbols that fit the steps of [`step_lens`].
+/// Values of the symbols that fit the steps of [`STEP_LENS`].
 pub(crate) const SYMS: [(Sym, i64); 4] = [(Sym::B, 2), (Sym::S, 3), (Sym::T, 4), (Sym::R, 2)];
 
 /// New rows of each sequence in a step of random programs; nothing is cached before.
@@ -153,8 +159,8 @@ impl Gen {
         self.rng.pick(&[DType::I32, DType::I64])
     }
 
-    fn add(&mut self, op: Op, inputs: &[NodeId]) -> NodeId {
-        let prov = self.prov();
+    fn add(&mut self, op: impl Into<Op>, inputs: impl Into<Operands<NodeId>>) -> NodeId {
+        let (op, prov) = (op.into(), self.prov());
         match self.graph.add(op.clone(), inputs, &prov) {
             Ok(id) => id,
             Err(e) => panic!("the generator makes well-typed operations: {e} ({op:?})"),
@@ -164,12 +170,12 @@ impl Gen {
     fn input(&mut self, dtype: DType, shape: &[Dim]) -> NodeId {
         let name = self.name();
         self.add(
-            Op::Input {
+            Input {
                 name,
                 dtype,
                 shape: shape.to_vec(),
             },
-            &[],
+            [],
         )
     }
 
@@ -191,23 +197,15 @@ impl Gen {
                     name: self.name(),
                     shape,
                 };
-                self.add(Op::Weight { weight, dtype }, &[])
+                self.add(Weight { weight, dtype }, [])
             }
             _ => self.input(dtype, shape),
         }
     }
 
-    fn none(&mut self) -> NodeId {
-        self.add(Op::None, &[])
-    }
-
-    /// A value or the filler.
-    fn optional(&mut self, present: bool, dtype: DType, shape: &[Dim]) -> NodeId {
-        if present {
-            self.value(dtype, shape)
-        } else {
-            self.none()
-        }
+    /// A value or nothing.
+    fn optional(&mut self, present: bool, dtype: DType, shape: &[Dim]) -> Option<NodeId> {
+        present.then(|| self.value(dtype, shape))
     }
 
     /// A shape that broadcasts to `shape`.
@@ -242,12 +240,12 @@ impl Gen {
         self.count += 1;
         let layer = self.count;
         self.add(
-            Op::Cache {
+            Cache {
                 layer,
                 kv_heads,
                 head_dim,
             },
-            &[],
+            [],
         )
     }
 
@@ -255,7 +253,7 @@ impl Gen {
     fn split(&mut self, tuple: NodeId) {
         for i in 0..2 {
             if self.rng.coin() {
-                self.add(Op::Get(i), &[tuple]);
+                self.add(Get(i), [tuple]);
             }
         }
     }
@@ -266,35 +264,35 @@ impl Gen {
         let (f, eps) = (self.float(), self.real());
         let d = Dim::new;
         let token = Dim::sym(Sym::T);
-        match self.rng.below(34) {
+        match self.rng.below(35) {
             0 => {
                 let (value, dtype) = (self.real(), self.rng.pick(&DType::ALL));
-                self.add(Op::Const { value, dtype }, &[]);
+                self.add(Const { value, dtype }, []);
             }
             1 => {
                 let (name, n) = (self.name(), self.rng.below(4));
                 let data = (0..n).map(|_| self.real()).collect();
-                self.add(Op::Table { name, data }, &[]);
+                self.add(Table { name, data }, []);
             }
             2 => {
                 let (len, dtype) = (self.dim(), self.rng.pick(&[DType::I64, DType::F32]));
-                self.add(Op::Iota { len, dtype }, &[]);
+                self.add(Iota { len, dtype }, []);
             }
             3 => {
                 let (shape, from) = (self.shape(0, 4), self.rng.pick(&DType::ALL));
                 let x = self.value(from, &shape);
                 let to = self.rng.pick(&DType::ALL);
-                self.add(Op::Cast(to), &[x]);
+                self.add(Cast(to), [x]);
             }
             4 | 5 => {
-                let g = self.rng.pick(&UnaryFn::ALL);
+                let g = self.rng.pick(UnaryFn::ALL);
                 let dtype = if g == UnaryFn::Not { DType::Bool } else { f };
                 let shape = self.shape(0, 4);
                 let x = self.value(dtype, &shape);
-                self.add(Op::Unary(g), &[x]);
+                self.add(g, [x]);
             }
             6 | 7 => {
-                let g = self.rng.pick(&BinaryFn::ALL);
+                let g = self.rng.pick(BinaryFn::ALL);
                 let dtype = match g {
                     BinaryFn::And | BinaryFn::Or => DType::Bool,
                     BinaryFn::Div | BinaryFn::Pow => f,
@@ -304,7 +302,7 @@ impl Gen {
                 let narrow = self.narrowed(&shape);
                 let (a, b) = (self.value(dtype, &shape), self.value(dtype, &narrow));
                 let ops = if self.rng.coin() { [a, b] } else { [b, a] };
-                self.add(Op::Binary(g), &ops);
+                self.add(g, ops);
             }
             8 => {
                 let shape = self.shape(0, 4);
@@ -312,19 +310,19 @@ impl Gen {
                 let dtype = self.rng.pick(&DType::ALL);
                 let c = self.value(DType::Bool, &shape);
                 let (a, b) = (self.value(dtype, &n), self.value(dtype, &m));
-                self.add(Op::Where, &[c, a, b]);
+                self.add(Where, [c, a, b]);
             }
             9 | 10 => {
-                let (g, shape) = (self.rng.pick(&ReduceFn::ALL), self.shape(1, 4));
+                let (g, shape) = (self.rng.pick(ReduceFn::ALL), self.shape(1, 4));
                 let (axis, keepdim) = (self.rng.below(shape.len()) as u8, self.rng.coin());
                 let x = self.value(f, &shape);
                 self.add(
-                    Op::Reduce {
+                    Reduce {
                         f: g,
                         axis,
                         keepdim,
                     },
-                    &[x],
+                    [x],
                 );
             }
             11 => {
@@ -332,20 +330,20 @@ impl Gen {
                 let narrow = self.narrowed(&lead);
                 let a = self.value(f, &[&lead[..], &[m, k]].concat());
                 let b = self.value(f, &[&narrow[..], &[k, n]].concat());
-                self.add(Op::Matmul, &[a, b]);
+                self.add(Matmul, [a, b]);
             }
             12 => {
                 let (shape, dtype) = (self.shape(0, 3), self.int());
                 let table = self.value(f, &[d(8), d(5)]);
                 let ids = self.input(dtype, &shape);
-                self.add(Op::Embedding, &[table, ids]);
+                self.add(Embedding, [table, ids]);
             }
             13 => {
                 let mut shape = self.shape(0, 4);
                 let x = self.value(f, &shape);
                 shape.insert(self.rng.below(shape.len() + 1), d(1));
                 shape.sort();
-                self.add(Op::Reshape(shape), &[x]);
+                self.add(Reshape(shape), [x]);
             }
             14 => {
                 let shape = self.shape(0, 4);
@@ -354,7 +352,7 @@ impl Gen {
                 for i in (1..perm.len()).rev() {
                     perm.swap(i, self.rng.below(i + 1));
                 }
-                self.add(Op::Permute(perm), &[x]);
+                self.add(Permute(perm), [x]);
             }
             15 => {
                 let shape = self.shape(0, 4);
@@ -363,7 +361,7 @@ impl Gen {
                     .map(|&n| if self.rng.coin() { d(1) } else { n })
                     .collect();
                 let x = self.value(f, &ones);
-                self.add(Op::Expand(shape), &[x]);
+                self.add(Expand(shape), [x]);
             }
             16 => {
                 let mut shape = self.shape(1, 3);
@@ -373,7 +371,7 @@ impl Gen {
                 let end = start + 1 + self.rng.below(8 - start as usize) as i64;
                 let x = self.value(f, &shape);
                 let axis = axis as u8;
-                self.add(Op::Slice { axis, start, end }, &[x]);
+                self.add(Slice { axis, start, end }, [x]);
             }
             17 => {
                 let mut shape = self.shape(1, 3);
@@ -381,59 +379,58 @@ impl Gen {
                 let axis = self.rng.below(shape.len());
                 shape[axis] = self.dim();
                 let b = self.value(f, &shape);
-                self.add(Op::Concat { axis: axis as u8 }, &[a, b]);
+                self.add(Concat { axis: axis as u8 }, [a, b]);
             }
             18 => {
                 let (lead, n) = (self.shape(0, 2), d(3));
                 let x = self.value(f, &[&lead[..], &[d(5)]].concat());
                 let w = self.value(f, &[n, d(5)]);
-                self.add(Op::Linear, &[x, w]);
+                self.add(Linear, [x, w]);
             }
             19 => {
                 let shape = self.shape(1, 3);
                 let x = self.value(f, &shape);
-                let op = if self.rng.coin() {
-                    Op::Softmax
+                if self.rng.coin() {
+                    self.add(Softmax, [x]);
                 } else {
-                    Op::Silu
-                };
-                self.add(op, &[x]);
+                    self.add(Silu, [x]);
+                }
             }
             20 => {
                 let shape = self.shape(1, 3);
                 let (x, y) = (self.value(f, &shape), self.value(f, &shape));
                 let g = self.value(f, &shape[shape.len() - 1..]);
                 if self.rng.coin() {
-                    self.add(Op::RmsNorm { eps }, &[x, g]);
+                    self.add(RmsNorm { eps }, [x, g]);
                 } else {
-                    let both = self.add(Op::AddRms { eps }, &[x, y, g]);
+                    let both = self.add(AddRms { eps }, [x, y, g]);
                     self.split(both);
                 }
             }
             21 => {
                 let shape = self.shape(0, 3);
                 let (x, y) = (self.value(f, &shape), self.value(f, &shape));
-                self.add(Op::SwiGlu, &[x, y]);
+                self.add(SwiGlu, [x, y]);
             }
             22 => {
                 let (shape, dtype) = (self.shape(0, 2), self.int());
                 let p = self.value(dtype, &shape);
                 let q = self.value(DType::F32, &[d(3)]);
-                self.add(Op::Angles, &[p, q]);
+                self.add(Angles, [p, q]);
             }
             23 => {
                 let (lead, dtype) = (self.shape(0, 3), self.int());
                 let narrow = self.narrowed(&lead);
                 let x = self.value(f, &[&lead[..], &[d(8)]].concat());
                 let (p, q) = (self.value(dtype, &narrow), self.value(DType::F32, &[d(4)]));
-                let spec = RopeSpec { scaling: eps };
-                self.add(Op::Rope(spec), &[x, p, q]);
+                let spec = Rope { scaling: eps };
+                self.add(spec, [x, p, q]);
             }
             24 => {
                 let shape = self.shape(4, 4);
                 let x = self.value(f, &shape);
                 let groups = 1 + self.rng.below(3) as u32;
-                self.add(Op::RepeatKv { groups }, &[x]);
+                self.add(RepeatKv { groups }, [x]);
             }
             25 => {
                 let stage = self
@@ -443,7 +440,7 @@ impl Gen {
                 let (lead, s) = (self.shape(2, 2), self.dim());
                 let x = self.value(f, &[&lead[..], &[s, s]].concat());
                 let v = self.value(f, &[&lead[..], &[s, d(3)]].concat());
-                self.add(Op::Sdpa(spec), &[x, v]);
+                self.add(Sdpa(spec), [x, v]);
             }
             26 => {
                 let groups = 1 + self.rng.below(3) as u32;
@@ -452,7 +449,7 @@ impl Gen {
                 let q = self.value(f, &[b, h * i64::from(groups), s, d(3)]);
                 let k = self.value(f, &[b, h, s, d(3)]);
                 let v = self.value(f, &[b, h, s, d(3)]);
-                self.add(Op::Attn(spec), &[q, k, v]);
+                self.add(Attn(spec), [q, k, v]);
             }
             27 => {
                 let (batch, seq) = self.rng.pick(&[(true, true), (true, false), (false, true)]);
@@ -466,13 +463,13 @@ impl Gen {
                 let batch = at(batch, Sym::B, &mut shape);
                 let seq = at(seq, Sym::S, &mut shape);
                 let x = self.value(f, &shape);
-                self.add(Op::Win(WinSpec { batch, seq }), &[x]);
+                self.add(Win { batch, seq }, [x]);
             }
             28 => {
                 let (shape, dtype) = (self.shape(0, 2), self.int());
                 let x = self.value(f, &[&[token][..], &shape].concat());
                 let rows = self.input(dtype, &[Dim::sym(Sym::R)]);
-                self.add(Op::Select, &[x, rows]);
+                self.add(Select, [x, rows]);
             }
             29 => {
                 let groups = 1 + self.rng.below(3) as u32;
@@ -481,26 +478,25 @@ impl Gen {
                 let k = self.value(f, &[token, d(2), d(3)]);
                 let v = self.value(f, &[token, d(2), d(3)]);
                 let cache = self.cache(2, 3);
-                let both = self.add(Op::AttnStep(spec), &[q, k, v, cache]);
+                let both = self.add(AttnStep(spec), [q, k, v, cache]);
                 self.split(both);
             }
             30 => {
                 let (bias, norm, rope) = (self.rng.coin(), self.opt_real(), self.opt_real());
-                let spec = ProjSpec {
+                let spec = Proj {
                     heads: 2,
                     head_dim: 4,
                     head_norm: norm,
-                    rope: rope.map(|scaling| RopeSpec { scaling }),
+                    rope: rope.map(|scaling| Rope { scaling }),
                 };
-                let ops = [
-                    self.value(f, &[token, d(5)]),
-                    self.value(f, &[d(8), d(5)]),
-                    self.optional(bias, f, &[d(8)]),
-                    self.optional(norm.is_some(), f, &[d(4)]),
-                    self.optional(rope.is_some(), DType::I32, &[token]),
-                    self.optional(rope.is_some(), DType::F32, &[d(2)]),
-                ];
-                self.add(Op::Proj(spec), &ops);
+                let (norm, rope) = (norm.is_some(), rope.is_some());
+                let (x, w) = (self.value(f, &[token, d(5)]), self.value(f, &[d(8), d(5)]));
+                let ops = Operands::from([x, w])
+                    .with(proj::BIAS, self.optional(bias, f, &[d(8)]))
+                    .with(proj::GAMMA, self.optional(norm, f, &[d(4)]))
+                    .with(proj::POSITIONS, self.optional(rope, DType::I32, &[token]))
+                    .with(proj::INV_FREQ, self.optional(rope, DType::F32, &[d(2)]));
+                self.add(spec, ops);
             }
             31 => match self.rng.below(3) {
                 0 => {
@@ -512,19 +508,19 @@ impl Gen {
                         self.value(f, &[d(n), d(5)]),
                         self.value(f, &[d(n), d(5)]),
                     ];
-                    let kind = PackKind::Qkv {
+                    let kind = Pack::Qkv {
                         head_dim,
                         interleave,
                     };
-                    self.add(Op::Pack(kind), &ops);
+                    self.add(kind, ops);
                 }
                 1 => {
                     let x = self.value(f, &[d(16)]);
-                    self.add(Op::Pack(PackKind::Head { head_dim: 16 }), &[x]);
+                    self.add(Pack::Head { head_dim: 16 }, [x]);
                 }
                 _ => {
                     let (g, u) = (self.value(f, &[d(8), d(5)]), self.value(f, &[d(8), d(5)]));
-                    self.add(Op::Pack(PackKind::GateUp), &[g, u]);
+                    self.add(Pack::GateUp, [g, u]);
                 }
             },
             32 => {
@@ -540,17 +536,39 @@ impl Gen {
                 // A norm alone does without gamma if the weight has it.
                 let gamma = sum || (prologue != Prologue::None && self.rng.coin());
                 let bias = self.rng.coin();
-                let ops = [
-                    self.value(f, &[token, d(5)]),
-                    self.value(f, &[d(16), d(5)]),
-                    self.optional(bias, f, &[d(16)]),
-                    self.optional(epilogue == Epilogue::Residual, f, &[token, d(16)]),
-                    self.optional(gamma, f, &[d(5)]),
-                    self.optional(sum, f, &[token, d(5)]),
-                ];
-                let spec = GemmSpec { prologue, epilogue };
-                let y = self.add(Op::Gemm(spec), &ops);
+                let residual = epilogue == Epilogue::Residual;
+                let (x, w) = (self.value(f, &[token, d(5)]), self.value(f, &[d(16), d(5)]));
+                let ops = Operands::from([x, w])
+                    .with(gemm::BIAS, self.optional(bias, f, &[d(16)]))
+                    .with(gemm::RESIDUAL, self.optional(residual, f, &[token, d(16)]))
+                    .with(gemm::GAMMA, self.optional(gamma, f, &[d(5)]))
+                    .with(gemm::DELTA, self.optional(sum, f, &[token, d(5)]));
+                let y = self.add(Gemm { prologue, epilogue }, ops);
                 if sum {
+                    self.split(y);
+                }
+            }
+            33 => {
+                let mut shape = self.shape(1, 3);
+                let last = shape.len() - 1;
+                shape[last] = d(5);
+                let (x, y) = (self.value(f, &shape), self.value(f, &shape));
+                let g = self.value(f, &[d(5)]);
+                let (text, operands) = self.rng.pick(&[
+                    (format!("silu a0; cast:{f} t0 -> t1"), 1),
+                    (
+                        format!("swiglu a0 a1; softmax t0; mul t1 {eps}:{f} -> t2"),
+                        2,
+                    ),
+                    (
+                        format!("mean:{last} a0; sub a1 t0; rmsnorm:{eps} t1 a2 -> t2 t0"),
+                        3,
+                    ),
+                ]);
+                let chain: Chain = text.parse().expect("a chain");
+                let tuple = chain.results.len() > 1;
+                let y = self.add(chain, &[x, y, g][..operands]);
+                if tuple {
                     self.split(y);
                 }
             }
@@ -558,75 +576,30 @@ impl Gen {
                 if self.rng.coin() {
                     let (x, v) = (self.dim(), self.dim());
                     let x = self.value(f, &[x, v]);
-                    self.add(Op::Sample, &[x]);
+                    self.add(Sample, [x]);
                     return;
                 }
                 let (norm, rope) = (self.opt_real(), self.opt_real());
-                let spec = QkvSpec {
+                let spec = AttnQkv {
                     attn: self.attn(2, true, SdpaStage::Closed),
                     heads: 4,
                     kv_heads: 2,
                     head_dim: 16,
                     head_norm: norm,
-                    rope: rope.map(|scaling| RopeSpec { scaling }),
+                    rope: rope.map(|scaling| Rope { scaling }),
                 };
-                let ops = [
-                    self.value(f, &[token, d(128)]),
-                    self.optional(norm.is_some(), f, &[d(16)]),
-                    self.optional(norm.is_some(), f, &[d(16)]),
-                    self.optional(rope.is_some(), DType::I32, &[token]),
-                    self.optional(rope.is_some(), DType::F32, &[d(8)]),
-                    self.cache(2, 16),
-                ];
-                let both = self.add(Op::AttnQkv(spec), &ops);
+                let (norm, rope) = (norm.is_some(), rope.is_some());
+                let ops = Operands::from([self.value(f, &[token, d(128)]), self.cache(2, 16)])
+                    .with(attn_qkv::Q_NORM, self.optional(norm, f, &[d(16)]))
+                    .with(attn_qkv::K_NORM, self.optional(norm, f, &[d(16)]))
+                    .with(
+                        attn_qkv::POSITIONS,
+                        self.optional(rope, DType::I32, &[token]),
+                    )
+                    .with(attn_qkv::INV_FREQ, self.optional(rope, DType::F32, &[d(8)]));
+                let both = self.add(spec, ops);
                 self.split(both);
             }
         }
     }
-}
-
-/// The names of all operations.
-pub(crate) fn all_names() -> Vec<&'static str> {
-    let mut names = vec![
-        "input",
-        "weight",
-        "const",
-        "table",
-        "iota",
-        "cache",
-        "none",
-        "cast",
-        "where",
-        "matmul",
-        "embedding",
-        "reshape",
-        "permute",
-        "expand",
-        "slice",
-        "concat",
-        "linear",
-        "softmax",
-        "rmsnorm",
-        "silu",
-        "swiglu",
-        "angles",
-        "rope",
-        "repeat_kv",
-        "sdpa",
-        "attn",
-        "win",
-        "select",
-        "get",
-        "attn_step",
-        "proj",
-        "pack",
-        "addrms",
-        "gemm",
-        "attn_qkv",
-        "sample",
-    ];
-    names.extend(UnaryFn::ALL.map(UnaryFn::name));
-    names.extend(BinaryFn::ALL.map(BinaryFn::name));
-    names.extend(ReduceFn::ALL.map(ReduceFn::name));
-    names
 }

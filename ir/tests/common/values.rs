@@ -63,23 +63,23 @@ pub(crate) fn type_of(v: &V) -> Type {
         Value::Bool(t) => Type::tensor(DType::Bool, dims(&t.shape)),
         Value::Cache(_) => Type::Cache,
         Value::Tuple(vs) => Type::Tuple(vs.iter().map(type_of).collect()),
-        Value::None => Type::None,
     }
 }
 
 /// Derives the type and evaluates.
-pub(crate) fn eval_in(state: &mut Interp<'_, f64>, op: &Op, inputs: &[&V]) -> V {
-    let types: Vec<Type> = inputs.iter().map(|v| type_of(v)).collect();
-    let ty = infer(op, &types.iter().collect::<Vec<_>>()).expect("well typed");
-    interp::eval_op(op, inputs, &ty, state).expect("evaluates")
+pub(crate) fn eval_in<'v>(
+    state: &mut Interp<'_, f64>,
+    op: impl Into<Op>,
+    inputs: impl Into<Operands<&'v V>>,
+) -> V {
+    let (op, inputs) = (op.into(), inputs.into());
+    let types = inputs.map(|v| type_of(v));
+    let ty = infer(&op, types.map(|t| t)).expect("well typed");
+    interp::eval_op(&op, inputs, &ty, state).expect("evaluates")
 }
 
-pub(crate) fn eval(op: Op, inputs: &[&V]) -> V {
-    eval_in(
-        &mut Interp::new(SymEnv::default(), &no_weights),
-        &op,
-        inputs,
-    )
+pub(crate) fn eval<'v>(op: impl Into<Op>, inputs: impl Into<Operands<&'v V>>) -> V {
+    eval_in(&mut Interp::new(SymEnv::default(), &no_weights), op, inputs)
 }
 
 pub(crate) fn rms(x: &[f64], gamma: &[f64], eps: f64) -> Vec<f64> {

@@ -2,9 +2,13 @@
 //! weights or positions only.
 
 use super::EGraph;
+use super::convert::operands_of;
 use super::lang::Lang;
 use super::mask::{self, Fact, Operand};
 use egg::{Analysis, DidMerge, Id};
+use lathe_ir::Operands;
+use lathe_ir::ops::X;
+use lathe_ir::ops::{Cast, Const, Select, Weight};
 use lathe_ir::{Dim, Graph, Op, Prov, Sym, Type, infer};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,6 +19,8 @@ pub enum Data {
     Payload(Op),
     /// A value.
     Value(Value),
+    /// No value: what stands in the place of an absent operand.
+    Absent,
 }
 
 /// Facts about a value.
@@ -78,11 +84,11 @@ impl TensorAnalysis {
         let users = graph.users();
         let mut readers: BTreeMap<&str, (usize, bool)> = BTreeMap::new();
         for id in graph.ids() {
-            if let Op::Weight { weight, .. } = &graph.node(id).op {
+            if let Op::Weight(Weight { weight, .. }) = &graph.node(id).op {
                 let of = readers.entry(&weight.name).or_default();
                 for &user in &users[id.index()] {
                     of.0 += 1;
-                    of.1 |= !matches!(graph.node(user).op, Op::Slice { .. });
+                    of.1 |= !matches!(graph.node(user).op, Op::Slice(_));
                 }
             }
         }
@@ -100,6 +106,7 @@ impl Data {
         match self {
             Data::Value(v) => v,
             Data::Payload(op) => panic!("invariant: payload {op:?} used as a value"),
+            Data::Absent => panic!("invariant: an absent operand used as a value"),
         }
     }
 
@@ -111,6 +118,7 @@ impl Data {
         match self {
             Data::Payload(op) => op,
             Data::Value(v) => panic!("invariant: a value of type {:?} used as a payload", v.ty),
+            Data::Absent => panic!("invariant: an absent operand used as a payload"),
         }
     }
 }
@@ -119,6 +127,7 @@ impl Data {
 pub fn op_of(egraph: &EGraph, node: &Lang) -> Op {
     match node {
         Lang::Payload(op) => op.clone(),
+        Lang::Absent => panic!("invariant: an absent operand is no operation"),
         Lang::App(name, ch) => match Op::plain(name) {
             Some(op) => op,
             None => egraph[ch[0]].data.payload().clone(),
@@ -130,33 +139,28 @@ impl Analysis<Lang> for TensorAnalysis {
     type Data = Data;
 
     fn make(egraph: &mut EGraph, node: &Lang, _id: Id) -> Data {
-        if let Lang::Payload(op) = node {
-            return Data::Payload(op.clone());
+        match node {
+            Lang::Payload(op) => return Data::Payload(op.clone()),
+            Lang::Absent => return Data::Absent,
+            Lang::App(..) => {}
         }
         let op = op_of(egraph, node);
-        let operands: Vec<&Value> = node
-            .operands()
-            .iter()
-            .map(|&c| egraph[c].data.value())
-            .collect();
-        let types: Vec<&Type> = operands.iter().map(|v| &v.ty).collect();
-        let ty = infer(&op, &types)
+        let operands = operands_of(egraph, node).map(|&c| egraph[c].data.value());
+        let ty = infer(&op, operands.map(|v| &v.ty))
             .unwrap_or_else(|e| panic!("invariant: rules add only well-typed terms: {e}"));
         let konst = constant(&op, &operands);
         let weight_only = match &op {
-            Op::Weight { .. } => true,
+            Op::Weight(_) => true,
             Op::Pack(_) => true,
             op if op.is_leaf() => false,
-            Op::Get(_) | Op::Win(_) | Op::Select => false,
+            Op::Get(_) | Op::Win(_) | Op::Select(Select) => false,
             _ => {
                 operands.iter().any(|v| v.weight_only)
-                    && operands
-                        .iter()
-                        .all(|v| v.weight_only || v.konst.is_some() || v.ty == Type::None)
+                    && operands.iter().all(|v| v.weight_only || v.konst.is_some())
             }
         };
         let shared = match &op {
-            Op::Weight { weight, .. } => egraph.analysis.shared.contains(&weight.name),
+            Op::Weight(Weight { weight, .. }) => egraph.analysis.shared.contains(&weight.name),
             _ => weight_only && operands.iter().any(|v| v.shared),
         };
         let fact = fact(&op, &operands, &ty);
@@ -209,6 +213,7 @@ impl Analysis<Lang> for TensorAnalysis {
                 }
                 konst | fact | prov | weight | shared
             }
+            (Data::Absent, Data::Absent) => DidMerge(false, false),
             _ => panic!("invariant: payload leaves are never united with values"),
         }
     }
@@ -225,18 +230,18 @@ fn merge_option<T: PartialEq>(a: &mut Option<T>, b: Option<T>) -> DidMerge {
     }
 }
 
-fn constant(op: &Op, x: &[&Value]) -> Option<f64> {
+fn constant(op: &Op, x: &Operands<&Value>) -> Option<f64> {
     match op {
-        Op::Const { value, .. } => Some(value.get()),
-        Op::Cast(lathe_ir::DType::Bool) => x[0].konst.map(|v| f64::from(v != 0.0)),
-        Op::Cast(to) if !to.is_float() => x[0].konst.map(f64::trunc),
-        Op::Cast(_) | Op::Reshape(_) | Op::Expand(_) => x[0].konst,
-        Op::Unary(lathe_ir::UnaryFn::Neg) => Some(-x[0].konst?),
+        Op::Const(Const { value, .. }) => Some(value.get()),
+        Op::Cast(Cast(lathe_ir::DType::Bool)) => x[X].konst.map(|v| f64::from(v != 0.0)),
+        Op::Cast(Cast(to)) if !to.is_float() => x[X].konst.map(f64::trunc),
+        Op::Cast(_) | Op::Reshape(_) | Op::Expand(_) => x[X].konst,
+        Op::Unary(lathe_ir::UnaryFn::Neg) => Some(-x[X].konst?),
         _ => None,
     }
 }
 
-fn fact(op: &Op, x: &[&Value], ty: &Type) -> Option<Fact> {
+fn fact(op: &Op, x: &Operands<&Value>, ty: &Type) -> Option<Fact> {
     let shape = &ty.as_tensor()?.shape;
     let mut operands = Vec::with_capacity(x.len());
     for v in x {

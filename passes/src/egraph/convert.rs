@@ -5,17 +5,35 @@ use super::analysis::{Data, op_of};
 use super::lang::Lang;
 use egg::Id;
 use indexmap::IndexMap;
-use lathe_ir::{Graph, NodeId, Op, Prov};
+use lathe_ir::{Graph, NodeId, Op, Operands, Prov};
 use smallvec::SmallVec;
 
-/// Adds an operation on e-classes.
-pub fn add_op(egraph: &mut EGraph, op: &Op, operands: &[Id]) -> Id {
+/// The e-node of an operation on e-classes; `leaf` gives the class of its payload and of absence.
+pub fn e_node(op: &Op, operands: &Operands<Id>, mut leaf: impl FnMut(Lang) -> Id) -> Lang {
     let mut children: SmallVec<[Id; 4]> = SmallVec::new();
     if op.has_payload() {
-        children.push(egraph.add(Lang::Payload(op.clone())));
+        children.push(leaf(Lang::Payload(op.clone())));
     }
-    children.extend_from_slice(operands);
-    egraph.add(Lang::App(op.name(), children))
+    let signature = op.signature();
+    if signature.variadic {
+        children.extend(operands.iter().copied());
+    }
+    for &slot in signature.slots {
+        children.push(operands.get(slot).unwrap_or_else(|| leaf(Lang::Absent)));
+    }
+    Lang::App(op.name(), children)
+}
+
+/// Adds an operation on e-classes.
+pub fn add_op(egraph: &mut EGraph, op: &Op, operands: &Operands<Id>) -> Id {
+    let node = e_node(op, operands, |leaf| egraph.add(leaf));
+    egraph.add(node)
+}
+
+/// The operands of an e-node.
+pub fn operands_of(egraph: &EGraph, node: &Lang) -> Operands<Id> {
+    let present = |&id: &Id| !matches!(egraph[id].data, Data::Absent);
+    Operands::of_slots((node.places().iter()).map(|id| Some(*id).filter(present)))
 }
 
 /// Adds a whole graph; returns the class of each node.
@@ -23,7 +41,7 @@ pub fn add_graph(egraph: &mut EGraph, graph: &Graph) -> Vec<Id> {
     let mut ids: Vec<Id> = Vec::with_capacity(graph.nodes().len());
     egraph.analysis.note_shared(graph);
     for node in graph.nodes() {
-        let operands: Vec<Id> = node.inputs.iter().map(|i| ids[i.index()]).collect();
+        let operands = node.inputs.map(|i| ids[i.index()]);
         let id = add_op(egraph, &node.op, &operands);
         if let Data::Value(v) = &mut egraph[id].data {
             v.prov.get_or_insert_with(|| node.prov.clone());
@@ -92,16 +110,12 @@ fn build(
         .unwrap_or_else(|| panic!("invariant: class {id} under a root has a chosen form"));
     let prov = match &egraph[id].data {
         Data::Value(v) => v.origin().cloned().unwrap_or_else(|| user.clone()),
-        Data::Payload(_) => user.clone(),
+        Data::Payload(_) | Data::Absent => user.clone(),
     };
-    let operands: Vec<NodeId> = node
-        .operands()
-        .iter()
-        .map(|&c| build(egraph, choice, graph, done, c, &prov))
-        .collect();
+    let operands = operands_of(egraph, node).map(|&c| build(egraph, choice, graph, done, c, &prov));
     let op = op_of(egraph, node);
     let n = graph
-        .add(op, &operands, &prov)
+        .add(op, operands, &prov)
         .unwrap_or_else(|e| panic!("invariant: e-graph terms are well-typed: {e}"));
     done.insert(id, n);
     n

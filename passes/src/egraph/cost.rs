@@ -6,7 +6,11 @@
 //! ([`lathe_ir::Op::Win`], [`lathe_ir::Op::Sdpa`]) cost [`INFINITE`]: an extraction that cannot
 //! avoid them fails and names them.
 
-use lathe_ir::{DType, Epilogue, GemmSpec, Op, Prologue, Sym, SymEnv, TensorType, Type};
+use lathe_ir::ops::{
+    Attn, AttnStep, Gemm, attn, attn_qkv, attn_step, gemm as gemm_of, linear, matmul,
+};
+use lathe_ir::{DType, Epilogue, Op, Prologue, Sym, SymEnv, TensorType, Type};
+use lathe_ir::{Operands, Slot};
 
 /// The cost of what cannot be executed. Sums saturate here.
 pub const INFINITE: u64 = u64::MAX / 4;
@@ -131,7 +135,13 @@ pub struct Work {
 }
 
 /// The cost of one operation in picoseconds.
-pub fn op_cost(op: &Op, inputs: &[&Type], output: &Type, weight_only: bool, at: &CostPoint) -> u64 {
+pub fn op_cost(
+    op: &Op,
+    inputs: &Operands<&Type>,
+    output: &Type,
+    weight_only: bool,
+    at: &CostPoint,
+) -> u64 {
     match work(op, inputs, output, weight_only, at) {
         Some(w) => picoseconds(&w, &at.device),
         None => INFINITE,
@@ -149,7 +159,7 @@ pub fn picoseconds(w: &Work, d: &DeviceModel) -> u64 {
 /// The work of one operation, or `None` if it has no kernel at this point.
 pub fn work(
     op: &Op,
-    inputs: &[&Type],
+    inputs: &Operands<&Type>,
     output: &Type,
     weight_only: bool,
     at: &CostPoint,
@@ -157,6 +167,7 @@ pub fn work(
     let env = &at.env;
     let bytes = |t: &Type| type_bytes(t, env);
     let all_bytes = inputs.iter().map(|t| bytes(t)).sum::<f64>() + bytes(output);
+    let tensor = |slot: Slot| inputs.get(slot)?.as_tensor();
     let elements = |t: &Type| t.as_tensor().map_or(0.0, |t| t.elements(env) as f64);
     let mut w = Work {
         bytes: all_bytes,
@@ -170,39 +181,37 @@ pub fn work(
         // Laid out by the loader, or computed once by the program `once`.
         _ if weight_only => return Some(Work::default()),
         Op::Reshape(_) | Op::Get(_) => return Some(Work::default()),
-        Op::Select if at.selects_all() => return Some(Work::default()),
-        Op::Select => w.bytes = 2.0 * bytes(output),
-        Op::Embedding => w.bytes = 2.0 * bytes(output),
-        Op::Matmul => {
-            let k = inputs[0].as_tensor()?.shape.last()?.eval(env) as f64;
+        Op::Select(_) if at.selects_all() => return Some(Work::default()),
+        Op::Select(_) => w.bytes = 2.0 * bytes(output),
+        Op::Embedding(_) => w.bytes = 2.0 * bytes(output),
+        Op::Matmul(_) => {
+            let k = tensor(matmul::A)?.shape.last()?.eval(env) as f64;
             w.matrix = 2.0 * elements(output) * k;
             // At equal work the projection with a weight as it is stored is preferred.
             w.bytes += 2048.0;
         }
-        Op::Linear | Op::Proj(_) => {
-            let k = inputs[1].as_tensor()?.shape.last()?.eval(env) as f64;
+        // A projection is a step towards the packed form: it has no kernel of its own.
+        Op::Proj(_) => return None,
+        Op::Linear(_) => {
+            let k = tensor(linear::W)?.shape.last()?.eval(env) as f64;
             w.matrix = 2.0 * elements(output) * k;
-            // A projection is a step towards the packed form: it has no kernel of its own.
-            if matches!(op, Op::Proj(_)) {
-                return None;
-            }
             // At equal work the form with prologue and epilogue is preferred.
             w.bytes += 1024.0;
         }
         Op::Gemm(spec) => return gemm(spec, inputs, output, at, w),
-        Op::Attn(s) => {
-            let q = inputs[0].as_tensor()?;
+        Op::Attn(Attn(s)) => {
+            let q = tensor(attn::Q)?;
             let keys = q.shape[2].eval(env) as f64;
             let seen = if s.mask.causal { keys / 2.0 } else { keys };
-            w.matrix = 4.0 * elements(inputs[0]) * seen;
+            w.matrix = 4.0 * q.elements(env) as f64 * seen;
         }
-        Op::AttnStep(s) => {
-            let (q, k) = (inputs[0].as_tensor()?, inputs[1].as_tensor()?);
+        Op::AttnStep(AttnStep(s)) => {
+            let (q, k) = (tensor(attn_step::Q)?, tensor(attn_step::K)?);
             let row = k.shape[1].eval(env) as f64 * k.shape[2].eval(env) as f64;
-            cached_attention(&mut w, at, s.mask.window, q, row, elements(inputs[0]));
+            cached_attention(&mut w, at, s.mask.window, q, row, q.elements(env) as f64);
         }
         Op::AttnQkv(s) => {
-            let qkv = inputs[0].as_tensor()?;
+            let qkv = tensor(attn_qkv::QKV)?;
             let rows = qkv.shape[0].eval(env) as f64;
             let kv_row = f64::from(s.kv_heads) * f64::from(s.head_dim);
             let q = rows * f64::from(s.heads) * f64::from(s.head_dim);
@@ -211,11 +220,12 @@ pub fn work(
             w.launches = if at.selects_all() { 1 } else { 2 };
         }
         Op::Chain(c) => {
-            let domain = lathe_ir::chain::domain(inputs.iter().copied()).ok()?;
+            let tensors = inputs.iter().filter_map(|t| t.as_tensor());
+            let domain = lathe_ir::chain::domain(tensors).ok()?;
             let elements: f64 = domain.iter().map(|d| d.eval(env) as f64).product();
             w.vector = elements * c.statements.len() as f64;
         }
-        Op::RmsNorm { .. } | Op::AddRms { .. } | Op::Softmax => w.vector *= 4.0,
+        Op::RmsNorm(_) | Op::AddRms(_) | Op::Softmax(_) => w.vector *= 4.0,
         _ => {}
     }
     Some(w)
@@ -236,13 +246,14 @@ fn cached_attention(
 }
 
 fn gemm(
-    spec: &GemmSpec,
-    inputs: &[&Type],
+    spec: &Gemm,
+    inputs: &Operands<&Type>,
     output: &Type,
     at: &CostPoint,
     mut w: Work,
 ) -> Option<Work> {
-    let (x, weight) = (inputs[0].as_tensor()?, inputs[1].as_tensor()?);
+    let tensor = |slot: Slot| inputs.get(slot)?.as_tensor();
+    let (x, weight) = (tensor(gemm_of::X)?, tensor(gemm_of::W)?);
     let (n, k) = (
         weight.shape[0].eval(&at.env) as f64,
         weight.shape[1].eval(&at.env) as f64,
@@ -258,7 +269,8 @@ fn gemm(
         inputs.iter().map(|t| type_bytes(t, &at.env)).sum::<f64>() + type_bytes(output, &at.env);
     if spec.prologue != Prologue::None {
         if rows > at.device.max_prologue_rows as f64 {
-            let factors = matches!(spec.prologue, Prologue::Rms { .. }) && inputs[4] == &Type::None;
+            let factors = matches!(spec.prologue, Prologue::Rms { .. })
+                && inputs.get(gemm_of::GAMMA).is_none();
             if !factors {
                 return None;
             }
@@ -284,7 +296,7 @@ fn type_bytes(t: &Type, env: &SymEnv) -> f64 {
     match t {
         Type::Tensor(t) => t.bytes(env) as f64,
         Type::Tuple(ts) => ts.iter().map(|t| type_bytes(t, env)).sum(),
-        Type::Cache | Type::None => 0.0,
+        Type::Cache => 0.0,
     }
 }
 

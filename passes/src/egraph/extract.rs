@@ -8,11 +8,11 @@
 
 use super::analysis::{Data, is_step_shape, op_of};
 use super::convert::Choice;
+use super::convert::operands_of;
 use super::cost::{CostPoint, INFINITE, op_cost};
 use super::lang::Lang;
 use super::{EGraph, analysis::Value};
 use egg::{Id, Language};
-use lathe_ir::Type;
 use thiserror::Error;
 
 /// The chosen forms with their cost.
@@ -42,15 +42,11 @@ pub struct ExtractError {
 
 /// The cost of an e-node at a point; payload leaves are free.
 pub fn node_cost(egraph: &EGraph, id: Id, node: &Lang, at: &CostPoint) -> u64 {
-    if let Lang::Payload(_) = node {
+    if let Lang::Payload(_) | Lang::Absent = node {
         return 0;
     }
     let op = op_of(egraph, node);
-    let inputs: Vec<&Type> = node
-        .operands()
-        .iter()
-        .map(|&c| &egraph[c].data.value().ty)
-        .collect();
+    let inputs = operands_of(egraph, node).map(|&c| &egraph[c].data.value().ty);
     let value: &Value = egraph[id].data.value();
     op_cost(&op, &inputs, &value.ty, value.weight_only, at)
 }
@@ -393,7 +389,7 @@ impl<'a> Problem<'a> {
             }
             // Otherwise its only forms have no kernel: look through a window at what it shows.
             let node = &self.egraph[id].nodes[0];
-            let inner = node.operands().first().map(|&c| self.index(c));
+            let inner = node.places().first().map(|&c| self.index(c));
             let shown = inner.map_or(id, |c| self.classes[c]);
             let names: Vec<&str> = self.egraph[shown]
                 .nodes
@@ -402,12 +398,12 @@ impl<'a> Problem<'a> {
                 .collect();
             let prov = match &self.egraph[shown].data {
                 Data::Value(v) => v.origin().cloned(),
-                Data::Payload(_) => None,
+                Data::Payload(_) | Data::Absent => None,
             };
             let op = node.name().unwrap_or("payload");
             let whole = match &self.egraph[id].data {
                 Data::Value(v) => v.ty.as_tensor().is_some_and(|t| !is_step_shape(&t.shape)),
-                Data::Payload(_) => false,
+                Data::Payload(_) | Data::Absent => false,
             };
             return ExtractError {
                 class: id,

@@ -4,8 +4,9 @@
 //! Patterns therefore bind whole payloads: `(attn ?spec ?q ?k ?v)`. A payload inside the enum
 //! variant would not do, because patterns would have to spell it out.
 
+use super::pattern::ABSENT;
 use egg::{FromOp, Id, Language};
-use lathe_ir::Op;
+use lathe_ir::{Op, Slot};
 use smallvec::SmallVec;
 use std::fmt;
 
@@ -14,65 +15,34 @@ use std::fmt;
 pub enum Lang {
     /// The payload of an operation: the whole operation, without operands.
     Payload(Op),
-    /// An operation by name. With a payload, the first child is its leaf.
+    /// An operation by name. With a payload, the first child is its leaf; then a child for each place of its
+    /// operands.
     App(&'static str, SmallVec<[Id; 4]>),
-}
-
-/// Names of operations that carry a payload, for patterns.
-const PAYLOAD_NAMES: &[&str] = &[
-    "input",
-    "weight",
-    "const",
-    "table",
-    "iota",
-    "cache",
-    "cast",
-    "sum",
-    "mean",
-    "amax",
-    "argmax",
-    "reshape",
-    "permute",
-    "expand",
-    "slice",
-    "concat",
-    "rmsnorm",
-    "rope",
-    "repeat_kv",
-    "sdpa",
-    "attn",
-    "win",
-    "get",
-    "attn_step",
-    "proj",
-    "pack",
-    "addrms",
-    "gemm",
-    "attn_qkv",
-    "chain",
-];
-
-/// The interned spelling of an operation's name.
-fn intern(name: &str) -> Option<&'static str> {
-    if let Some(op) = Op::plain(name) {
-        return Some(op.name());
-    }
-    PAYLOAD_NAMES.iter().copied().find(|n| *n == name)
+    /// What stands in the place of an absent operand.
+    Absent,
 }
 
 impl Lang {
-    /// The operation's name, if this is not a payload.
+    /// The operation's name, if this is an operation.
     pub fn name(&self) -> Option<&'static str> {
         match self {
             Lang::App(name, _) => Some(name),
-            Lang::Payload(_) => None,
+            Lang::Payload(_) | Lang::Absent => None,
         }
     }
 
-    /// The operands, without the payload.
-    pub fn operands(&self) -> &[Id] {
+    /// What stands in the place of an operand.
+    ///
+    /// # Panics
+    /// The operation has no such operand.
+    pub fn place(&self, slot: Slot) -> Id {
+        self.places()[slot.index()]
+    }
+
+    /// What stands in the places of the operands, some of it absent.
+    pub fn places(&self) -> &[Id] {
         match self {
-            Lang::Payload(_) => &[],
+            Lang::Payload(_) | Lang::Absent => &[],
             Lang::App(name, ch) if Op::plain(name).is_some() => ch,
             Lang::App(_, ch) => &ch[1..],
         }
@@ -90,20 +60,21 @@ impl Language for Lang {
         match (self, other) {
             (Lang::Payload(a), Lang::Payload(b)) => a == b,
             (Lang::App(a, x), Lang::App(b, y)) => a == b && x.len() == y.len(),
+            (Lang::Absent, Lang::Absent) => true,
             _ => false,
         }
     }
 
     fn children(&self) -> &[Id] {
         match self {
-            Lang::Payload(_) => &[],
+            Lang::Payload(_) | Lang::Absent => &[],
             Lang::App(_, ch) => ch,
         }
     }
 
     fn children_mut(&mut self) -> &mut [Id] {
         match self {
-            Lang::Payload(_) => &mut [],
+            Lang::Payload(_) | Lang::Absent => &mut [],
             Lang::App(_, ch) => ch,
         }
     }
@@ -114,6 +85,7 @@ impl fmt::Display for Lang {
         match self {
             Lang::Payload(op) => write!(f, "{op:?}"),
             Lang::App(name, _) => f.write_str(name),
+            Lang::Absent => f.write_str(ABSENT),
         }
     }
 }
@@ -122,8 +94,11 @@ impl FromOp for Lang {
     type Error = String;
 
     fn from_op(op: &str, children: Vec<Id>) -> Result<Self, String> {
-        let name = intern(op).ok_or_else(|| format!("no operation named '{op}'"))?;
-        Ok(Lang::App(name, children.into()))
+        if op == ABSENT && children.is_empty() {
+            return Ok(Lang::Absent);
+        }
+        let op = Op::named(op).ok_or_else(|| format!("no operation named '{op}'"))?;
+        Ok(Lang::App(op.name(), children.into()))
     }
 }
 
@@ -133,8 +108,8 @@ mod tests {
 
     #[test]
     fn patterns_know_every_operation() {
-        for name in PAYLOAD_NAMES {
-            assert!(Op::plain(name).is_none(), "{name} has no payload");
+        for name in Op::names() {
+            assert!(Lang::from_op(name, vec![]).is_ok(), "{name}");
         }
         assert!(Lang::from_op("softmax", vec![]).is_ok());
         assert!(Lang::from_op("sofmax", vec![]).is_err());

@@ -4,6 +4,7 @@
 //! follows index values (`iota` along an axis), comparisons of them, and the arithmetic that
 //! turns booleans into additive masks; attention rules ask only for the resulting [`Mask`].
 
+use lathe_ir::ops::{Cast, Iota, Where};
 use lathe_ir::{BinaryFn, DType, Dim, Mask, Op, UnaryFn};
 
 /// The set of (query `i`, key `j`) with `lo < j - i <= hi`; a missing bound is infinite.
@@ -109,9 +110,9 @@ pub struct Operand<'a> {
 pub fn derive(op: &Op, x: &[Operand<'_>], shape: &[Dim]) -> Option<Fact> {
     match (op, x) {
         // The only index of an axis of extent 1 would be repeated by broadcasting.
-        (Op::Iota { len, .. }, _) if len.is(1) => None,
-        (Op::Iota { .. }, _) => Some(Fact::Index { axis: 0, offset: 0 }),
-        (Op::Cast(to), [a]) => match a.fact? {
+        (Op::Iota(Iota { len, .. }), _) if len.is(1) => None,
+        (Op::Iota(_), _) => Some(Fact::Index { axis: 0, offset: 0 }),
+        (Op::Cast(Cast(to)), [a]) => match a.fact? {
             Fact::Bool { band, inverted } if to.is_float() => {
                 Some(Fact::Indicator { band, inverted })
             }
@@ -132,7 +133,7 @@ pub fn derive(op: &Op, x: &[Operand<'_>], shape: &[Dim]) -> Option<Fact> {
             _ => None,
         },
         (Op::Binary(f), [a, b]) => binary(*f, a, b),
-        (Op::Where, [c, a, b]) => {
+        (Op::Where(Where), [c, a, b]) => {
             let Fact::Bool { band, inverted } = c.fact? else {
                 return None;
             };
@@ -378,10 +379,10 @@ mod tests {
     fn conversions_that_lose_positions_lose_the_fact() {
         let (i, shape) = (Dim::sym(lathe_ir::Sym::S), [Dim::sym(lathe_ir::Sym::S)]);
         let fact = derive(
-            &Op::Iota {
+            &Op::Iota(Iota {
                 len: i,
                 dtype: DType::I64,
-            },
+            }),
             &[],
             &shape,
         );
@@ -391,13 +392,13 @@ mod tests {
             konst: None,
             shape: &shape,
         };
-        assert_eq!(derive(&Op::Cast(DType::F32), &[x], &shape), Some(KEY));
-        assert_eq!(derive(&Op::Cast(DType::BF16), &[x], &shape), None);
-        assert_eq!(derive(&Op::Cast(DType::Bool), &[x], &shape), None);
-        let one = Op::Iota {
+        assert_eq!(derive(&Op::Cast(Cast(DType::F32)), &[x], &shape), Some(KEY));
+        assert_eq!(derive(&Op::Cast(Cast(DType::BF16)), &[x], &shape), None);
+        assert_eq!(derive(&Op::Cast(Cast(DType::Bool)), &[x], &shape), None);
+        let one = Op::Iota(Iota {
             len: Dim::new(1),
             dtype: DType::I64,
-        };
+        });
         assert_eq!(derive(&one, &[], &[Dim::new(1)]), None);
     }
 

@@ -6,6 +6,7 @@ pub mod cost;
 pub mod extract;
 pub mod lang;
 pub mod mask;
+pub mod pattern;
 
 pub use analysis::{Data, TensorAnalysis};
 pub use lang::Lang;

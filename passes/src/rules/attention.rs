@@ -6,6 +6,7 @@
 use crate::egraph::mask::{Fact, HIDDEN};
 use crate::rule::{Apply, Exactness, Rule, Stage};
 use egg::Id;
+use lathe_ir::ops::{Attn, Expand, Permute, RepeatKv, Reshape, Sdpa};
 use lathe_ir::{AttnSpec, Dim, Op, Real, SdpaStage};
 
 pub(super) const RULES: &[Rule] = &[
@@ -28,7 +29,7 @@ const REPEAT_KV: Rule = Rule {
     lhs: &["(reshape ?r2 (expand ?e (reshape ?r1 ?x)))"],
     rhs: |a| {
         let x = a.ty("?x")?;
-        let (Op::Reshape(r1), Op::Expand(e), Op::Reshape(r2)) =
+        let (Op::Reshape(Reshape(r1)), Op::Expand(Expand(e)), Op::Reshape(Reshape(r2))) =
             (a.op("?r1"), a.op("?e"), a.op("?r2"))
         else {
             return None;
@@ -44,7 +45,7 @@ const REPEAT_KV: Rule = Rule {
             return None;
         }
         let x = a.id("?x");
-        a.add(Op::RepeatKv { groups: g as u32 }, &[x])
+        a.add(RepeatKv { groups: g as u32 }, [x])
     },
 };
 
@@ -61,7 +62,7 @@ const OPEN: Rule = Rule {
             return None;
         }
         let (s, v) = (a.id("?s"), a.id("?v"));
-        a.add(Op::Sdpa(AttnSpec::open()), &[s, v])
+        a.add(Sdpa(AttnSpec::open()), [s, v])
     },
 };
 
@@ -74,7 +75,7 @@ const PEEL_MASK: Rule = Rule {
           attention unfused. Hidden scores are at most -1e4, so that their weights are 0 in f32.",
     lhs: &["(sdpa ?p (add ?s ?m) ?v)", "(sdpa ?p (add ?m ?s) ?v)"],
     rhs: |a| {
-        let Op::Sdpa(spec) = a.op("?p") else {
+        let Op::Sdpa(Sdpa(spec)) = a.op("?p") else {
             return None;
         };
         let Some(Fact::Additive { band }) = a.fact("?m") else {
@@ -89,7 +90,7 @@ const PEEL_MASK: Rule = Rule {
             mask: spec.mask.and(mask),
             ..spec
         };
-        a.add(Op::Sdpa(spec), &[s, v])
+        a.add(Sdpa(spec), [s, v])
     },
 };
 
@@ -113,7 +114,7 @@ const PEEL_MASK_FILL: Rule = Rule {
         "(sdpa ?p (where ?c ?k ?s) ?v)",
     ],
     rhs: |a| {
-        let Op::Sdpa(spec) = a.op("?p") else {
+        let Op::Sdpa(Sdpa(spec)) = a.op("?p") else {
             return None;
         };
         let Some(Fact::Bool { band, inverted }) = a.fact("?c") else {
@@ -137,7 +138,7 @@ const PEEL_MASK_FILL: Rule = Rule {
             mask: spec.mask.and(seen.as_mask()?),
             ..spec
         };
-        a.add(Op::Sdpa(spec), &[s, v])
+        a.add(Sdpa(spec), [s, v])
     },
 };
 
@@ -152,7 +153,7 @@ const PEEL_SOFTCAP: Rule = Rule {
         "(sdpa ?p (mul (tanh (mul ?s ?c)) ?c2) ?v)",
     ],
     rhs: |a| {
-        let Op::Sdpa(spec) = a.op("?p") else {
+        let Op::Sdpa(Sdpa(spec)) = a.op("?p") else {
             return None;
         };
         let cap = a.konst("?c2")?;
@@ -170,7 +171,7 @@ const PEEL_SOFTCAP: Rule = Rule {
         if !keeps_shape(a, s) {
             return None;
         }
-        a.add(Op::Sdpa(spec), &[s, v])
+        a.add(Sdpa(spec), [s, v])
     },
 };
 
@@ -182,7 +183,7 @@ const PEEL_SCALE: Rule = Rule {
     doc: "Constant factors of the scores, under masks and caps.",
     lhs: &["(sdpa ?p (mul ?s ?c) ?v)", "(sdpa ?p (div ?s ?c) ?v)"],
     rhs: |a| {
-        let Op::Sdpa(spec) = a.op("?p") else {
+        let Op::Sdpa(Sdpa(spec)) = a.op("?p") else {
             return None;
         };
         let c = a.konst("?c")?;
@@ -196,7 +197,7 @@ const PEEL_SCALE: Rule = Rule {
             stage: SdpaStage::Scale,
             ..spec
         };
-        a.add(Op::Sdpa(spec), &[s, v])
+        a.add(Sdpa(spec), [s, v])
     },
 };
 
@@ -208,10 +209,10 @@ const CLOSE: Rule = Rule {
     doc: "The scores are the product of queries and keys: nothing is left to peel.",
     lhs: &["(sdpa ?p (matmul ?q (permute ?t ?k)) ?v)"],
     rhs: |a| {
-        let Op::Sdpa(spec) = a.op("?p") else {
+        let Op::Sdpa(Sdpa(spec)) = a.op("?p") else {
             return None;
         };
-        if a.op("?t") != Op::Permute(vec![0, 1, 3, 2]) {
+        if a.op("?t") != Op::Permute(Permute(vec![0, 1, 3, 2])) {
             return None;
         }
         let spec = AttnSpec {
@@ -219,7 +220,7 @@ const CLOSE: Rule = Rule {
             ..spec
         };
         let ops = [a.id("?q"), a.id("?k"), a.id("?v")];
-        a.add(Op::Attn(spec), &ops)
+        a.add(Attn(spec), ops)
     },
 };
 
@@ -231,7 +232,8 @@ const GQA: Rule = Rule {
     doc: "Grouped query attention reads each KV head once.",
     lhs: &["(attn ?p ?q (repeat_kv ?g ?k) (repeat_kv ?g ?v))"],
     rhs: |a| {
-        let (Op::Attn(spec), Op::RepeatKv { groups }) = (a.op("?p"), a.op("?g")) else {
+        let (Op::Attn(Attn(spec)), Op::RepeatKv(RepeatKv { groups })) = (a.op("?p"), a.op("?g"))
+        else {
             return None;
         };
         let spec = AttnSpec {
@@ -239,6 +241,6 @@ const GQA: Rule = Rule {
             ..spec
         };
         let ops = [a.id("?q"), a.id("?k"), a.id("?v")];
-        a.add(Op::Attn(spec), &ops)
+        a.add(Attn(spec), ops)
     },
 };

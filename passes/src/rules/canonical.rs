@@ -1,6 +1,7 @@
 //! Spellings of the same thing get one form, so that later rules need one pattern each.
 
 use crate::rule::{Exactness, Rule, Stage};
+use lathe_ir::ops::{Linear, Matmul, Permute, Reshape};
 use lathe_ir::{BinaryFn, Op};
 
 pub(super) const RULES: &[Rule] = &[
@@ -43,7 +44,7 @@ const MUL_CONST_RIGHT: Rule = Rule {
         if !fixed(w) || fixed(x) {
             return None;
         }
-        a.add(Op::Binary(BinaryFn::Mul), &[x, w])
+        a.add(BinaryFn::Mul, [x, w])
     },
 };
 
@@ -57,10 +58,10 @@ const LINEAR: Rule = Rule {
     lhs: &["(matmul ?x (permute ?p ?w))"],
     rhs: |a| {
         let (x, w) = (a.id("?x"), a.id("?w"));
-        if a.ty("?w")?.rank() != 2 || a.op("?p") != Op::Permute(vec![1, 0]) {
+        if a.ty("?w")?.rank() != 2 || a.op("?p") != Op::Permute(Permute(vec![1, 0])) {
             return None;
         }
-        let y = a.add(Op::Linear, &[x, w])?;
+        let y = a.add(Linear, [x, w])?;
         (a.value(y).ty == a.value(a.root).ty).then_some(y)
     },
 };
@@ -75,19 +76,19 @@ const LINEAR_STORED: Rule = Rule {
     lhs: &["(matmul ?x (weight ?p))", "(matmul ?x (slice ?p ?w))"],
     rhs: |a| {
         let w = match a.op("?p") {
-            op @ Op::Weight { .. } => a.add(op, &[])?,
-            op @ Op::Slice { .. } if a.value(a.id("?w")).weight_only => {
+            op @ Op::Weight(_) => a.add(op, [])?,
+            op @ Op::Slice(_) if a.value(a.id("?w")).weight_only => {
                 let whole = a.id("?w");
-                a.add(op, &[whole])?
+                a.add(op, [whole])?
             }
             _ => return None,
         };
         if a.value(w).ty.as_tensor()?.rank() != 2 {
             return None;
         }
-        let wt = a.add(Op::Permute(vec![1, 0]), &[w])?;
+        let wt = a.add(Permute(vec![1, 0]), [w])?;
         let x = a.id("?x");
-        let y = a.add(Op::Linear, &[x, wt])?;
+        let y = a.add(Linear, [x, wt])?;
         (a.value(y).ty == a.value(a.root).ty).then_some(y)
     },
 };
@@ -102,8 +103,8 @@ const SCALE_OUT_OF_SCORES: Rule = Rule {
     rhs: |a| {
         a.konst("?c")?;
         let (q, c, k) = (a.id("?q"), a.id("?c"), a.id("?k"));
-        let scores = a.add(Op::Matmul, &[q, k])?;
-        let y = a.add(Op::Binary(BinaryFn::Mul), &[scores, c])?;
+        let scores = a.add(Matmul, [q, k])?;
+        let y = a.add(BinaryFn::Mul, [scores, c])?;
         (a.value(y).ty == a.value(a.root).ty).then_some(y)
     },
 };
@@ -116,7 +117,7 @@ const RESHAPE_RESHAPE: Rule = Rule {
     doc: "Windows leave chains of views behind (positions expanded to batches and flattened again).",
     lhs: &["(reshape ?b (reshape ?a ?x))"],
     rhs: |a| {
-        let Op::Reshape(to) = a.op("?b") else {
+        let Op::Reshape(Reshape(to)) = a.op("?b") else {
             return None;
         };
         let x = a.id("?x");

@@ -1,7 +1,10 @@
 //! Projections become GEMMs with bias and residual.
 
 use crate::rule::{Exactness, Rule, Stage};
-use lathe_ir::{Epilogue, GemmSpec, Op, Type};
+use lathe_ir::Epilogue;
+use lathe_ir::Operands;
+use lathe_ir::ops::Gemm;
+use lathe_ir::ops::gemm;
 
 pub(super) const RULES: &[Rule] = &[GEMM, GEMM_BIAS, GEMM_RESIDUAL];
 
@@ -17,8 +20,7 @@ const GEMM: Rule = Rule {
             return None;
         }
         let (x, w) = (a.id("?x"), a.id("?w"));
-        let none = a.none();
-        a.add(Op::Gemm(GemmSpec::PLAIN), &[x, w, none, none, none, none])
+        a.add(Gemm::PLAIN, [x, w])
     },
 };
 
@@ -34,9 +36,8 @@ const GEMM_BIAS: Rule = Rule {
         if a.ty("?x")?.rank() != 2 || a.ty("?b")?.rank() != 1 || !a.value(b).weight_only {
             return None;
         }
-        let (x, w) = (a.id("?x"), a.id("?w"));
-        let none = a.none();
-        let y = a.add(Op::Gemm(GemmSpec::PLAIN), &[x, w, b, none, none, none])?;
+        let rows = Operands::from([a.id("?x"), a.id("?w")]);
+        let y = a.add(Gemm::PLAIN, rows.with(gemm::BIAS, b))?;
         (a.value(y).ty == a.value(a.root).ty).then_some(y)
     },
 };
@@ -48,31 +49,23 @@ const GEMM_RESIDUAL: Rule = Rule {
     exactness: Exactness::Exact,
     doc: "A GEMM without another epilogue adds the residual to its accumulators.",
     lhs: &[
-        "(add ?r (gemm ?p ?x ?w ?b ?none ?g ?none2))",
-        "(add (gemm ?p ?x ?w ?b ?none ?g ?none2) ?r)",
+        "(add ?r (gemm ?p ?x ?w bias=?b gamma=?g))",
+        "(add (gemm ?p ?x ?w bias=?b gamma=?g) ?r)",
     ],
     rhs: |a| {
-        let Op::Gemm(spec) = a.op("?p") else {
-            return None;
-        };
-        let r = a.id("?r");
-        let absent = a.is_none("?none") && a.is_none("?none2");
-        if spec.epilogue != Epilogue::None || !absent || a.value(r).weight_only {
+        let (spec, r) = (a.payload::<Gemm>("?p")?, a.id("?r"));
+        if spec.epilogue != Epilogue::None || a.value(r).weight_only {
             return None;
         }
-        let spec = GemmSpec {
+        let spec = Gemm {
             epilogue: Epilogue::Residual,
             ..spec
         };
-        let ops = [
-            a.id("?x"),
-            a.id("?w"),
-            a.id("?b"),
-            r,
-            a.id("?g"),
-            a.id("?none"),
-        ];
-        let y = a.add(Op::Gemm(spec), &ops)?;
-        (a.value(y).ty == a.value(a.root).ty && a.value(y).ty != Type::None).then_some(y)
+        let operands = Operands::from([a.id("?x"), a.id("?w")])
+            .with(gemm::BIAS, a.opt("?b"))
+            .with(gemm::RESIDUAL, r)
+            .with(gemm::GAMMA, a.opt("?g"));
+        let y = a.add(spec, operands)?;
+        (a.value(y).ty == a.value(a.root).ty).then_some(y)
     },
 };

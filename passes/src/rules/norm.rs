@@ -3,7 +3,10 @@
 use super::softmax::reduces_last;
 use crate::rule::{Apply, Exactness, Rule, Stage};
 use egg::Id;
-use lathe_ir::{BinaryFn, DType, GemmSpec, Op, Prologue, Real, ReduceFn};
+use lathe_ir::Operands;
+use lathe_ir::ops::gemm;
+use lathe_ir::ops::{AddRms, Cast, Gemm, Get, RmsNorm};
+use lathe_ir::{BinaryFn, DType, Prologue, Real, ReduceFn};
 
 pub(super) const RECOGNIZE: &[Rule] = &[RMSNORM, RMSNORM_UPCAST];
 pub(super) const FUSE: &[Rule] = &[
@@ -37,7 +40,7 @@ const RMSNORM_UPCAST: Rule = Rule {
     ],
     rhs: |a| {
         let d = a.ty("?x")?.dtype;
-        if a.op("?d") != Op::Cast(d) || a.op("?f") != Op::Cast(DType::F32) {
+        if a.payload::<Cast>("?d")? != Cast(d) || a.payload::<Cast>("?f")? != Cast(DType::F32) {
             return None;
         }
         let x = a.id("?x");
@@ -52,7 +55,7 @@ fn recognize(a: &mut Apply<'_>, x: Id) -> Option<Id> {
     }
     let eps = Real::new(a.konst("?eps")?);
     let w = a.id("?w");
-    let y = a.add(Op::RmsNorm { eps }, &[x, w])?;
+    let y = a.add(RmsNorm { eps }, [x, w])?;
     (a.value(y).ty == a.value(a.root).ty).then_some(y)
 }
 
@@ -64,15 +67,13 @@ const ADD_RMSNORM: Rule = Rule {
     doc: "The residual add and the norm read the same row. The sum stays available as element 0.",
     lhs: &["(rmsnorm ?e (add ?r ?d) ?w)"],
     rhs: |a| {
-        let Op::RmsNorm { eps } = a.op("?e") else {
-            return None;
-        };
+        let RmsNorm { eps } = a.payload("?e")?;
         let (r, d, w) = (a.id("?r"), a.id("?d"), a.id("?w"));
-        let both = a.add(Op::AddRms { eps }, &[r, d, w])?;
-        let sum = a.add(Op::Binary(BinaryFn::Add), &[r, d])?;
-        let first = a.add(Op::Get(0), &[both])?;
+        let both = a.add(AddRms { eps }, [r, d, w])?;
+        let sum = a.add(BinaryFn::Add, [r, d])?;
+        let first = a.add(Get(0), [both])?;
         a.unite(sum, first);
-        a.add(Op::Get(1), &[both])
+        a.add(Get(1), [both])
     },
 };
 
@@ -82,26 +83,28 @@ const PROLOGUE_RMS: Rule = Rule {
     equation: "gemm(rmsnorm(x, g), w) => gemm{rms}(x, w, g)",
     exactness: Exactness::Exact,
     doc: "Worth it while the rows are few: every unit repeats the norm. The cost decides.",
-    lhs: &["(gemm ?p (rmsnorm ?e ?x ?g) ?w ?b ?res ?none ?none)"],
+    lhs: &["(gemm ?p (rmsnorm ?e ?x ?g) ?w bias=?b residual=?res)"],
     rhs: |a| {
-        let (Op::Gemm(spec), Op::RmsNorm { eps }) = (a.op("?p"), a.op("?e")) else {
-            return None;
-        };
+        let (spec, RmsNorm { eps }) = (a.payload::<Gemm>("?p")?, a.payload("?e")?);
         if spec.prologue != Prologue::None || a.ty("?x")?.rank() != 2 {
             return None;
         }
-        let spec = GemmSpec {
+        let spec = Gemm {
             prologue: Prologue::Rms { eps },
             ..spec
         };
-        let ops = [a.id("?x"), a.id("?w"), a.id("?b"), a.id("?res"), a.id("?g")];
-        let none = a.none();
-        a.add(
-            Op::Gemm(spec),
-            &[ops[0], ops[1], ops[2], ops[3], ops[4], none],
-        )
+        let (x, w) = (a.id("?x"), a.id("?w"));
+        let operands = product(a, x, w).with(gemm::GAMMA, a.id("?g"));
+        a.add(spec, operands)
     },
 };
+
+/// Operands of a GEMM with the bias and residual that were matched, if there are any.
+fn product(a: &Apply<'_>, x: Id, w: Id) -> Operands<Id> {
+    Operands::from([x, w])
+        .with(gemm::BIAS, a.opt("?b"))
+        .with(gemm::RESIDUAL, a.opt("?res"))
+}
 
 const GAMMA_INTO_WEIGHT: Rule = Rule {
     name: "gamma-into-weight",
@@ -110,25 +113,23 @@ const GAMMA_INTO_WEIGHT: Rule = Rule {
     exactness: Exactness::Reassociates,
     doc: "What is left of the norm is one factor a row, which the GEMM applies to its accumulators. The \
           columns are multiplied while the weight is loaded, in its place: not if others read it as it is.",
-    lhs: &["(gemm ?p ?x ?w ?b ?res ?g ?none)"],
+    lhs: &["(gemm ?p ?x ?w bias=?b residual=?res gamma=?g)"],
     rhs: |a| {
-        let Op::Gemm(spec) = a.op("?p") else {
-            return None;
-        };
-        let (w, g) = (a.id("?w"), a.id("?g"));
+        let (spec, w, g) = (a.payload::<Gemm>("?p")?, a.id("?w"), a.opt("?g")?);
         let fixed = |v: &crate::egraph::analysis::Value| v.weight_only && !v.shared;
-        if !matches!(spec.prologue, Prologue::Rms { .. }) || a.is_none("?g") {
+        if !matches!(spec.prologue, Prologue::Rms { .. }) {
             return None;
         }
         if !fixed(a.value(w)) || !a.value(g).weight_only {
             return None;
         }
-        let scaled = a.add(Op::Binary(BinaryFn::Mul), &[w, g])?;
+        let scaled = a.add(BinaryFn::Mul, [w, g])?;
         if a.value(scaled).ty != a.value(w).ty {
             return None;
         }
-        let (x, b, res, none) = (a.id("?x"), a.id("?b"), a.id("?res"), a.none());
-        a.add(Op::Gemm(spec), &[x, scaled, b, res, none, none])
+        let x = a.id("?x");
+        let operands = product(a, x, scaled);
+        a.add(spec, operands)
     },
 };
 
@@ -138,25 +139,25 @@ const PROLOGUE_ADD_RMS: Rule = Rule {
     equation: "gemm(get1(addrms(r, d, g)), w) => get1(gemm{addrms}(r, w, g, d));  get0 = get0",
     exactness: Exactness::Exact,
     doc: "As norm-into-gemm, with the residual add in the same prologue; one unit writes the sum.",
-    lhs: &["(gemm ?p (get ?i (addrms ?e ?r ?d ?g)) ?w ?b ?res ?none ?none)"],
+    lhs: &["(gemm ?p (get ?i (addrms ?e ?r ?d ?g)) ?w bias=?b residual=?res)"],
     rhs: |a| {
-        let (Op::Gemm(spec), Op::AddRms { eps }) = (a.op("?p"), a.op("?e")) else {
-            return None;
-        };
-        if spec.prologue != Prologue::None || a.op("?i") != Op::Get(1) || a.ty("?r")?.rank() != 2 {
+        let (spec, AddRms { eps }) = (a.payload::<Gemm>("?p")?, a.payload("?e")?);
+        let normed = a.payload::<Get>("?i")? == Get(1);
+        if spec.prologue != Prologue::None || !normed || a.ty("?r")?.rank() != 2 {
             return None;
         }
-        let spec = GemmSpec {
+        let spec = Gemm {
             prologue: Prologue::AddRms { eps },
             ..spec
         };
         let (r, d, g) = (a.id("?r"), a.id("?d"), a.id("?g"));
-        let ops = [r, a.id("?w"), a.id("?b"), a.id("?res"), g, d];
-        let both = a.add(Op::Gemm(spec), &ops)?;
-        let addrms = a.add(Op::AddRms { eps }, &[r, d, g])?;
-        let old_sum = a.add(Op::Get(0), &[addrms])?;
-        let new_sum = a.add(Op::Get(0), &[both])?;
+        let w = a.id("?w");
+        let operands = product(a, r, w).with(gemm::GAMMA, g).with(gemm::DELTA, d);
+        let both = a.add(spec, operands)?;
+        let addrms = a.add(AddRms { eps }, [r, d, g])?;
+        let old_sum = a.add(Get(0), [addrms])?;
+        let new_sum = a.add(Get(0), [both])?;
         a.unite(old_sum, new_sum);
-        a.add(Op::Get(1), &[both])
+        a.add(Get(1), [both])
     },
 };

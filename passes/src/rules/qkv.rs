@@ -2,7 +2,10 @@
 
 use crate::rule::{Apply, Exactness, Rule, Stage};
 use egg::Id;
-use lathe_ir::{Dim, GemmSpec, Op, PackKind, ProjSpec, QkvSpec};
+use lathe_ir::Dim;
+use lathe_ir::Operands;
+use lathe_ir::ops::{AttnQkv, AttnStep, Gemm, Pack, Proj, Reshape, RmsNorm};
+use lathe_ir::ops::{attn_qkv, gemm, proj};
 
 pub(super) const RULES: &[Rule] = &[PROJ, PROJ_BIAS, PROJ_NORM, PROJ_ROPE, QKV_JOIN];
 
@@ -13,10 +16,7 @@ const PROJ: Rule = Rule {
     exactness: Exactness::Exact,
     doc: "One form for bias, head norm and RoPE keeps the QKV join one rule.",
     lhs: &["(reshape ?r (linear ?x ?w))"],
-    rhs: |a| {
-        let none = a.none();
-        project(a, none)
-    },
+    rhs: |a| project(a, None),
 };
 
 const PROJ_BIAS: Rule = Rule {
@@ -31,14 +31,12 @@ const PROJ_BIAS: Rule = Rule {
         if !a.value(b).weight_only {
             return None;
         }
-        project(a, b)
+        project(a, Some(b))
     },
 };
 
-fn project(a: &mut Apply<'_>, bias: Id) -> Option<Id> {
-    let Op::Reshape(shape) = a.op("?r") else {
-        return None;
-    };
+fn project(a: &mut Apply<'_>, bias: Option<Id>) -> Option<Id> {
+    let Reshape(shape) = a.payload("?r")?;
     let x = a.ty("?x")?;
     let (rows, heads, head_dim) = match shape[..] {
         [r, h, d] => (r, h.known()?, d.known()?),
@@ -47,15 +45,14 @@ fn project(a: &mut Apply<'_>, bias: Id) -> Option<Id> {
     if x.rank() != 2 || x.shape[0] != rows {
         return None;
     }
-    let spec = ProjSpec {
+    let spec = Proj {
         heads: heads as u32,
         head_dim: head_dim as u32,
         head_norm: None,
         rope: None,
     };
-    let (x, w) = (a.id("?x"), a.id("?w"));
-    let none = a.none();
-    a.add(Op::Proj(spec), &[x, w, bias, none, none, none])
+    let rows = Operands::from([a.id("?x"), a.id("?w")]);
+    a.add(spec, rows.with(proj::BIAS, bias))
 }
 
 const PROJ_NORM: Rule = Rule {
@@ -64,27 +61,18 @@ const PROJ_NORM: Rule = Rule {
     equation: "rmsnorm(proj(x, w, b), g) => proj{head_norm}(x, w, b, g)",
     exactness: Exactness::Exact,
     doc: "Qwen 3 normalises each query and key head before RoPE.",
-    lhs: &["(rmsnorm ?e (proj ?p ?x ?w ?b ?g0 ?n1 ?n2) ?g)"],
+    lhs: &["(rmsnorm ?e (proj ?p ?x ?w bias=?b) ?g)"],
     rhs: |a| {
-        let (Op::RmsNorm { eps }, Op::Proj(spec)) = (a.op("?e"), a.op("?p")) else {
-            return None;
-        };
-        if spec.head_norm.is_some() || spec.rope.is_some() {
-            return None;
-        }
-        let spec = ProjSpec {
+        let (RmsNorm { eps }, spec) = (a.payload("?e")?, a.payload::<Proj>("?p")?);
+        let spec = Proj {
             head_norm: Some(eps),
             ..spec
         };
-        let ops = [
-            a.id("?x"),
-            a.id("?w"),
-            a.id("?b"),
-            a.id("?g"),
-            a.id("?n1"),
-            a.id("?n2"),
-        ];
-        a.add(Op::Proj(spec), &ops)
+        let rows = Operands::from([a.id("?x"), a.id("?w")]);
+        let operands = rows
+            .with(proj::BIAS, a.opt("?b"))
+            .with(proj::GAMMA, a.id("?g"));
+        a.add(spec, operands)
     },
 };
 
@@ -94,31 +82,25 @@ const PROJ_ROPE: Rule = Rule {
     equation: "rope(proj(x, w, b, g), reshape(pos, [T,1]), f) => proj{rope}(x, w, b, g, pos, f)",
     exactness: Exactness::Exact,
     doc: "RoPE is the last thing that happens to a query or key head.",
-    lhs: &["(rope ?r (proj ?p ?x ?w ?b ?g ?n1 ?n2) (reshape ?s ?pos) ?f)"],
+    lhs: &["(rope ?r (proj ?p ?x ?w bias=?b gamma=?g) (reshape ?s ?pos) ?f)"],
     rhs: |a| {
-        let (Op::Rope(rope), Op::Proj(spec)) = (a.op("?r"), a.op("?p")) else {
-            return None;
-        };
+        let (rope, spec) = (a.payload("?r")?, a.payload::<Proj>("?p")?);
         let rows = a.ty("?x")?.shape[0];
-        if spec.rope.is_some()
-            || a.ty("?pos")?.shape != [rows]
-            || a.op("?s") != Op::Reshape(vec![rows, Dim::new(1)])
-        {
+        let column = Reshape(vec![rows, Dim::new(1)]);
+        if a.ty("?pos")?.shape != [rows] || a.payload::<Reshape>("?s")? != column {
             return None;
         }
-        let spec = ProjSpec {
+        let spec = Proj {
             rope: Some(rope),
             ..spec
         };
-        let ops = [
-            a.id("?x"),
-            a.id("?w"),
-            a.id("?b"),
-            a.id("?g"),
-            a.id("?pos"),
-            a.id("?f"),
-        ];
-        a.add(Op::Proj(spec), &ops)
+        let rows = Operands::from([a.id("?x"), a.id("?w")]);
+        let operands = rows
+            .with(proj::BIAS, a.opt("?b"))
+            .with(proj::GAMMA, a.opt("?g"))
+            .with(proj::POSITIONS, a.id("?pos"))
+            .with(proj::INV_FREQ, a.id("?f"));
+        a.add(spec, operands)
     },
 };
 
@@ -130,20 +112,17 @@ const QKV_JOIN: Rule = Rule {
     doc: "One GEMM for the three projections; head norms, RoPE and the append move into the attention \
           step. Placed at the join: the tuple of the step. All or none of the projections have a bias; \
           queries and keys share epsilon, RoPE and positions; values have neither norm nor RoPE.",
-    lhs: &[
-        "(attn_step ?a (proj ?pq ?x ?wq ?bq ?gq ?pos ?f) (proj ?pk ?x ?wk ?bk ?gk ?pos ?f) (proj ?pv ?x ?wv ?bv ?n ?n ?n) ?c)",
-    ],
+    lhs: &["(attn_step ?a \
+          (proj ?pq ?x ?wq bias=?bq gamma=?gq positions=?pos inv_freq=?f) \
+          (proj ?pk ?x ?wk bias=?bk gamma=?gk positions=?pos inv_freq=?f) \
+          (proj ?pv ?x ?wv bias=?bv) ?c)"],
     rhs: |a| {
-        let (Op::AttnStep(attn), Op::Proj(pq), Op::Proj(pk), Op::Proj(pv)) =
-            (a.op("?a"), a.op("?pq"), a.op("?pk"), a.op("?pv"))
-        else {
-            return None;
-        };
-        let plain_v = pv.head_norm.is_none() && pv.rope.is_none();
-        if pq.head_norm != pk.head_norm || pq.rope != pk.rope || !plain_v {
+        let AttnStep(attn) = a.payload("?a")?;
+        let (pq, pk) = (a.payload::<Proj>("?pq")?, a.payload::<Proj>("?pk")?);
+        if pq.head_norm != pk.head_norm || pq.rope != pk.rope {
             return None;
         }
-        let kind = PackKind::Qkv {
+        let kind = Pack::Qkv {
             head_dim: pq.head_dim,
             interleave: pq.rope.is_some(),
         };
@@ -151,26 +130,28 @@ const QKV_JOIN: Rule = Rule {
         if !weights.iter().all(|&w| a.value(w).weight_only) {
             return None;
         }
-        let w = a.add(Op::Pack(kind), &weights)?;
-        let none = a.none();
-        let biases = [a.id("?bq"), a.id("?bk"), a.id("?bv")];
-        let bias = match ["?bq", "?bk", "?bv"].map(|b| a.is_none(b)) {
-            [true, true, true] => none,
-            [false, false, false] => a.add(Op::Pack(kind), &biases)?,
+        let w = a.add(kind, weights)?;
+        let bias = match ["?bq", "?bk", "?bv"].map(|b| a.opt(b)) {
+            [None, None, None] => None,
+            [Some(q), Some(k), Some(v)] => Some(a.add(kind, [q, k, v])?),
             _ => return None,
         };
-        let (gq, gk) = (a.id("?gq"), a.id("?gk"));
-        let (gq, gk) = if pq.head_norm.is_some() && pq.rope.is_some() {
-            let head = PackKind::Head {
+        let (mut q_norm, mut k_norm) = (a.opt("?gq"), a.opt("?gk"));
+        if pq.rope.is_some() {
+            // Their factors are in the order of the interleaved heads.
+            let head = Pack::Head {
                 head_dim: pq.head_dim,
             };
-            (a.add(Op::Pack(head), &[gq])?, a.add(Op::Pack(head), &[gk])?)
-        } else {
-            (gq, gk)
-        };
-        let x = a.id("?x");
-        let qkv = a.add(Op::Gemm(GemmSpec::PLAIN), &[x, w, bias, none, none, none])?;
-        let spec = QkvSpec {
+            for norm in [&mut q_norm, &mut k_norm] {
+                *norm = match *norm {
+                    Some(g) => Some(a.add(head, [g])?),
+                    None => None,
+                };
+            }
+        }
+        let rows = Operands::from([a.id("?x"), w]);
+        let qkv = a.add(Gemm::PLAIN, rows.with(gemm::BIAS, bias))?;
+        let spec = AttnQkv {
             attn,
             heads: pq.heads,
             kv_heads: pk.heads,
@@ -178,7 +159,11 @@ const QKV_JOIN: Rule = Rule {
             head_norm: pq.head_norm,
             rope: pq.rope,
         };
-        let ops = [qkv, gq, gk, a.id("?pos"), a.id("?f"), a.id("?c")];
-        a.add(Op::AttnQkv(spec), &ops)
+        let operands = Operands::from([qkv, a.id("?c")])
+            .with(attn_qkv::Q_NORM, q_norm)
+            .with(attn_qkv::K_NORM, k_norm)
+            .with(attn_qkv::POSITIONS, a.opt("?pos"))
+            .with(attn_qkv::INV_FREQ, a.opt("?f"));
+        a.add(spec, operands)
     },
 };

@@ -2,7 +2,9 @@
 
 use crate::rule::{Apply, Exactness, Rule, Stage};
 use egg::Id;
-use lathe_ir::{DType, Dim, Op, Real, RopeSpec};
+use lathe_ir::ops::{Angles, Cast, Concat, Permute, Reshape, Rope, Slice};
+use lathe_ir::ops::{X, angles, binary, concat};
+use lathe_ir::{DType, Dim, Op, Real};
 
 pub(super) const RULES: &[Rule] = &[ANGLES, ROPE];
 
@@ -15,20 +17,21 @@ const ANGLES: Rule = Rule {
     lhs: &["(permute ?t (matmul (expand ?e (reshape ?rf ?f)) (reshape ?rp (cast ?c ?p))))"],
     rhs: |a| {
         let (f, p) = (a.ty("?f")?, a.ty("?p")?);
-        let (Op::Reshape(rf), Op::Reshape(rp)) = (a.op("?rf"), a.op("?rp")) else {
+        let (Op::Reshape(Reshape(rf)), Op::Reshape(Reshape(rp))) = (a.op("?rf"), a.op("?rp"))
+        else {
             return None;
         };
         if f.rank() != 1
             || p.rank() != 2
             || rf != [Dim::new(1), f.shape[0], Dim::new(1)]
             || rp != [p.shape[0], Dim::new(1), p.shape[1]]
-            || a.op("?t") != Op::Permute(vec![0, 2, 1])
-            || a.op("?c") != Op::Cast(DType::F32)
+            || a.op("?t") != Op::Permute(Permute(vec![0, 2, 1]))
+            || a.op("?c") != Op::Cast(Cast(DType::F32))
         {
             return None;
         }
         let (p, f) = (a.id("?p"), a.id("?f"));
-        let y = a.add(Op::Angles, &[p, f])?;
+        let y = a.add(Angles, [p, f])?;
         (a.value(y).ty == a.value(a.root).ty).then_some(y)
     },
 };
@@ -46,11 +49,12 @@ const ROPE: Rule = Rule {
         let rank = x.rank();
         let axis = rank as u8 - 1;
         let d = x.shape[rank - 1].known()?;
-        let slice = |start, end| Op::Slice { axis, start, end };
+        let (hi, lo) = (a.payload::<Slice>("?hi")?, a.payload::<Slice>("?lo")?);
+        let slice = |start, end| Slice { axis, start, end };
         if d % 2 != 0
-            || a.op("?c") != (Op::Concat { axis })
-            || a.op("?hi") != slice(d / 2, d)
-            || a.op("?lo") != slice(0, d / 2)
+            || a.payload::<Concat>("?c")? != (Concat { axis })
+            || hi != slice(d / 2, d)
+            || lo != slice(0, d / 2)
         {
             return None;
         }
@@ -64,10 +68,10 @@ const ROPE: Rule = Rule {
         // cos stretches over x as [.., D]; the positions stretch as [..] without the features.
         let mut lead = a.tensor(cos)?.shape;
         lead.pop();
-        let positions = a.reshape(ops[0], lead)?;
-        let spec = RopeSpec { scaling: c.scaling };
+        let positions = a.reshape(ops[angles::POSITIONS], lead)?;
+        let spec = Rope { scaling: c.scaling };
         let x = a.id("?x");
-        a.add(Op::Rope(spec), &[x, positions, ops[1]])
+        a.add(spec, [x, positions, ops[angles::INV_FREQ]])
     },
 };
 
@@ -83,29 +87,30 @@ fn wave(a: &Apply<'_>, id: Id, f: &str) -> Option<Wave> {
     let mut scaling = 1.0;
     loop {
         if let Some((_, ops)) = a.form(id, f) {
-            let (Op::Concat { axis }, parts) = a.form(ops[0], "concat")? else {
+            let (Op::Concat(Concat { axis }), parts) = a.form(ops[X], "concat")? else {
                 return None;
             };
-            let rank = a.tensor(ops[0])?.rank();
-            a.form(parts[0], "angles")?;
-            let whole = a.same(parts[0], parts[1]) && usize::from(axis) + 1 == rank;
+            let rank = a.tensor(ops[X])?.rank();
+            let (first, second) = (parts[concat::A], parts[concat::B]);
+            a.form(first, "angles")?;
+            let whole = a.same(first, second) && usize::from(axis) + 1 == rank;
             return whole.then_some(Wave {
-                angles: parts[0],
+                angles: first,
                 scaling: Real::new(scaling),
             });
         }
         if let Some((_, ops)) = a.form(id, "cast") {
-            id = ops[0];
+            id = ops[X];
         } else if let Some((_, ops)) = a.form(id, "reshape") {
             // Only extents of 1 may be inserted: the features stay the last axis.
-            if a.tensor(ops[0])?.shape.last() != a.tensor(id)?.shape.last() {
+            if a.tensor(ops[X])?.shape.last() != a.tensor(id)?.shape.last() {
                 return None;
             }
-            id = ops[0];
+            id = ops[X];
         } else {
             let (_, ops) = a.form(id, "mul")?;
-            scaling *= a.value(ops[1]).konst?;
-            id = ops[0];
+            scaling *= a.value(ops[binary::B]).konst?;
+            id = ops[binary::A];
         }
     }
 }

@@ -2,7 +2,8 @@
 //! sampled.
 
 use crate::rule::{Exactness, Rule, Stage};
-use lathe_ir::{BinaryFn, Op};
+use lathe_ir::BinaryFn;
+use lathe_ir::ops::{Linear, Select};
 
 pub(super) const RULES: &[Rule] = &[SELECT_LINEAR, SELECT_RMSNORM, SELECT_ADD];
 
@@ -18,8 +19,8 @@ const SELECT_LINEAR: Rule = Rule {
             return None;
         }
         let (x, w, r) = (a.id("?x"), a.id("?w"), a.id("?r"));
-        let x = a.add(Op::Select, &[x, r])?;
-        a.add(Op::Linear, &[x, w])
+        let x = a.add(Select, [x, r])?;
+        a.add(Linear, [x, w])
     },
 };
 
@@ -35,8 +36,8 @@ const SELECT_RMSNORM: Rule = Rule {
             return None;
         }
         let (x, w, r, e) = (a.id("?x"), a.id("?w"), a.id("?r"), a.op("?e"));
-        let x = a.add(Op::Select, &[x, r])?;
-        a.add(e, &[x, w])
+        let x = a.add(Select, [x, r])?;
+        a.add(e, [x, w])
     },
 };
 
@@ -52,8 +53,8 @@ const SELECT_ADD: Rule = Rule {
             return None;
         }
         let (x, y, r) = (a.id("?a"), a.id("?b"), a.id("?r"));
-        let x = a.add(Op::Select, &[x, r])?;
-        let y = a.add(Op::Select, &[y, r])?;
-        a.add(Op::Binary(BinaryFn::Add), &[x, y])
+        let x = a.add(Select, [x, r])?;
+        let y = a.add(Select, [y, r])?;
+        a.add(BinaryFn::Add, [x, y])
     },
 };

@@ -1,17 +1,18 @@
 //! Softmax from its parts.
 
 use crate::rule::{Exactness, Rule, Stage};
+use lathe_ir::ops::{Cast, Reduce, Softmax};
 use lathe_ir::{DType, Op, ReduceFn};
 
 pub(super) const RULES: &[Rule] = &[SOFTMAX, SOFTMAX_UPCAST];
 
 /// Whether a payload reduces the last axis of a value of this rank and keeps it.
 pub(super) fn reduces_last(op: &Op, f: ReduceFn, rank: usize) -> bool {
-    *op == Op::Reduce {
+    *op == Op::Reduce(Reduce {
         f,
         axis: rank as u8 - 1,
         keepdim: true,
-    }
+    })
 }
 
 const SOFTMAX: Rule = Rule {
@@ -29,7 +30,7 @@ const SOFTMAX: Rule = Rule {
         {
             return None;
         }
-        a.add(Op::Softmax, &[s])
+        a.add(Softmax, [s])
     },
 };
 
@@ -43,12 +44,12 @@ const SOFTMAX_UPCAST: Rule = Rule {
     rhs: |a| {
         let s = a.ty("?s")?;
         if !s.dtype.is_float()
-            || a.op("?d") != Op::Cast(s.dtype)
-            || a.op("?f") != Op::Cast(DType::F32)
+            || a.op("?d") != Op::Cast(Cast(s.dtype))
+            || a.op("?f") != Op::Cast(Cast(DType::F32))
         {
             return None;
         }
         let s = a.id("?s");
-        a.add(Op::Softmax, &[s])
+        a.add(Softmax, [s])
     },
 };

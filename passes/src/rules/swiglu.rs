@@ -2,7 +2,10 @@
 
 use crate::rule::{Apply, Exactness, Rule, Stage};
 use egg::Id;
-use lathe_ir::{Epilogue, GemmSpec, Op, PackKind, Prologue};
+use lathe_ir::Operands;
+use lathe_ir::ops::gemm;
+use lathe_ir::ops::{Gemm, Pack, Silu, SwiGlu};
+use lathe_ir::{Epilogue, Prologue};
 
 pub(super) const RECOGNIZE: &[Rule] = &[SILU, SWIGLU];
 pub(super) const FUSE: &[Rule] = &[GATE_UP_JOIN, GATE_UP_JOIN_BIAS];
@@ -16,7 +19,7 @@ const SILU: Rule = Rule {
     lhs: &["(mul ?x (sigmoid ?x))", "(mul (sigmoid ?x) ?x)"],
     rhs: |a| {
         let x = a.id("?x");
-        a.add(Op::Silu, &[x])
+        a.add(Silu, [x])
     },
 };
 
@@ -29,7 +32,7 @@ const SWIGLU: Rule = Rule {
     lhs: &["(mul (silu ?g) ?u)", "(mul ?u (silu ?g))"],
     rhs: |a| {
         let (g, u) = (a.id("?g"), a.id("?u"));
-        let y = a.add(Op::SwiGlu, &[g, u])?;
+        let y = a.add(SwiGlu, [g, u])?;
         (a.value(y).ty == a.value(a.root).ty).then_some(y)
     },
 };
@@ -42,10 +45,7 @@ const GATE_UP_JOIN: Rule = Rule {
     doc: "One GEMM over gate and up rows interleaved by 8, so that both partners of a product are in \
           one thread. Placed at the join, where even a greedy extraction finds it.",
     lhs: &["(swiglu (linear ?x ?wg) (linear ?x ?wu))"],
-    rhs: |a| {
-        let none = a.none();
-        join(a, none, none)
-    },
+    rhs: |a| join(a, None),
 };
 
 const GATE_UP_JOIN_BIAS: Rule = Rule {
@@ -60,25 +60,23 @@ const GATE_UP_JOIN_BIAS: Rule = Rule {
         if a.ty("?bg")?.rank() != 1 || !a.value(bg).weight_only || !a.value(bu).weight_only {
             return None;
         }
-        join(a, bg, bu)
+        join(a, Some([bg, bu]))
     },
 };
 
-fn join(a: &mut Apply<'_>, bg: Id, bu: Id) -> Option<Id> {
+fn join(a: &mut Apply<'_>, biases: Option<[Id; 2]>) -> Option<Id> {
     let (x, wg, wu) = (a.id("?x"), a.id("?wg"), a.id("?wu"));
     if !a.value(wg).weight_only || !a.value(wu).weight_only || a.same(wg, wu) {
         return None;
     }
-    let w = a.add(Op::Pack(PackKind::GateUp), &[wg, wu])?;
-    let bias = if a.tensor(bg).is_some() {
-        a.add(Op::Pack(PackKind::GateUp), &[bg, bu])?
-    } else {
-        bg
+    let w = a.add(Pack::GateUp, [wg, wu])?;
+    let bias = match biases {
+        Some(biases) => Some(a.add(Pack::GateUp, biases)?),
+        None => None,
     };
-    let none = a.none();
-    let spec = GemmSpec {
+    let spec = Gemm {
         prologue: Prologue::None,
         epilogue: Epilogue::SwiGlu,
     };
-    a.add(Op::Gemm(spec), &[x, w, bias, none, none, none])
+    a.add(spec, Operands::from([x, w]).with(gemm::BIAS, bias))
 }

@@ -8,7 +8,11 @@
 use crate::egraph::analysis::is_step_shape;
 use crate::rule::{Apply, Exactness, Rule, Stage};
 use egg::Id;
-use lathe_ir::{BinaryFn, Dim, Op, Sym, UnaryFn, WinSpec};
+use lathe_ir::ops::{
+    Angles, Attn, AttnStep, Cache, Embedding, Get, Input, Iota, Linear, Matmul, Reduce, Silu,
+    Softmax, SwiGlu, Where, Win,
+};
+use lathe_ir::{BinaryFn, Dim, Op, Sym, UnaryFn};
 
 pub(super) const RULES: &[Rule] = &[
     INPUT, POSITIONS, UNARY, CAST, BINARY, WHERE, REDUCE, LINEAR, ROWWISE, RMSNORM, SWIGLU, ANGLES,
@@ -20,7 +24,7 @@ pub const STEP: &str = "step.";
 
 /// The payload of the matched `win`. A window that still holds whole sequences is no value of a
 /// step: it goes nowhere.
-pub(super) fn spec(a: &Apply<'_>) -> Option<WinSpec> {
+pub(super) fn spec(a: &Apply<'_>) -> Option<Win> {
     match a.op("?w") {
         Op::Win(w) if is_step_shape(&a.tensor(a.root)?.shape) => Some(w),
         _ => None,
@@ -28,7 +32,7 @@ pub(super) fn spec(a: &Apply<'_>) -> Option<WinSpec> {
 }
 
 /// Where an axis of a full value stands in its window: the token axis is 0, the others follow.
-pub(super) fn window_axis(w: WinSpec, axis: usize) -> Option<usize> {
+pub(super) fn window_axis(w: Win, axis: usize) -> Option<usize> {
     let gone = |i: usize| w.batch == Some(i as u8) || w.seq == Some(i as u8);
     (!gone(axis)).then(|| 1 + (0..axis).filter(|&i| !gone(i)).count())
 }
@@ -36,7 +40,7 @@ pub(super) fn window_axis(w: WinSpec, axis: usize) -> Option<usize> {
 /// The window of an operand that broadcasts to a value of rank `rank`, whose window is `w`: so
 /// that it broadcasts to the window of the value. Axes that the operand lacks, or has with extent
 /// 1, stay broadcast.
-pub(super) fn operand(a: &mut Apply<'_>, w: WinSpec, rank: usize, x: Id) -> Option<Id> {
+pub(super) fn operand(a: &mut Apply<'_>, w: Win, rank: usize, x: Id) -> Option<Id> {
     let shape = a.tensor(x)?.shape;
     let missing = rank - shape.len();
     let find = |axis: Option<u8>, sym: Sym| -> Option<usize> {
@@ -62,7 +66,7 @@ pub(super) fn operand(a: &mut Apply<'_>, w: WinSpec, rank: usize, x: Id) -> Opti
     if batch.is_none() && seq.is_none() {
         return Some(x);
     }
-    let y = a.add(Op::Win(WinSpec { batch, seq }), &[x])?;
+    let y = a.add(Win { batch, seq }, [x])?;
     // Ones between the token axis and the operand's own axes keep it aligned from the right.
     let full_rest = rank - usize::from(w.batch.is_some()) - usize::from(w.seq.is_some());
     let mut out = a.tensor(y)?.shape;
@@ -96,13 +100,13 @@ const INPUT: Rule = Rule {
     doc: "The rows of an input that belong to this step are an input of the step.",
     lhs: &["(win ?w (input ?i))"],
     rhs: |a| {
-        let Op::Input { name, dtype, .. } = a.op("?i") else {
+        let Op::Input(Input { name, dtype, .. }) = a.op("?i") else {
             return None;
         };
         spec(a)?;
         let shape = a.tensor(a.root)?.shape;
         let name = format!("{STEP}{name}");
-        a.add(Op::Input { name, dtype, shape }, &[])
+        a.add(Input { name, dtype, shape }, [])
     },
 };
 
@@ -114,12 +118,12 @@ const POSITIONS: Rule = Rule {
     doc: "Row indices of the full sequence are the positions of the step's tokens.",
     lhs: &["(win ?w (iota ?i))"],
     rhs: |a| {
-        let Op::Iota { len, dtype } = a.op("?i") else {
+        let Op::Iota(Iota { len, dtype }) = a.op("?i") else {
             return None;
         };
         let name = format!("{STEP}positions");
         let shape = vec![Dim::sym(Sym::T)];
-        (len == Dim::sym(Sym::S)).then(|| a.add(Op::Input { name, dtype, shape }, &[]))?
+        (len == Dim::sym(Sym::S)).then(|| a.add(Input { name, dtype, shape }, []))?
     },
 };
 
@@ -193,7 +197,7 @@ const WHERE: Rule = Rule {
     exactness: Exactness::Exact,
     doc: "Elementwise, as win-binary.",
     lhs: &["(win ?w (where ?c ?x ?y))"],
-    rhs: |a| pointwise(a, Op::Where, &["?c", "?x", "?y"]),
+    rhs: |a| pointwise(a, Op::Where(Where), &["?c", "?x", "?y"]),
 };
 
 const REDUCE: Rule = Rule {
@@ -209,21 +213,21 @@ const REDUCE: Rule = Rule {
         "(win ?w (argmax ?r ?x))",
     ],
     rhs: |a| {
-        let Op::Reduce { f, axis, keepdim } = a.op("?r") else {
+        let Op::Reduce(Reduce { f, axis, keepdim }) = a.op("?r") else {
             return None;
         };
         // Axes of the result from the reduced one on stand one further in x, if it went away.
         let shift = |i: Option<u8>| i.map(|i| if !keepdim && i >= axis { i + 1 } else { i });
         let w = spec(a)?;
-        let w = WinSpec {
+        let w = Win {
             batch: shift(w.batch),
             seq: shift(w.seq),
         };
         let x = a.id("?x");
         a.tensor(x)?.shape[usize::from(axis)].known()?;
         let axis = window_axis(w, usize::from(axis))? as u8;
-        let x = a.add(Op::Win(w), &[x])?;
-        a.add(Op::Reduce { f, axis, keepdim }, &[x])
+        let x = a.add(w, [x])?;
+        a.add(Reduce { f, axis, keepdim }, [x])
     },
 };
 
@@ -233,7 +237,7 @@ fn rowwise(a: &mut Apply<'_>, op: Op, others: &[Id]) -> Option<Id> {
     let last = a.tensor(a.id("?x"))?.rank() - 1;
     window_axis(w, last)?;
     let x = a.id("?x");
-    let x = a.add(Op::Win(w), &[x])?;
+    let x = a.add(w, [x])?;
     let mut operands = vec![x];
     operands.extend_from_slice(others);
     a.add(op, &operands)
@@ -249,9 +253,9 @@ const LINEAR: Rule = Rule {
     rhs: |a| {
         let m = a.id("?m");
         let op = if a.spelling == 0 {
-            Op::Linear
+            Op::Linear(Linear)
         } else {
-            Op::Matmul
+            Op::Matmul(Matmul)
         };
         if a.ty("?m")?.rank() != 2 || a.ty("?m")?.shape.iter().any(|d| d.known().is_none()) {
             return None;
@@ -269,9 +273,9 @@ const ROWWISE: Rule = Rule {
     lhs: &["(win ?w (softmax ?x))", "(win ?w (silu ?x))"],
     rhs: |a| {
         let op = if a.spelling == 0 {
-            Op::Softmax
+            Op::Softmax(Softmax)
         } else {
-            Op::Silu
+            Op::Silu(Silu)
         };
         rowwise(a, op, &[])
     },
@@ -299,8 +303,8 @@ const SWIGLU: Rule = Rule {
     lhs: &["(win ?w (swiglu ?x ?u))"],
     rhs: |a| {
         let (w, u) = (spec(a)?, a.id("?u"));
-        let u = a.add(Op::Win(w), &[u])?;
-        rowwise(a, Op::SwiGlu, &[u])
+        let u = a.add(w, [u])?;
+        rowwise(a, Op::SwiGlu(SwiGlu), &[u])
     },
 };
 
@@ -313,8 +317,8 @@ const ANGLES: Rule = Rule {
     lhs: &["(win ?w (angles ?x ?f))"],
     rhs: |a| {
         let (w, x, f) = (spec(a)?, a.id("?x"), a.id("?f"));
-        let x = a.add(Op::Win(w), &[x])?;
-        let y = a.add(Op::Angles, &[x, f])?;
+        let x = a.add(w, [x])?;
+        let y = a.add(Angles, [x, f])?;
         (a.value(y).ty == a.value(a.root).ty).then_some(y)
     },
 };
@@ -345,8 +349,8 @@ const EMBEDDING: Rule = Rule {
         let (w, t, x) = (spec(a)?, a.id("?t"), a.id("?x"));
         a.ty("?t")?.shape[0].known()?;
         window_axis(w, a.ty("?x")?.rank())?;
-        let x = a.add(Op::Win(w), &[x])?;
-        a.add(Op::Embedding, &[t, x])
+        let x = a.add(w, [x])?;
+        a.add(Embedding, [t, x])
     },
 };
 
@@ -360,7 +364,9 @@ const ATTENTION: Rule = Rule {
           value's layer.",
     lhs: &["(win ?w (attn ?p ?q ?k ?v))"],
     rhs: |a| {
-        let Op::Attn(p) = a.op("?p") else { return None };
+        let Op::Attn(Attn(p)) = a.op("?p") else {
+            return None;
+        };
         let w = spec(a)?;
         if !p.mask.causal || w.batch != Some(0) || w.seq != Some(2) {
             return None;
@@ -371,15 +377,15 @@ const ATTENTION: Rule = Rule {
         let mut ops = Vec::with_capacity(4);
         for v in ["?q", "?k", "?v"] {
             let x = a.id(v);
-            ops.push(a.add(Op::Win(w), &[x])?);
+            ops.push(a.add(w, [x])?);
         }
-        let cache = Op::Cache {
+        let cache = Op::Cache(Cache {
             layer,
             kv_heads: kv_heads as u32,
             head_dim: head_dim as u32,
-        };
-        ops.push(a.add(cache, &[])?);
-        let step = a.add(Op::AttnStep(p), &ops)?;
-        a.add(Op::Get(0), &[step])
+        });
+        ops.push(a.add(cache, [])?);
+        let step = a.add(AttnStep(p), &ops)?;
+        a.add(Get(0), [step])
     },
 };

@@ -3,8 +3,9 @@
 use super::win::{operand, spec, window_axis};
 use crate::rule::{Apply, Exactness, Rule, Stage};
 use egg::Id;
+use lathe_ir::ops::{Concat, Expand, Matmul, Permute, RepeatKv, Reshape, Slice, Win};
 use lathe_ir::shape::element_count;
-use lathe_ir::{Dim, Op, Sym, WinSpec};
+use lathe_ir::{Dim, Op, Sym};
 
 pub(super) const RULES: &[Rule] = &[RESHAPE, PERMUTE, EXPAND, SLICE, CONCAT, REPEAT_KV, OUTER];
 
@@ -18,7 +19,7 @@ const RESHAPE: Rule = Rule {
     lhs: &["(win ?w (reshape ?r ?x))"],
     rhs: |a| {
         let (w, x, root) = (spec(a)?, a.id("?x"), a.root);
-        let Op::Reshape(to) = a.op("?r") else {
+        let Op::Reshape(Reshape(to)) = a.op("?r") else {
             return None;
         };
         let from = a.tensor(x)?.shape;
@@ -30,11 +31,11 @@ const RESHAPE: Rule = Rule {
                 .find(|&i| from[i] == to[axis] && element_count(&from[..i]) == before)
                 .map(|i| Some(i as u8))
         };
-        let w = WinSpec {
+        let w = Win {
             batch: source(w.batch)?,
             seq: source(w.seq)?,
         };
-        let x = a.add(Op::Win(w), &[x])?;
+        let x = a.add(w, [x])?;
         let shape = a.tensor(root)?.shape;
         a.reshape(x, shape)
     },
@@ -49,10 +50,10 @@ const PERMUTE: Rule = Rule {
     lhs: &["(win ?w (permute ?p ?x))"],
     rhs: |a| {
         let (w, x) = (spec(a)?, a.id("?x"));
-        let Op::Permute(p) = a.op("?p") else {
+        let Op::Permute(Permute(p)) = a.op("?p") else {
             return None;
         };
-        let inner = WinSpec {
+        let inner = Win {
             batch: w.batch.map(|i| p[usize::from(i)]),
             seq: w.seq.map(|i| p[usize::from(i)]),
         };
@@ -62,11 +63,11 @@ const PERMUTE: Rule = Rule {
                 perm.push(window_axis(inner, usize::from(from))? as u8);
             }
         }
-        let x = a.add(Op::Win(inner), &[x])?;
+        let x = a.add(inner, [x])?;
         if perm.iter().enumerate().all(|(i, &p)| usize::from(p) == i) {
             return Some(x);
         }
-        a.add(Op::Permute(perm), &[x])
+        a.add(Permute(perm), [x])
     },
 };
 
@@ -90,7 +91,7 @@ const EXPAND: Rule = Rule {
         if shape == to {
             return Some(x);
         }
-        a.add(Op::Expand(to), &[x])
+        a.add(Expand(to), [x])
     },
 };
 
@@ -103,12 +104,12 @@ const SLICE: Rule = Rule {
     lhs: &["(win ?w (slice ?p ?x))"],
     rhs: |a| {
         let (w, x) = (spec(a)?, a.id("?x"));
-        let Op::Slice { axis, start, end } = a.op("?p") else {
+        let Op::Slice(Slice { axis, start, end }) = a.op("?p") else {
             return None;
         };
         let axis = window_axis(w, usize::from(axis))? as u8;
-        let x = a.add(Op::Win(w), &[x])?;
-        a.add(Op::Slice { axis, start, end }, &[x])
+        let x = a.add(w, [x])?;
+        a.add(Slice { axis, start, end }, [x])
     },
 };
 
@@ -121,13 +122,13 @@ const CONCAT: Rule = Rule {
     lhs: &["(win ?w (concat ?p ?x ?y))"],
     rhs: |a| {
         let (w, x, y) = (spec(a)?, a.id("?x"), a.id("?y"));
-        let Op::Concat { axis } = a.op("?p") else {
+        let Op::Concat(Concat { axis }) = a.op("?p") else {
             return None;
         };
         let axis = window_axis(w, usize::from(axis))? as u8;
-        let x = a.add(Op::Win(w), &[x])?;
-        let y = a.add(Op::Win(w), &[y])?;
-        a.add(Op::Concat { axis }, &[x, y])
+        let x = a.add(w, [x])?;
+        let y = a.add(w, [y])?;
+        a.add(Concat { axis }, [x, y])
     },
 };
 
@@ -140,19 +141,19 @@ const REPEAT_KV: Rule = Rule {
     lhs: &["(win ?w (repeat_kv ?g ?x))"],
     rhs: |a| {
         let (w, x) = (spec(a)?, a.id("?x"));
-        let Op::RepeatKv { groups } = a.op("?g") else {
+        let Op::RepeatKv(RepeatKv { groups }) = a.op("?g") else {
             return None;
         };
         if w.batch != Some(0) || w.seq != Some(2) {
             return None;
         }
-        let x = a.add(Op::Win(w), &[x])?;
+        let x = a.add(w, [x])?;
         let [t, h, d] = a.tensor(x)?.shape[..] else {
             return None;
         };
         let g = Dim::new(i64::from(groups));
         let x = a.reshape(x, vec![t, h, Dim::new(1), d])?;
-        let x = a.add(Op::Expand(vec![t, h, g, d]), &[x])?;
+        let x = a.add(Expand(vec![t, h, g, d]), [x])?;
         a.reshape(x, vec![t, h * i64::from(groups), d])
     },
 };
@@ -176,7 +177,7 @@ const OUTER: Rule = Rule {
         }
         let columns = window_columns(a, y.shape[0])?;
         let rows = window_rows(a, x.shape[0])?;
-        let product = a.add(Op::Matmul, &[rows, columns])?;
+        let product = a.add(Matmul, [rows, columns])?;
         let shape = a.tensor(a.root)?.shape;
         a.reshape(product, shape)
     },
@@ -184,7 +185,7 @@ const OUTER: Rule = Rule {
 
 /// `y [B or 1,K,S]` as `[T,K,1]`: the column of each token.
 fn window_columns(a: &mut Apply<'_>, batch: Dim) -> Option<Id> {
-    let w = WinSpec {
+    let w = Win {
         batch: Some(0),
         seq: Some(2),
     };
@@ -192,7 +193,7 @@ fn window_columns(a: &mut Apply<'_>, batch: Dim) -> Option<Id> {
     if !batch.is_sym(Sym::B) {
         return None;
     }
-    let y = a.add(Op::Win(w), &[y])?;
+    let y = a.add(w, [y])?;
     let mut shape = a.tensor(y)?.shape;
     shape.push(Dim::new(1));
     a.reshape(y, shape)
@@ -204,9 +205,9 @@ fn window_rows(a: &mut Apply<'_>, batch: Dim) -> Option<Id> {
     if !batch.is_sym(Sym::B) {
         return batch.is(1).then_some(x);
     }
-    let w = WinSpec {
+    let w = Win {
         batch: Some(0),
         seq: None,
     };
-    a.add(Op::Win(w), &[x])
+    a.add(w, [x])
 }

@@ -1,5 +1,6 @@
 //! A terse builder of programs for tests.
 
+use lathe_ir::ops::{Const, Input, Permute, Reduce, Reshape, Weight};
 use lathe_ir::{
     BinaryFn, DType, Dim, Graph, NodeId, Op, Prov, Real, ReduceFn, Sym, UnaryFn, WeightRef,
 };
@@ -42,7 +43,7 @@ impl Build {
     }
 
     /// Any operation.
-    pub fn op(&mut self, op: Op, inputs: &[NodeId]) -> NodeId {
+    pub fn op(&mut self, op: impl Into<Op>, inputs: &[NodeId]) -> NodeId {
         self.graph
             .add(op, inputs, &self.prov)
             .unwrap_or_else(|e| panic!("sample: {e}"))
@@ -51,7 +52,7 @@ impl Build {
     /// A run-time input.
     pub fn input(&mut self, name: &str, dtype: DType, shape: &[Dim]) -> NodeId {
         self.op(
-            Op::Input {
+            Input {
                 name: name.to_string(),
                 dtype,
                 shape: shape.to_vec(),
@@ -63,7 +64,7 @@ impl Build {
     /// A weight.
     pub fn weight(&mut self, name: &str, dtype: DType, shape: &[i64]) -> NodeId {
         self.op(
-            Op::Weight {
+            Weight {
                 weight: WeightRef {
                     name: name.to_string(),
                     shape: shape.to_vec(),
@@ -77,7 +78,7 @@ impl Build {
     /// A constant.
     pub fn konst(&mut self, value: f64, dtype: DType) -> NodeId {
         self.op(
-            Op::Const {
+            Const {
                 value: Real::new(value),
                 dtype,
             },
@@ -87,12 +88,12 @@ impl Build {
 
     /// A unary function.
     pub fn un(&mut self, f: UnaryFn, x: NodeId) -> NodeId {
-        self.op(Op::Unary(f), &[x])
+        self.op(f, &[x])
     }
 
     /// A binary function.
     pub fn bin(&mut self, f: BinaryFn, a: NodeId, b: NodeId) -> NodeId {
-        self.op(Op::Binary(f), &[a, b])
+        self.op(f, &[a, b])
     }
 
     /// A reduction of the last axis that keeps it with extent 1.
@@ -100,7 +101,7 @@ impl Build {
         let rank = self.graph.tensor(x).expect("a tensor").rank();
         let axis = rank as u8 - 1;
         self.op(
-            Op::Reduce {
+            Reduce {
                 f,
                 axis,
                 keepdim: true,
@@ -111,12 +112,12 @@ impl Build {
 
     /// A reshape.
     pub fn reshape(&mut self, x: NodeId, shape: &[Dim]) -> NodeId {
-        self.op(Op::Reshape(shape.to_vec()), &[x])
+        self.op(Reshape(shape.to_vec()), &[x])
     }
 
     /// A permutation of axes.
     pub fn permute(&mut self, x: NodeId, perm: &[u8]) -> NodeId {
-        self.op(Op::Permute(perm.to_vec()), &[x])
+        self.op(Permute(perm.to_vec()), &[x])
     }
 
     /// The finished sample, with one output for each given value.

@@ -3,6 +3,7 @@
 use crate::device::step::Capacity;
 use crate::weights::WeightSource;
 use lathe_codegen::{Operand, Plan};
+use lathe_ir::ops::{attn_qkv, rope};
 use lathe_ir::{Op, Real, Sym, SymEnv};
 use std::collections::BTreeMap;
 
@@ -100,12 +101,12 @@ pub(crate) type RopeTables = BTreeMap<(usize, u64), (Vec<f32>, Vec<f32>)>;
 pub(crate) fn rope_tables(plan: &Plan, positions: usize) -> RopeTables {
     let mut tables = BTreeMap::new();
     for step in plan.programs.iter().flat_map(|p| &p.steps) {
-        let (rope, operand) = match &step.op {
-            Op::AttnQkv(spec) => (spec.rope, 4),
-            Op::Rope(spec) => (Some(*spec), 2),
+        let (rotation, freq) = match &step.op {
+            Op::AttnQkv(spec) => (spec.rope, attn_qkv::INV_FREQ),
+            Op::Rope(spec) => (Some(*spec), rope::INV_FREQ),
             _ => continue,
         };
-        let (Some(rope), Some(Operand::Table(t))) = (rope, step.operands.get(operand)) else {
+        let (Some(rope), Some(Operand::Table(t))) = (rotation, step.get(freq)) else {
             continue;
         };
         let scaling = rope.scaling.get();

@@ -6,7 +6,11 @@
 
 use super::{Outcome, POISON};
 use half::{bf16, f16};
-use lathe_codegen::{Operand, Step};
+use lathe_codegen::Step;
+use lathe_ir::Slot;
+use lathe_ir::ops::Reduce;
+use lathe_ir::ops::gemm;
+use lathe_ir::ops::{X, attn_step};
 use lathe_ir::{DType, Epilogue, Op, Prologue, ReduceFn, SymEnv};
 
 /// How large an error may be, and what is added to the scale of a row.
@@ -60,43 +64,44 @@ pub fn tolerance(
     operand: f64,
     reference: Reference,
 ) -> Tolerance {
-    let extent = |operand: usize, axis: usize| {
+    let extent = |operand: Slot, axis: usize| {
         let dim = step.tensor(operand).and_then(|t| t.shape.get(axis));
         dim.map_or(1, |d| d.eval(env).max(1) as usize)
     };
-    let last = |operand: usize| {
+    let last = |operand: Slot| {
         let rank = step.tensor(operand).map_or(0, |t| t.shape.len());
         extent(operand, rank.saturating_sub(1))
     };
     let mut floor = 0.0;
     // Roundings against exact arithmetic, and against a device.
     let (exact, device, length) = match &step.op {
-        Op::Linear | Op::Matmul => (1, 1, last(0)),
+        // The two have their rows in common.
+        Op::Linear(_) | Op::Matmul(_) => (1, 1, last(X)),
         // The normed row is rounded twice before it meets the weights; SwiGLU multiplies the error of
         // each factor by the other, which is up to four times the size of its row.
         // Without gamma the norm may be a factor of the accumulators instead, not rounded at all.
         Op::Gemm(spec) => {
             let normed = spec.prologue != Prologue::None;
-            let factor = matches!(spec.prologue, Prologue::Rms { .. })
-                && step.operands.get(4) == Some(&Operand::None);
+            let factor =
+                matches!(spec.prologue, Prologue::Rms { .. }) && step.get(gemm::GAMMA).is_none();
             match spec.epilogue {
                 Epilogue::SwiGlu => (
                     if normed { 8 } else { 1 },
                     if factor { 5 } else { 2 },
-                    16 * last(0),
+                    16 * last(gemm::X),
                 ),
                 _ => (
                     if normed { 3 } else { 1 },
                     if factor { 2 } else { 1 },
-                    last(0),
+                    last(gemm::X),
                 ),
             }
         }
         // As Hugging Face's: once before and once after gamma.
-        Op::RmsNorm { .. } | Op::AddRms { .. } => (2, 2, last(0)),
-        Op::Softmax => (1, 1, last(0)),
-        Op::Reduce { f, axis, .. } => {
-            let n = extent(0, usize::from(*axis));
+        Op::RmsNorm(_) | Op::AddRms(_) => (2, 2, last(X)),
+        Op::Softmax(_) => (1, 1, last(X)),
+        Op::Reduce(Reduce { f, axis, .. }) => {
+            let n = extent(X, usize::from(*axis));
             floor = match f {
                 ReduceFn::Sum => operand * (n as f64).sqrt(),
                 ReduceFn::Mean => operand / (n as f64).sqrt(),
@@ -105,12 +110,15 @@ pub fn tolerance(
             (1, 1, n)
         }
         // The probabilities are rounded for tensor cores.
-        Op::AttnStep(_) => (2, 2, longest + last(0)),
+        Op::AttnStep(_) => (2, 2, longest + last(attn_step::Q)),
         // Rotated queries and keys are rounded, and scores of up to 10 enlarge that.
         Op::AttnQkv(spec) => (8, 2, longest + spec.head_dim as usize),
         // Each operation may enlarge the error of the one before, and sums are over a row.
         Op::Chain(c) => {
-            let width = (0..step.operands.len()).map(last).max().unwrap_or(1);
+            let width = (0..step.operands.len())
+                .map(|i| last(Slot::nth(i)))
+                .max()
+                .unwrap_or(1);
             let sums = if c.reduces() { width } else { 1 };
             (2, 2, 16 * (c.statements.len() + sums))
         }

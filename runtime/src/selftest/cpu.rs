@@ -10,6 +10,7 @@ use lathe_codegen::plan::CacheSpec;
 use lathe_codegen::{Operand, Program, Step};
 use lathe_ir::interp::{CacheRef, Interp, KvRows, KvState, StepMeta, Tensor, Value, eval_op};
 use lathe_ir::{DType, Op, Sym, SymEnv};
+use lathe_ir::{StepInput, Type};
 
 /// Compares every step of a subject's cases, of the families (names of operations) that contain
 /// `filter`.
@@ -93,8 +94,8 @@ pub(crate) fn batch_env(case: &Case) -> SymEnv {
 
 /// The element type of a step's row in the report: that of its first float operand, else of its result.
 pub(crate) fn step_dtype(step: &Step, default: DType) -> DType {
-    let operands = (0..step.operands.len()).filter_map(|i| step.tensor(i));
-    let float = operands.map(|t| t.dtype).find(|d| d.is_float());
+    let mut operands = step.tensors().map(|(_, t)| t.dtype);
+    let float = operands.find(|d| d.is_float());
     let result = || step.result_type(0).map(|t| t.dtype);
     float.or_else(result).unwrap_or(default)
 }
@@ -137,17 +138,18 @@ impl Oracle<'_> {
             sample(&row, &params, request, position).map_or(-1, i64::from)
         };
         state.sampler = Some(&pick);
-        let values = (0..step.operands.len())
-            .map(|i| self.operand(step, i, snapshot, &mut state))
-            .collect::<Result<Vec<_>, _>>()
-            .map_err(fail)?;
-        let size = match values.first() {
+        let mut types = step.types.iter();
+        let values = step.operands.try_map(|operand| {
+            let ty = types.next().ok_or("an operand without a type")?;
+            self.operand(operand, ty, snapshot, &mut state)
+        });
+        let values = values.map_err(fail)?;
+        let size = match values.iter().next() {
             Some(Value::Float(t)) => rms(&t.data),
             _ => 0.0,
         };
-        let refs: Vec<&Value<f64>> = values.iter().collect();
-        let out =
-            eval_op(&step.op, &refs, &step.ty, &mut state).map_err(|e| fail(e.to_string()))?;
+        let refs = values.map(|v| v);
+        let out = eval_op(&step.op, refs, &step.ty, &mut state).map_err(|e| fail(e.to_string()))?;
         let parts = match out {
             Value::Tuple(parts) => parts,
             one => vec![one],
@@ -234,12 +236,12 @@ impl Oracle<'_> {
 
     fn operand(
         &self,
-        step: &Step,
-        i: usize,
+        operand: &Operand,
+        ty: &Type,
         snapshot: &dyn Snapshot,
         state: &mut Interp<'_, f64>,
     ) -> Result<Value<f64>, String> {
-        if let Operand::Cache(c) = step.operands[i] {
+        if let Operand::Cache(c) = *operand {
             let spec = self.subject.plan.caches[c];
             state.caches.insert(spec.layer, self.history(c));
             return Ok(Value::Cache(CacheRef {
@@ -248,13 +250,13 @@ impl Oracle<'_> {
                 head_dim: spec.head_dim as usize,
             }));
         }
-        let Some(ty) = step.tensor(i) else {
-            return Ok(Value::None);
+        let Some(ty) = ty.as_tensor() else {
+            return Err("an operand is no tensor".to_string());
         };
         let shape = extents(ty, &self.env);
         let ints = |v: &[i32]| v.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
         let b = &self.case.batch;
-        let data = match &step.operands[i] {
+        let data = match operand {
             Operand::Value(v) => numbers(snapshot.value(*v), ty.dtype),
             Operand::Weight(w) => numbers(&self.weights[*w], ty.dtype),
             Operand::Table(t) => {
@@ -262,13 +264,12 @@ impl Oracle<'_> {
                 data.map(|x| f64::from(x.get() as f32)).collect()
             }
             Operand::Const { value, dtype } => vec![rounded(value.get(), *dtype)],
-            Operand::Input(n) => match self.program.inputs[*n].0.as_str() {
-                "step.tokens" => ints(&b.tokens),
-                "step.positions" => ints(&b.positions),
-                "step.rows" => ints(&b.rows),
-                other => return Err(format!("no run-time input named '{other}'")),
+            Operand::Input(n) => match self.program.inputs[*n].0 {
+                StepInput::Tokens => ints(&b.tokens),
+                StepInput::Positions => ints(&b.positions),
+                StepInput::Rows => ints(&b.rows),
             },
-            Operand::Cache(_) | Operand::None => return Ok(Value::None),
+            Operand::Cache(_) => return Err("a cache is no tensor".to_string()),
         };
         Ok(match ty.dtype {
             DType::Bool => {
@@ -418,7 +419,7 @@ mod tests {
             .iter()
             .find(|s| matches!(s.op, Op::Gemm(_)))
             .unwrap();
-        let Operand::Weight(w) = gemm.operands[1] else {
+        let Some(&Operand::Weight(w)) = gemm.get(lathe_ir::ops::gemm::W) else {
             panic!("the first GEMM reads a weight")
         };
         weights[w][..4].copy_from_slice(&0.5f32.to_le_bytes());

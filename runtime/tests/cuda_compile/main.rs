@@ -134,10 +134,8 @@ fn biases_are_kept_and_no_step_waits_for_weights() {
             .expect("nothing is computed while loading");
         for l in &p.launches {
             let name = &p.kernels[l.kernel].name;
-            let has_bias = !matches!(
-                program.steps[l.step].operands.get(2),
-                None | Some(lathe_codegen::Operand::None)
-            );
+            let bias = lathe_ir::ops::gemm::BIAS;
+            let has_bias = program.steps[l.step].get(bias).is_some();
             let is_gemm = matches!(program.steps[l.step].op, lathe_ir::Op::Gemm(_));
             // What comes before the GEMM itself.
             let before = name.starts_with("norm") || name.starts_with("row_sums");

@@ -2,12 +2,13 @@
 
 use crate::import::ImportError;
 use crate::import::builder::{Builder, Built, batch, seq};
-use crate::{DType, Dim, NodeId, Op};
+use crate::ops::{Embedding, Input, Iota};
+use crate::{DType, Dim, NodeId};
 
 /// The program's input: `tokens i64[B,S]`.
 pub(crate) fn tokens(b: &mut Builder) -> Built {
     b.add(
-        Op::Input {
+        Input {
             name: "tokens".to_string(),
             dtype: DType::I64,
             shape: vec![batch(), seq()],
@@ -26,7 +27,7 @@ pub(crate) fn embedding(
 ) -> Result<(NodeId, NodeId), ImportError> {
     b.within(name, |b| {
         let table = b.weight("weight", &shape)?;
-        let rows = b.add(Op::Embedding, &[table, ids])?;
+        let rows = b.add(Embedding, &[table, ids])?;
         Ok((table, rows))
     })
 }
@@ -34,7 +35,7 @@ pub(crate) fn embedding(
 /// `[0, 1, …, S-1]` as `i64` of these extents.
 pub(crate) fn positions(b: &mut Builder, shape: &[Dim]) -> Built {
     let iota = b.add(
-        Op::Iota {
+        Iota {
             len: seq(),
             dtype: DType::I64,
         },

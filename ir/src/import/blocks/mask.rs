@@ -2,7 +2,8 @@
 
 use super::embed::positions;
 use crate::import::builder::{Builder, Built, seq};
-use crate::{BinaryFn, DType, Dim, NodeId, Op};
+use crate::ops::Where;
+use crate::{BinaryFn, DType, Dim, NodeId};
 
 /// The most negative finite value of an element type, `torch.finfo(dtype).min`.
 pub(crate) fn finfo_min(dtype: DType) -> f64 {
@@ -29,7 +30,7 @@ pub(crate) fn causal_mask(b: &mut Builder, window: Option<u32>) -> Built {
         let dtype = b.dtype;
         let shown = b.konst(0.0, dtype)?;
         let hidden = b.konst(finfo_min(dtype), dtype)?;
-        let mask = b.add(Op::Where, &[allowed, shown, hidden])?;
+        let mask = b.add(Where, &[allowed, shown, hidden])?;
         b.reshape(mask, &[one, one, seq(), seq()])
     })
 }

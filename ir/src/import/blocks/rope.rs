@@ -4,7 +4,8 @@
 use super::embed::positions;
 use crate::import::builder::{Builder, Built, batch, seq};
 use crate::import::{HfConfig, ImportError, ImportOptions};
-use crate::{BinaryFn, DType, Dim, NodeId, Op, Real, UnaryFn};
+use crate::ops::Table;
+use crate::{BinaryFn, DType, Dim, NodeId, Real, UnaryFn};
 use std::f64::consts::PI;
 
 const SUPPORTED: &str = "default, linear, llama3, yarn, dynamic (within the original length)";
@@ -263,7 +264,7 @@ pub(crate) fn rotary_embedding(
         let positions = b.expand(positions, &[batch(), seq()])?;
         let half = Dim::from(table.inv_freq.len());
         let freq = b.add(
-            Op::Table {
+            Table {
                 name: "inv_freq".to_string(),
                 data: table
                     .inv_freq

@@ -12,9 +12,8 @@ use lathe_ir::DType;
 pub(super) fn step<E: Elem>(run: &Run<'_, E>, step: &Step) -> Result<(), String> {
     let program = RowProgram::of_step(step).ok_or("it is no chain")??;
     let tables: Vec<Option<Vec<f32>>> = step
-        .operands
-        .iter()
-        .map(|o| match o {
+        .tensors()
+        .map(|(o, _)| match o {
             Operand::Table(t) => {
                 let data = run.model.plan.tables[*t].data.iter();
                 Some(data.map(|x| x.get() as f32).collect())
@@ -23,15 +22,14 @@ pub(super) fn step<E: Elem>(run: &Run<'_, E>, step: &Step) -> Result<(), String>
         })
         .collect();
     let mut operands = Vec::with_capacity(step.operands.len());
-    for (i, table) in tables.iter().enumerate() {
-        let ty = step.tensor(i).ok_or("an operand is no tensor")?;
-        operands.push(match (&step.operands[i], table, ty.dtype) {
+    for ((operand, ty), table) in step.tensors().zip(&tables) {
+        operands.push(match (operand, table, ty.dtype) {
             (_, Some(data), _) => Floats::F32(data),
             (Operand::Value(v), _, DType::F32) => Floats::F32(run.read::<f32>(*v, ty)),
             (Operand::Value(v), _, DType::BF16) => Floats::Bf16(run.read::<bf16>(*v, ty)),
             (Operand::Weight(w), _, DType::F32) => Floats::F32(run.weight::<f32>(*w, ty)),
             (Operand::Weight(w), _, DType::BF16) => Floats::Bf16(run.weight::<bf16>(*w, ty)),
-            (o, _, d) => return Err(format!("operand {i} is {o:?} of {d}")),
+            (o, _, d) => return Err(format!("an operand is {o:?} of {d}")),
         });
     }
     let mut results = Vec::with_capacity(program.results.len());

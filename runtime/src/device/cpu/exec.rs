@@ -14,7 +14,11 @@ use super::plain;
 use crate::device::step::{StepBatch, StepError, StepOutput};
 use crate::sampling::sample;
 use lathe_codegen::{Operand, Program, Step, ValueId};
-use lathe_ir::{AttnSpec, DType, GemmSpec, Op, QkvSpec, SymEnv, TensorType};
+use lathe_ir::ops::gemm;
+use lathe_ir::ops::{AddRms, AttnQkv, AttnStep, Gemm, Linear, RmsNorm, Sample, Select};
+use lathe_ir::ops::{X, addrms, attn_qkv, attn_step, embedding, rmsnorm, select};
+use lathe_ir::{AttnSpec, DType, Op, SymEnv, TensorType};
+use lathe_ir::{Output, Slot, StepInput};
 use std::time::Instant;
 
 /// What a program reads at run time.
@@ -54,9 +58,9 @@ impl<'a, E: Elem> Run<'a, E> {
         let mut out = StepOutput::default();
         for (name, operand, ty) in &self.program.outputs {
             let Operand::Value(v) = operand else { continue };
-            match name.as_str() {
-                "next" => out.next = self.read::<i32>(*v, ty).to_vec(),
-                "logits" if logits => {
+            match Output::by_name(name) {
+                Some(Output::Next) => out.next = self.read::<i32>(*v, ty).to_vec(),
+                Some(Output::Logits) if logits => {
                     out.logits = Some(self.read::<E>(*v, ty).iter().map(|x| x.to_f32()).collect());
                 }
                 _ => {}
@@ -69,30 +73,38 @@ impl<'a, E: Elem> Run<'a, E> {
         let fail = |e: KernelError| e.to_string();
         match &step.op {
             // The kernels take one element type; Gemma's norms are in f32 whatever the model is.
-            Op::RmsNorm { .. } | Op::AddRms { .. } | Op::Linear if !self.in_elem(step) => {
+            Op::RmsNorm(_) | Op::AddRms(_) | Op::Linear(Linear) if !self.in_elem(step) => {
                 plain::step(self, step)
             }
-            Op::Embedding if self.takes_tokens(step, 1) => {
-                let (table, k) = (self.floats(step, 0)?, self.last(step, 0));
+            Op::Embedding(_) if self.takes_tokens(step, embedding::IDS) => {
+                let table = self.floats(step, embedding::TABLE)?;
+                let k = self.last(step, embedding::TABLE);
                 embed(&self.inputs.batch.tokens, table, k, None, self.out(step, 0)).map_err(fail)
             }
-            Op::Select => {
+            Op::Select(Select) => {
                 let ids = &self.inputs.batch.rows;
-                let k = self.len(step.tensor(0).ok_or("no tensor")?) / self.rows(step, 0);
-                embed(ids, self.floats(step, 0)?, k, None, self.out(step, 0)).map_err(fail)
+                let x = step.tensor(select::X).ok_or("no tensor")?;
+                let k = self.len(x) / self.rows(step, select::X);
+                embed(
+                    ids,
+                    self.floats(step, select::X)?,
+                    k,
+                    None,
+                    self.out(step, 0),
+                )
+                .map_err(fail)
             }
-            Op::RmsNorm { eps } => {
-                let k = self.last(step, 0);
-                let (x, gamma) = (self.floats(step, 0)?, self.floats(step, 1)?);
+            Op::RmsNorm(RmsNorm { eps }) => {
+                let k = self.last(step, rmsnorm::X);
+                let x = self.floats(step, rmsnorm::X)?;
+                let gamma = self.floats(step, rmsnorm::GAMMA)?;
                 rms_norm(x, Some(gamma), eps.get() as f32, 0.0, k, self.out(step, 0)).map_err(fail)
             }
-            Op::AddRms { eps } => {
-                let k = self.last(step, 0);
-                let (r, d, gamma) = (
-                    self.floats(step, 0)?,
-                    self.floats(step, 1)?,
-                    self.floats(step, 2)?,
-                );
+            Op::AddRms(AddRms { eps }) => {
+                let k = self.last(step, addrms::X);
+                let r = self.floats(step, addrms::X)?;
+                let d = self.floats(step, addrms::DELTA)?;
+                let gamma = self.floats(step, addrms::GAMMA)?;
                 let eps = eps.get() as f32;
                 match (step.results[0], step.results[1]) {
                     (Some(_), Some(_)) => {
@@ -110,24 +122,20 @@ impl<'a, E: Elem> Run<'a, E> {
                     }
                 }
             }
-            Op::Linear => self.gemm(step, &GemmSpec::PLAIN),
+            Op::Linear(Linear) => self.gemm(step, &Gemm::PLAIN),
             Op::Gemm(spec) => self.gemm(step, spec),
             Op::AttnQkv(spec) => self.attn_qkv(step, spec),
-            Op::AttnStep(spec) => self.attn_step(step, spec),
-            Op::Sample => self.sample(step),
+            Op::AttnStep(AttnStep(spec)) => self.attn_step(step, spec),
+            Op::Sample(Sample) => self.sample(step),
             Op::Chain(_) => chain::step(self, step),
             _ => plain::step(self, step),
         }
     }
 
-    fn gemm(&mut self, step: &Step, spec: &GemmSpec) -> Result<(), String> {
-        let (k, n) = (self.last(step, 1), self.rows(step, 1));
-        let x = self.floats(step, 0)?;
+    fn gemm(&mut self, step: &Step, spec: &Gemm) -> Result<(), String> {
+        let (k, n) = (self.last(step, gemm::W), self.rows(step, gemm::W));
+        let x = self.floats(step, gemm::X)?;
         let m = x.len() / k.max(1);
-        let optional = |i: usize| match step.operands.get(i) {
-            None | Some(Operand::None) => Ok(None),
-            Some(_) => self.floats(step, i).map(Some),
-        };
         let (prologue, tuple) = match spec.prologue {
             lathe_ir::Prologue::None => (Prologue::None, false),
             lathe_ir::Prologue::Rms { eps } => {
@@ -162,12 +170,12 @@ impl<'a, E: Elem> Run<'a, E> {
             n,
             k,
             x,
-            delta: optional(5)?,
+            delta: self.opt_floats(step, gemm::DELTA)?,
             sum,
-            gamma: optional(4)?,
-            w: self.floats(step, 1)?,
-            bias: optional(2)?,
-            residual: optional(3)?,
+            gamma: self.opt_floats(step, gemm::GAMMA)?,
+            w: self.floats(step, gemm::W)?,
+            bias: self.opt_floats(step, gemm::BIAS)?,
+            residual: self.opt_floats(step, gemm::RESIDUAL)?,
             y: self.out(step, usize::from(tuple)),
         };
         linear(&spec, args).map_err(|e| e.to_string())
@@ -186,20 +194,17 @@ impl<'a, E: Elem> Run<'a, E> {
         }
     }
 
-    fn attn_qkv(&mut self, step: &Step, spec: &QkvSpec) -> Result<(), String> {
-        let qkv = self.floats(step, 0)?;
-        let optional = |i: usize| match step.operands[i] {
-            Operand::None => Ok(None),
-            _ => self.floats(step, i).map(Some),
-        };
-        let tables = match (spec.rope, &step.operands[4]) {
-            (Some(rope), Operand::Table(t)) => {
+    fn attn_qkv(&mut self, step: &Step, spec: &AttnQkv) -> Result<(), String> {
+        let qkv = self.floats(step, attn_qkv::QKV)?;
+        let tables = match (spec.rope, step.get(attn_qkv::INV_FREQ)) {
+            (Some(rope), Some(Operand::Table(t))) => {
                 let key = (*t, rope.scaling.get().to_bits());
                 self.model.rope.get(&key).map(|(c, s)| (&c[..], &s[..]))
             }
             _ => None,
         };
-        let (q_norm, k_norm) = (optional(1)?, optional(2)?);
+        let q_norm = self.opt_floats(step, attn_qkv::Q_NORM)?;
+        let k_norm = self.opt_floats(step, attn_qkv::K_NORM)?;
         let shape = Heads {
             heads: spec.heads as usize,
             kv_heads: spec.kv_heads as usize,
@@ -222,21 +227,19 @@ impl<'a, E: Elem> Run<'a, E> {
 
     /// Unfused cached attention: q, k and v come apart and are put side by side first.
     fn attn_step(&mut self, step: &Step, spec: &AttnSpec) -> Result<(), String> {
-        let dims = |i: usize| -> Result<Vec<usize>, String> {
-            let t = step.tensor(i).ok_or("no tensor")?;
+        let dims = |operand: Slot| -> Result<Vec<usize>, String> {
+            let t = step.tensor(operand).ok_or("no tensor")?;
             Ok(t.shape.iter().map(|d| d.eval(&self.env) as usize).collect())
         };
-        let (qd, kd) = (dims(0)?, dims(1)?);
+        let (qd, kd) = (dims(attn_step::Q)?, dims(attn_step::K)?);
         let shape = Heads {
             heads: qd[1],
             kv_heads: kd[1],
             head_dim: qd[2],
         };
-        let (q, k, v) = (
-            self.floats(step, 0)?,
-            self.floats(step, 1)?,
-            self.floats(step, 2)?,
-        );
+        let q = self.floats(step, attn_step::Q)?;
+        let k = self.floats(step, attn_step::K)?;
+        let v = self.floats(step, attn_step::V)?;
         let (nq, nk) = (qd[1] * qd[2], kd[1] * kd[2]);
         let mut qkv = Vec::with_capacity(q.len() + 2 * k.len());
         for t in 0..qd[0] {
@@ -337,8 +340,8 @@ impl<'a, E: Elem> Run<'a, E> {
     }
 
     fn sample(&mut self, step: &Step) -> Result<(), String> {
-        let logits = self.floats(step, 0)?;
-        let n = self.last(step, 0);
+        let logits = self.floats(step, X)?;
+        let n = self.last(step, X);
         let v = step.results[0].ok_or("unread sample")?;
         let ty = step.result_type(0).ok_or("no result")?;
         let next = self.write::<i32>(v, ty);
@@ -356,17 +359,16 @@ impl<'a, E: Elem> Run<'a, E> {
     }
 
     /// Whether an operand is the run-time input of token ids, rather than of positions.
-    fn takes_tokens(&self, step: &Step, operand: usize) -> bool {
-        let Operand::Input(n) = step.operands[operand] else {
+    fn takes_tokens(&self, step: &Step, operand: Slot) -> bool {
+        let Some(&Operand::Input(n)) = step.get(operand) else {
             return false;
         };
-        matches!(self.program.inputs[n].0.as_str(), "tokens" | "step.tokens")
+        self.program.inputs[n].0 == StepInput::Tokens
     }
 
     /// Whether all operands have the plan's element type.
     fn in_elem(&self, step: &Step) -> bool {
-        let types = (0..step.operands.len()).filter_map(|i| step.tensor(i));
-        types.into_iter().all(|t| is_elem::<E>(t.dtype))
+        step.tensors().all(|(_, t)| is_elem::<E>(t.dtype))
     }
 
     /// Elements of a tensor type at this run's sizes.
@@ -374,14 +376,14 @@ impl<'a, E: Elem> Run<'a, E> {
         ty.elements(&self.env)
     }
 
-    fn last(&self, step: &Step, operand: usize) -> usize {
+    fn last(&self, step: &Step, operand: Slot) -> usize {
         let shape = step.tensor(operand).map(|t| &t.shape[..]);
         shape
             .and_then(<[_]>::last)
             .map_or(1, |d| d.eval(&self.env) as usize)
     }
 
-    fn rows(&self, step: &Step, operand: usize) -> usize {
+    fn rows(&self, step: &Step, operand: Slot) -> usize {
         let shape = step.tensor(operand).map(|t| &t.shape[..]);
         shape
             .and_then(<[_]>::first)
@@ -389,13 +391,23 @@ impl<'a, E: Elem> Run<'a, E> {
     }
 
     /// A float operand in the plan's element type.
-    fn floats(&self, step: &Step, operand: usize) -> Result<&'a [E], String> {
-        let ty = step.tensor(operand).ok_or("operand is no tensor")?;
-        match &step.operands[operand] {
-            Operand::Weight(w) if is_elem::<E>(ty.dtype) => Ok(self.weight(*w, ty)),
-            Operand::Value(v) if is_elem::<E>(ty.dtype) => Ok(self.read(*v, ty)),
-            other => Err(format!("operand {operand} is {other:?} of {}", ty.dtype)),
+    fn floats(&self, step: &Step, operand: Slot) -> Result<&'a [E], String> {
+        let absent = || format!("operand '{}' is no tensor", operand.name());
+        let ty = step.tensor(operand).ok_or_else(absent)?;
+        match step.get(operand) {
+            Some(Operand::Weight(w)) if is_elem::<E>(ty.dtype) => Ok(self.weight(*w, ty)),
+            Some(Operand::Value(v)) if is_elem::<E>(ty.dtype) => Ok(self.read(*v, ty)),
+            other => {
+                let name = operand.name();
+                Err(format!("operand '{name}' is {other:?} of {}", ty.dtype))
+            }
         }
+    }
+
+    /// As [`Run::floats`], of an operand that may be absent.
+    fn opt_floats(&self, step: &Step, operand: Slot) -> Result<Option<&'a [E]>, String> {
+        let present = step.get(operand);
+        present.map(|_| self.floats(step, operand)).transpose()
     }
 
     /// The memory of a value, for reading.

@@ -9,18 +9,20 @@ use half::{bf16, f16};
 use lathe_codegen::{Operand, Step};
 use lathe_ir::interp::{Interp, Tensor, Value, eval_op};
 use lathe_ir::{DType, TensorType};
+use lathe_ir::{StepInput, Type};
 
 /// Runs a step by the interpreter.
 pub(super) fn step<E: Elem>(run: &Run<'_, E>, step: &Step) -> Result<(), String> {
-    let mut values = Vec::with_capacity(step.operands.len());
-    for i in 0..step.operands.len() {
-        values.push(load(run, step, i)?);
-    }
-    let refs: Vec<&Value<f32>> = values.iter().collect();
+    let mut types = step.types.iter();
+    let values = step.operands.try_map(|operand| match types.next() {
+        Some(Type::Tensor(ty)) => load(run, operand, ty),
+        _ => Err("an operand is no tensor".to_string()),
+    })?;
+    let refs = values.map(|v| v);
     let no_weights = |_: &lathe_ir::WeightRef| Err("weights are operands here".to_string());
     let mut state = Interp::new(run.env, &no_weights);
     state.round = true;
-    let out = eval_op(&step.op, &refs, &step.ty, &mut state).map_err(|e| e.to_string())?;
+    let out = eval_op(&step.op, refs, &step.ty, &mut state).map_err(|e| e.to_string())?;
     match out {
         Value::Tuple(parts) => {
             for (i, part) in parts.iter().enumerate() {
@@ -32,10 +34,11 @@ pub(super) fn step<E: Elem>(run: &Run<'_, E>, step: &Step) -> Result<(), String>
     }
 }
 
-fn load<E: Elem>(run: &Run<'_, E>, step: &Step, i: usize) -> Result<Value<f32>, String> {
-    let Some(ty) = step.tensor(i) else {
-        return Ok(Value::None);
-    };
+fn load<E: Elem>(
+    run: &Run<'_, E>,
+    operand: &Operand,
+    ty: &TensorType,
+) -> Result<Value<f32>, String> {
     let shape: Vec<usize> = ty.shape.iter().map(|d| d.eval(&run.env) as usize).collect();
     let ints = |v: &[i32]| {
         Value::Int(Tensor::new(
@@ -43,7 +46,7 @@ fn load<E: Elem>(run: &Run<'_, E>, step: &Step, i: usize) -> Result<Value<f32>, 
             v.iter().map(|&x| i64::from(x)).collect(),
         ))
     };
-    Ok(match &step.operands[i] {
+    Ok(match operand {
         Operand::Value(v) => match ty.dtype {
             DType::Bool => {
                 let data = run.read::<u8>(*v, ty).iter().map(|&x| x != 0).collect();
@@ -82,16 +85,14 @@ fn load<E: Elem>(run: &Run<'_, E>, step: &Step, i: usize) -> Result<Value<f32>, 
             _ => Value::Float(Tensor::new(shape, vec![value.get() as f32])),
         },
         Operand::Input(n) => {
-            let name = &run.program.inputs[*n].0;
             let b = run.inputs.batch;
-            match name.strip_prefix("step.").unwrap_or(name) {
-                "tokens" => ints(&b.tokens),
-                "positions" => ints(&b.positions),
-                "rows" => ints(&b.rows),
-                other => return Err(format!("no run-time input named '{other}'")),
+            match run.program.inputs[*n].0 {
+                StepInput::Tokens => ints(&b.tokens),
+                StepInput::Positions => ints(&b.positions),
+                StepInput::Rows => ints(&b.rows),
             }
         }
-        Operand::Cache(_) | Operand::None => Value::None,
+        Operand::Cache(_) => return Err("a cache is no tensor".to_string()),
     })
 }
 

@@ -4,6 +4,7 @@ use lathe_codegen::cuda::{Launch, Sampling, Sizes};
 use lathe_codegen::work::WorkShape;
 use lathe_codegen::{Operand, Program, ProgramKind};
 use lathe_ir::DType;
+use lathe_ir::ops::gemm;
 
 use super::cublaslt::GemmShape;
 use super::executor::{CudaExecutor, device_error};
@@ -148,7 +149,7 @@ impl CudaExecutor {
     /// Where the weight of a GEMM's launch is.
     fn weight(&self, program: usize, launch: &Launch) -> Option<DevicePtr> {
         let p = &self.plan.programs[program];
-        match p.steps[launch.step].operands.get(1)? {
+        match p.steps[launch.step].get(gemm::W)? {
             Operand::Weight(i) => Some(self.resident.addresses.weights[*i]),
             Operand::Value(v) => Some(self.resident.slots[program][p.slot(*v)]),
             _ => None,

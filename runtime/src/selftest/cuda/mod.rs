@@ -23,6 +23,8 @@ use crate::selftest::{Case, Outcome, POISON, Report, SelftestError, Subject, ext
 use half::bf16;
 use lathe_codegen::cuda::{CudaOptions, CudaProgram, KernelSource, Ref, Sizes, lower_tuned};
 use lathe_codegen::{Operand, Program, ProgramKind, Step, ValueId};
+use lathe_ir::ops::Sample;
+use lathe_ir::ops::X;
 use lathe_ir::{DType, Op, SymEnv};
 use std::collections::BTreeMap;
 
@@ -334,7 +336,7 @@ impl Running<'_> {
         let here = || place(subject, case, program, at);
         if name.is_empty() {
             // The GEMM before it has sampled.
-            let swallowed = step.op == Op::Sample
+            let swallowed = step.op == Op::Sample(Sample)
                 && at > 0
                 && families(program, self.lowered, at - 1).contains("gemv");
             if !swallowed {
@@ -371,10 +373,10 @@ impl Running<'_> {
     /// For a step that samples: the same with logits rounded to quarters, so that many are equal, also
     /// where top-k and top-p end.
     fn with_ties<'a>(&self, step: &Step, snapshot: &'a dyn Snapshot) -> Option<Altered<'a>> {
-        let (Op::Sample, Operand::Value(logits)) = (&step.op, step.operands.first()?) else {
+        let (Op::Sample(_), Operand::Value(logits)) = (&step.op, step.get(X)?) else {
             return None;
         };
-        let (ty, next) = (step.tensor(0)?, step.results.first().copied().flatten()?);
+        let (ty, next) = (step.tensor(X)?, step.results.first().copied().flatten()?);
         let rounded: Vec<f32> = numbers(snapshot.value(*logits), ty.dtype)
             .into_iter()
             .map(|v| ((v * 4.0).round() / 4.0) as f32)
@@ -413,12 +415,12 @@ impl Running<'_> {
                 floor: 0.0,
             },
         };
-        if step.op == Op::Sample {
+        if step.op == Op::Sample(Sample) {
             let next = step.results[0].map(|v| numbers(snapshot.value(v), DType::I32));
             return vec![sampled(next.unwrap_or_default())];
         }
-        let size = match (step.operands.first(), step.tensor(0)) {
-            (Some(Operand::Value(v)), Some(t)) => rms(&numbers(snapshot.value(*v), t.dtype)),
+        let size = match step.tensors().next() {
+            Some((Operand::Value(v), t)) => rms(&numbers(snapshot.value(*v), t.dtype)),
             _ => 0.0,
         };
         let mut outputs = Vec::new();
@@ -451,7 +453,7 @@ impl Running<'_> {
     /// Whether the step's kernel keeps its logits to itself and samples.
     fn argmax_follows(&self, at: usize) -> bool {
         let next = self.program.steps.get(at + 1);
-        next.is_some_and(|s| s.op == Op::Sample)
+        next.is_some_and(|s| s.op == Op::Sample(Sample))
             && self.lowered.launches.iter().all(|l| l.step != at + 1)
     }
 
@@ -464,8 +466,8 @@ impl Running<'_> {
         let program = self.program;
         let step = &program.steps[at];
         self.image.poison(&self.case.batch);
-        for (operand, i) in step.operands.iter().zip(0..) {
-            let (Operand::Value(v), Some(_)) = (operand, step.tensor(i)) else {
+        for (operand, _) in step.tensors() {
+            let Operand::Value(v) = operand else {
                 continue;
             };
             let ty = &program.values[v.0 as usize].0;

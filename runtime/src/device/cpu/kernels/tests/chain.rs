@@ -2,6 +2,7 @@
 
 use half::bf16;
 use lathe_codegen::chain::RowProgram;
+use lathe_ir::ChainOp;
 use lathe_ir::chain::{Access, Statement};
 use lathe_ir::interp::{Interp, Tensor, Value, eval_op};
 use lathe_ir::{
@@ -27,11 +28,7 @@ fn random_chain(r: &mut StdRng) -> Chain {
     };
     for _ in 0..r.random_range(2..14) {
         let x = full[r.random_range(0..full.len())];
-        let reduce = |f| Op::Reduce {
-            f,
-            axis: 1,
-            keepdim: true,
-        };
+        let reduce = |f| ChainOp::Reduce { f, axis: 1 };
         let other = match r.random_range(0..5) {
             0 => rows[r.random_range(0..rows.len())],
             1 => ChainArg::Operand(3),
@@ -40,45 +37,45 @@ fn random_chain(r: &mut StdRng) -> Chain {
             _ => full[r.random_range(0..full.len())],
         };
         let (op, args) = match r.random_range(0..18) {
-            0 => (Op::Unary(UnaryFn::Tanh), vec![x]),
-            1 => (Op::Unary(UnaryFn::Erf), vec![x]),
-            2 => (Op::Unary(UnaryFn::Sigmoid), vec![x]),
-            3 => (Op::Unary(UnaryFn::Abs), vec![x]),
-            4 => (Op::Unary(UnaryFn::Neg), vec![x]),
-            5 => (Op::Unary(UnaryFn::Sin), vec![x]),
-            6 => (Op::Silu, vec![x]),
-            7 => (Op::Binary(BinaryFn::Add), vec![x, other]),
-            8 => (Op::Binary(BinaryFn::Sub), vec![other, x]),
-            9 => (Op::Binary(BinaryFn::Minimum), vec![x, other]),
-            10 => (Op::Binary(BinaryFn::Maximum), vec![other, x]),
+            0 => (ChainOp::Unary(UnaryFn::Tanh), vec![x]),
+            1 => (ChainOp::Unary(UnaryFn::Erf), vec![x]),
+            2 => (ChainOp::Unary(UnaryFn::Sigmoid), vec![x]),
+            3 => (ChainOp::Unary(UnaryFn::Abs), vec![x]),
+            4 => (ChainOp::Unary(UnaryFn::Neg), vec![x]),
+            5 => (ChainOp::Unary(UnaryFn::Sin), vec![x]),
+            6 => (ChainOp::Silu, vec![x]),
+            7 => (ChainOp::Binary(BinaryFn::Add), vec![x, other]),
+            8 => (ChainOp::Binary(BinaryFn::Sub), vec![other, x]),
+            9 => (ChainOp::Binary(BinaryFn::Minimum), vec![x, other]),
+            10 => (ChainOp::Binary(BinaryFn::Maximum), vec![other, x]),
             11 => {
                 let bounded = ChainArg::Value(statements.len() as u8);
                 statements.push(Statement {
-                    op: Op::Unary(UnaryFn::Tanh),
+                    op: ChainOp::Unary(UnaryFn::Tanh),
                     args: vec![x],
                 });
-                (Op::Binary(BinaryFn::Mul), vec![bounded, other])
+                (ChainOp::Binary(BinaryFn::Mul), vec![bounded, other])
             }
             12 => {
                 let bounded = ChainArg::Value(statements.len() as u8);
                 statements.push(Statement {
-                    op: Op::Unary(UnaryFn::Tanh),
+                    op: ChainOp::Unary(UnaryFn::Tanh),
                     args: vec![x],
                 });
-                (Op::Binary(BinaryFn::Pow), vec![bounded, constant(3.0)])
+                (ChainOp::Binary(BinaryFn::Pow), vec![bounded, constant(3.0)])
             }
             13 => (reduce(ReduceFn::Mean), vec![x]),
             14 => (reduce(ReduceFn::Amax), vec![x]),
             15 => (
-                Op::RmsNorm {
+                ChainOp::RmsNorm {
                     eps: Real::new(0.1),
                 },
                 vec![x, ChainArg::Operand(3)],
             ),
-            16 => (Op::Softmax, vec![x]),
-            _ => (Op::Cast(DType::F32), vec![x]),
+            16 => (ChainOp::Softmax, vec![x]),
+            _ => (ChainOp::Cast(DType::F32), vec![x]),
         };
-        let row = matches!(op, Op::Reduce { .. });
+        let row = matches!(op, ChainOp::Reduce { .. });
         statements.push(Statement { op, args });
         let value = ChainArg::Value(statements.len() as u8 - 1);
         if row {
@@ -102,7 +99,7 @@ fn random_chain(r: &mut StdRng) -> Chain {
         .map(|(i, v)| {
             if i == 0 && r.random_bool(0.3) {
                 statements.push(Statement {
-                    op: Op::Cast(DType::BF16),
+                    op: ChainOp::Cast(DType::BF16),
                     args: vec![ChainArg::Value(v)],
                 });
                 return statements.len() as u8 - 1;
