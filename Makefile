@@ -3,6 +3,7 @@
 # make rules  the first part of it, what a change of a rule changes: samples, file tests and snapshots of all families
 # make bless  accepts that
 # make nits   format and lints
+# make rest   the other tests, what `make rules` has not run
 # make soak   100,000 requests through the engine on the CPU: exact lengths, no page lost, flat memory; takes minutes
 # make nvrtc  CUDA's run-time compiler and disassembler from PyPI, so that `make test` compiles every generated
 #             kernel and looks at its machine code; needs no GPU
@@ -15,19 +16,27 @@ NVRTC := $(TARGET)/nvrtc
 # Snapshots that differ fail; `INSTA_UPDATE=always` takes them.
 export INSTA_UPDATE ?= no
 
-.PHONY: demo test rules bless nits soak nvrtc
+# What `make rules` runs, and every other test program; no test program has to be named here.
+RULES := rules file_tests snapshots
+REST := $(filter-out $(RULES),$(sort $(basename $(notdir $(wildcard tests/*.rs */tests/*.rs))) \
+	$(notdir $(patsubst %/main.rs,%,$(wildcard tests/*/main.rs */tests/*/main.rs)))))
+
+.PHONY: demo test rules rest bless nits soak nvrtc
 .DEFAULT_GOAL := test
 
 demo:
 	CARGO="$(CARGO)" PYTHON="$(PYTHON)" TARGET="$(TARGET)" bash scripts/demo.sh
 
-test: rules nits
-	LD_LIBRARY_PATH="$(abspath $(NVRTC))/nvidia/cu13/lib$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH}" $(CARGO) test --workspace
+test: rules nits rest
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --quiet
 
-# Of the whole workspace, so that it builds nothing that the rest of `make test` builds otherwise.
+# Of the whole workspace, so that it builds nothing that the rest builds otherwise.
 rules:
-	$(CARGO) test --workspace --no-fail-fast --test rules --test file_tests --test snapshots
+	$(CARGO) test --workspace --no-fail-fast $(RULES:%=--test %)
+
+rest:
+	LD_LIBRARY_PATH="$(abspath $(NVRTC))/nvidia/cu13/lib$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH}" \
+		$(CARGO) test --workspace --no-fail-fast --lib $(REST:%=--test %)
 
 bless:
 	LATHE_BLESS=1 INSTA_UPDATE=always $(MAKE) rules
@@ -37,7 +46,7 @@ nits:
 	$(CARGO) clippy --workspace --all-targets --quiet -- -D warnings
 
 soak:
-	$(CARGO) test --release --test serving_soak -- --ignored --nocapture
+	$(CARGO) test --release --test program -- --ignored --nocapture soak::
 
 # The snapshots of registers are of this compiler. PyPI's first disassembler is of CUDA 13.2; it reads 13.0's code.
 nvrtc: $(NVRTC)/installed-13.0.88

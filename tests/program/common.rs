@@ -1,5 +1,4 @@
 //! What tests of the program share.
-#![allow(dead_code)] // Each test program uses a part of it.
 
 use lathe::config::{Options, Resolved, parse};
 use lathe::model::CompiledModel;

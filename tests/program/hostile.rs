@@ -1,8 +1,6 @@
 //! Numbers and files that nobody would give, on the command line and in options files: a run, or an error of one line,
 //! never a panic.
 
-mod common;
-
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -19,7 +17,7 @@ const NUMBERS: [&str; 7] = [
 /// A folder with a model and a dataset.
 fn folder() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
-    let golden = common::golden("llama-rope3-tied");
+    let golden = crate::common::golden("llama-rope3-tied");
     for file in ["config.json", "model.safetensors"] {
         std::fs::copy(golden.join(file), folder.path().join(file)).unwrap();
     }

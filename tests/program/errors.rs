@@ -1,8 +1,6 @@
 //! What goes wrong, as a user meets it: one line that names the file, what was found and what to do,
 //! the right exit code, and never a panic.
 
-mod common;
-
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -10,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 fn golden() -> PathBuf {
-    common::golden("llama-rope3-tied")
+    crate::common::golden("llama-rope3-tied")
 }
 
 /// A folder with a checkpoint, a dataset and other files to break.

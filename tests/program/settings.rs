@@ -1,14 +1,12 @@
 //! Each key of the YAML file, by what it changes when a model is compiled and run.
 
-mod common;
-
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
 use serde_json::{Value, json};
 
 fn golden() -> PathBuf {
-    common::golden("llama-rope3-tied")
+    crate::common::golden("llama-rope3-tied")
 }
 
 /// A folder with a dataset, a YAML file and what runs leave behind.
@@ -48,7 +46,7 @@ impl Bench {
             folder: tempfile::tempdir().unwrap(),
             model: golden(),
         };
-        common::write_dataset(&bench.path("d.jsonl"), 24);
+        crate::common::write_dataset(&bench.path("d.jsonl"), 24);
         bench
     }
 
@@ -403,7 +401,7 @@ fn transforms_switch_and_set() {
 #[test]
 fn the_example_of_the_documentation_runs() {
     let bench = Bench::new();
-    let yaml = include_str!("fixtures/autodeploy.yaml");
+    let yaml = include_str!("../fixtures/autodeploy.yaml");
     let ran = bench.throughput(yaml);
     assert_eq!(ran.tokens, bench.throughput("").tokens);
     assert_eq!(ran.report["world_info"]["kv_cache_percentage"], 0.8);

@@ -1,8 +1,6 @@
 //! `throughput` and `latency` on the CPU device with tiny models, as a user runs them.
 
-mod common;
-
-use common::{golden, write_dataset};
+use crate::common::{golden, write_dataset};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 

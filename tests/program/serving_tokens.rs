@@ -1,9 +1,7 @@
 //! In float32 on the CPU a token depends on its sequence alone: however the scheduler batches, cuts,
 //! pages, pre-empts and overlaps, every family gives the tokens of one-by-one execution, bit for bit.
 
-mod common;
-
-use common::{compiled, golden, goldens};
+use crate::common::{compiled, golden, goldens};
 use std::sync::atomic::AtomicBool;
 
 use lathe::bench::dataset::{Dataset, Request};

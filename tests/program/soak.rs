@@ -1,7 +1,5 @@
 //! A long run, outside CI: `make soak`, or `LATHE_SOAK_REQUESTS=5000 make soak` for a shorter one.
 
-mod common;
-
 use lathe::model::WeightChoice;
 use lathe_runtime::device::load::LoadOptions;
 use lathe_runtime::engine::{Clock, Engine, EngineConfig, Policy, Progress, Request};
@@ -27,7 +25,7 @@ fn a_hundred_thousand_requests() {
     let requests: u64 = std::env::var("LATHE_SOAK_REQUESTS")
         .map_or(100_000, |count| count.parse().expect("a count of requests"));
     const IN_FLIGHT: usize = 200;
-    let mut model = common::compiled(&common::golden("llama-rope3-tied"), "");
+    let mut model = crate::common::compiled(&crate::common::golden("llama-rope3-tied"), "");
     let options = LoadOptions {
         max_tokens: 128,
         max_rows: 64,

@@ -9,7 +9,7 @@ use lathe_passes::pipeline::PassConfig;
 use serde_json::json;
 
 /// The example of AutoDeploy's page "Benchmarking with trtllm-bench", as it stands there.
-const EXAMPLE: &str = include_str!("fixtures/autodeploy.yaml");
+const EXAMPLE: &str = include_str!("../fixtures/autodeploy.yaml");
 
 fn yaml(text: &str) -> Resolved {
     Resolved::new(Options::default(), parse("c.yaml", text).unwrap())

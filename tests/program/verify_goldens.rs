@@ -1,8 +1,6 @@
 //! The goldens through the optimised plan and its cache on the CPU device, as a user checks them.
 
-mod common;
-
-use common::{golden, goldens};
+use crate::common::{golden, goldens};
 use std::path::Path;
 use std::process::{Command, Output};
 

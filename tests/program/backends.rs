@@ -1,9 +1,7 @@
 //! The four values of `compile_backend` compute the same: every golden family on the CPU, prompts
 //! and decode steps, in float32.
 
-mod common;
-
-use common::{compiled, goldens};
+use crate::common::{compiled, goldens};
 
 use lathe::config::CompileBackend;
 use lathe::model::WeightChoice;
