@@ -1,100 +1,140 @@
-//! The layer of each golden model after every stage, for review. `make bless` accepts changes.
+//! The layer of each golden model after every stage, for review: `snapshots/<model>/<n>-<stage>.snap`,
+//! and beside it what the stage changed, where that is shorter. `make bless` accepts changes.
 
 mod common;
 
 use common::model;
-use lathe_ir::text::print;
+use common::render::{difference, short};
 use lathe_ir::{DType, Graph};
 use lathe_passes::chains::fuse_chains;
 use lathe_passes::egraph::cost::DeviceModel;
-use lathe_passes::pipeline::{PassConfig, compile_with};
+use lathe_passes::pipeline::{PassConfig, TemplateReport, compile_with};
 use std::fmt::Write;
+use std::path::Path;
+
+/// The snapshots of one model. All are compared before any fails, so that a test shows all that a
+/// change of a rule leads to.
+struct Snapshots {
+    model: &'static str,
+    /// The program that was compared last.
+    before: Option<Graph>,
+    changed: Vec<String>,
+}
+
+impl Snapshots {
+    fn new(model: &'static str) -> Snapshots {
+        Snapshots {
+            model,
+            before: None,
+            changed: Vec::new(),
+        }
+    }
+
+    /// Compares one text; insta prints how it differs.
+    fn text(&mut self, name: &str, text: &str) {
+        let mut settings = insta::Settings::clone_current();
+        settings.set_snapshot_path(format!("../../snapshots/{}", self.model));
+        settings.set_prepend_module_to_snapshot(false);
+        settings.set_omit_expression(true);
+        let compare = || settings.bind(|| insta::assert_snapshot!(name, text));
+        if std::panic::catch_unwind(std::panic::AssertUnwindSafe(compare)).is_err() {
+            self.changed.push(name.to_string());
+        }
+    }
+
+    /// Compares a program and its difference to the one before.
+    fn program(&mut self, name: &str, header: &str, graph: Option<&Graph>) {
+        let text = graph.map_or("no executable form yet\n".to_string(), short);
+        self.text(name, &format!("{header}{text}"));
+        let (before, after) = (self.before.take(), graph.cloned());
+        let diff = before.zip(graph).and_then(|(b, a)| difference(&b, a));
+        self.before = after;
+        let name = format!("{name}.diff");
+        match diff {
+            Some(diff) => self.text(&name, &diff),
+            None => self.absent(&name),
+        }
+    }
+
+    /// A difference that is left out has no file.
+    fn absent(&mut self, name: &str) {
+        let top = Path::new(env!("CARGO_MANIFEST_DIR")).join("../snapshots");
+        let file = top.join(self.model).join(format!("{name}.snap"));
+        if !file.exists() {
+            return;
+        }
+        if std::env::var_os("INSTA_UPDATE").is_some_and(|v| v == "always") {
+            std::fs::remove_file(file).expect("a file that can be removed");
+        } else {
+            self.changed.push(name.to_string());
+        }
+    }
+
+    fn finish(self) {
+        assert!(
+            self.changed.is_empty(),
+            "changed in snapshots/{}: {} (`make bless` accepts)",
+            self.model,
+            self.changed.join(", ")
+        );
+    }
+}
 
 /// Costs are exact integers in picoseconds: shown in microseconds.
 fn micros(picoseconds: Option<u64>) -> String {
     let Some(picoseconds) = picoseconds else {
         return "none".to_string();
     };
-    format!(
-        "{}.{:06} us",
-        picoseconds / 1_000_000,
-        picoseconds % 1_000_000
-    )
+    format!("{}.{:06}", picoseconds / 1_000_000, picoseconds % 1_000_000)
 }
 
-/// Compares one snapshot; insta prints how it differs. Returns whether it is as it was, so that a test
-/// goes on and shows all that a change of a rule leads to.
-fn snapshot(name: &str, header: &str, graph: Option<&Graph>) -> bool {
-    let text = graph.map_or("no executable form yet\n".to_string(), print);
-    let mut settings = insta::Settings::clone_current();
-    settings.set_snapshot_path("../../snapshots");
-    settings.set_prepend_module_to_snapshot(false);
-    settings.set_omit_expression(true);
-    let compare = || settings.bind(|| insta::assert_snapshot!(name, format!("{header}{text}")));
-    std::panic::catch_unwind(std::panic::AssertUnwindSafe(compare)).is_ok()
-}
-
-fn check(name: &str) {
+/// The first template of layers.
+fn layer(name: &str) -> TemplateReport {
     let config = PassConfig::new(DeviceModel::H100);
     let c = compile_with(&model(name, DType::BF16), &config, true).expect("compiles");
-    let layers = c.templates.iter().filter(|t| !t.layers.is_empty());
-    let layer = layers.into_iter().next().expect("a layer");
-    let header = format!("// {name}, layers {:?}, as imported\n", layer.layers);
-    let mut changed = Vec::new();
-    let mut snapshot = |file: String, header: &str, graph: Option<&Graph>| {
-        if !snapshot(&file, header, graph) {
-            changed.push(file);
-        }
-    };
-    snapshot(format!("{name}-0-imported"), &header, Some(&layer.imported));
+    let mut layers = c.templates.into_iter().filter(|t| !t.layers.is_empty());
+    layers.next().expect("a layer")
+}
+
+fn check(name: &'static str) {
+    let layer = layer(name);
+    let mut all = Snapshots::new(name);
+    let header = format!("// layers {:?}, as imported\n", layer.layers);
+    all.program("0-imported", &header, Some(&layer.imported));
+    let mut sizes =
+        String::from("stage          rounds  e-nodes  classes  us before    us after\n");
     for (i, s) in layer.stages.iter().enumerate() {
-        let mut header = format!("// {name}, cheapest form after stage {}\n", s.stage.name());
-        let _ = writeln!(
-            header,
-            "// {} e-nodes in {} classes after {} rounds",
-            s.nodes, s.classes, s.iterations
-        );
-        let _ = writeln!(
-            header,
-            "// cost {} -> {}",
-            micros(s.cost_before),
-            micros(s.cost_after)
-        );
+        let stage = s.stage.name();
+        let mut header =
+            format!("// cheapest form after {stage}; values to which a rule gave a form:\n");
         for (rule, n) in &s.matches {
             let _ = writeln!(header, "//   {rule}: {n}");
         }
-        let file = format!("{name}-{}-{}", i + 1, s.stage.name());
-        snapshot(file, &header, s.best.as_ref());
+        all.program(&format!("{}-{stage}", i + 1), &header, s.best.as_ref());
+        let (before, after) = (micros(s.cost_before), micros(s.cost_after));
+        let _ = writeln!(
+            sizes,
+            "{stage:14} {:6}  {:7}  {:7}  {before:>12} {after:>12}",
+            s.iterations, s.nodes, s.classes
+        );
     }
-    for (i, (program, graph)) in [("decode", &layer.decode), ("general", &layer.general)]
-        .into_iter()
-        .enumerate()
-    {
-        let header = format!("// {name}, {program} step of layers {:?}\n", layer.layers);
-        let file = format!("{name}-{}-{program}", 6 + i);
-        snapshot(file, &header, graph.as_ref());
+    // What nearly every change of a rule or a cost moves stands in one place.
+    all.text("sizes-and-costs", &sizes);
+    for (n, program, graph) in [(6, "decode", &layer.decode), (7, "general", &layer.general)] {
+        let header = format!("// {program} step\n");
+        all.program(&format!("{n}-{program}"), &header, graph.as_ref());
     }
-    assert!(
-        changed.is_empty(),
-        "changed: {} (`make bless` accepts)",
-        changed.join(", ")
-    );
+    all.finish();
 }
 
 /// The decode step of a layer whose operations no rule has fused all, after chains.
-fn check_chains(name: &str) {
-    let config = PassConfig::new(DeviceModel::H100);
-    let c = compile_with(&model(name, DType::BF16), &config, true).expect("compiles");
-    let layer = c.templates.iter().find(|t| !t.layers.is_empty());
-    let layer = layer.expect("a layer");
-    let decode = layer.decode.as_ref().expect("a decode program");
-    let chained = fuse_chains(decode).expect("types are kept");
-    let header = format!(
-        "// {name}, decode step of layers {:?}, with chains\n",
-        layer.layers
-    );
-    let file = format!("{name}-8-chains");
-    assert!(snapshot(&file, &header, Some(&chained)), "changed: {file}");
+fn check_chains(name: &'static str) {
+    let decode = layer(name).decode.expect("a decode program");
+    let chained = fuse_chains(&decode).expect("types are kept");
+    let mut all = Snapshots::new(name);
+    all.before = Some(decode);
+    all.program("8-chains", "// decode step with chains\n", Some(&chained));
+    all.finish();
 }
 
 #[test]

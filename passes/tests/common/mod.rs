@@ -3,6 +3,7 @@
 
 pub mod build;
 pub mod case;
+pub mod render;
 
 use lathe_ir::import::{HfConfig, ImportOptions, import};
 use lathe_ir::interp::{Interp, KvState, StepMeta, Tensor, Value};
