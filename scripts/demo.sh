@@ -19,7 +19,7 @@ say "Build"
 "$CARGO" build --release --quiet
 
 say "A question, answered on the CPU"
-"$lathe" --model "$model" --device cpu generate --max_tokens 48 --prompt "What is the capital of France?"
+"$lathe" --model "$model" --device cpu generate --max_tokens 48 --prompt "What is photosynthesis?"
 
 say "A dataset of $REQUESTS requests, 128 tokens in and 128 out"
 dataset=.demo/synthetic_128_128.jsonl
