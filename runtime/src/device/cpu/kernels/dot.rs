@@ -165,21 +165,16 @@ pub(crate) fn pack<E: Copy>(x: &[E], m: usize, k: usize, span: usize, out: &mut 
 pub(crate) unsafe fn block<D: Dot<E>, E>(b: &Block<E>) {
     let span = span_len(b.k, D::STEP);
     let tiles = b.m.div_ceil(D::TILE_M);
-    // SAFETY: the spans cover 0..b.k.
-    unsafe {
-        if tiles <= 2 {
-            // Bound by memory: whole rows of w, one after the other.
-            all_columns::<D, E>(b, 0..b.k, span);
-        } else {
-            // Bound by arithmetic: x's span stays in the second-level cache for all columns.
-            let mut from = 0;
-            loop {
-                all_columns::<D, E>(b, from..b.k.min(from + span), span);
-                from += span;
-                if from >= b.k {
-                    break;
-                }
-            }
+    // Few tiles are bound by memory: whole rows of w, one after the other. Many are bound by arithmetic: x's span stays
+    // in the second-level cache for all columns. Both go through one call, which inlines every tile.
+    let part = if tiles <= 2 { b.k.max(1) } else { span };
+    let mut from = 0;
+    loop {
+        // SAFETY: the parts cover 0..b.k.
+        unsafe { all_columns::<D, E>(b, from..b.k.min(from + part), span) };
+        from += part;
+        if from >= b.k {
+            break;
         }
     }
 }
@@ -400,10 +395,10 @@ unsafe fn tile<D: Dot<E>, E, const M: usize, const N: usize>(b: &Block<E>, place
     }
 }
 
-/// Columns of x in a call of the `gemm` crate on the portable path.
+/// Columns of x in a call of `matrixmultiply` on the portable path.
 const PORTABLE_M: usize = 8;
 
-/// Computes a block without vector intrinsics, by the `gemm` crate.
+/// Computes a block without vector intrinsics of ours, by the `matrixmultiply` crate.
 ///
 /// The crate's order of accumulation may depend on the shape, so every call has `PORTABLE_M` rows of x
 /// (padded with zeros) and sees them as columns of its right operand.
@@ -415,7 +410,7 @@ pub(crate) unsafe fn portable_block<E: Copy>(b: &Block<E>, to_f32: impl Fn(E) ->
     let mut w = vec![0.0f32; b.n * k];
     let mut x = vec![0.0f32; PORTABLE_M * k];
     let mut c = [0.0f32; PORTABLE_M * BLOCK_N];
-    // SAFETY: all indices are below the extents of `b`, and the vectors have the extents given to `gemm`.
+    // SAFETY: all indices are below the extents of `b`, and the vectors have the extents given to `sgemm`.
     unsafe {
         for j in 0..b.n {
             for i in 0..k {
@@ -430,26 +425,21 @@ pub(crate) unsafe fn portable_block<E: Copy>(b: &Block<E>, to_f32: impl Fn(E) ->
                     x[r * k + i] = to_f32(*b.x.add((m + r) * b.x_stride + i));
                 }
             }
-            gemm::gemm(
+            matrixmultiply::sgemm(
                 b.n,
-                PORTABLE_M,
                 k,
-                c.as_mut_ptr(),
-                BLOCK_N as isize,
-                1,
-                false,
-                w.as_ptr(),
-                1,
-                k as isize,
-                x.as_ptr(),
-                k as isize,
-                1,
-                0.0,
+                PORTABLE_M,
                 1.0,
-                false,
-                false,
-                false,
-                gemm::Parallelism::None,
+                w.as_ptr(),
+                k as isize,
+                1,
+                x.as_ptr(),
+                1,
+                k as isize,
+                0.0,
+                c.as_mut_ptr(),
+                1,
+                BLOCK_N as isize,
             );
             for r in 0..rows {
                 for j in 0..b.n {

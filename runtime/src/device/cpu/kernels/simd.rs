@@ -15,7 +15,7 @@ use half::bf16;
 /// Instruction sets the CPU kernels are specialised for, from the least to the most capable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Isa {
-    /// Plain Rust (matrix products go through the `gemm` crate).
+    /// Plain Rust (matrix products go through the `matrixmultiply` crate).
     Portable,
     /// x86-64 with AVX2 and FMA.
     Avx2,
