@@ -41,9 +41,9 @@ impl Imported {
 /// An operation without a kernel, or a weight without a layout.
 pub fn plan(name: &str, dtype: DType, compiled: &Compiled) -> Result<Plan, LowerError> {
     let programs = Programs {
-        decode: compiled.decode.as_ref(),
-        general: compiled.general.as_ref(),
-        full: compiled.general.is_none().then_some(&compiled.full),
+        decode: compiled.steps.decode.as_ref(),
+        general: compiled.steps.general.as_ref(),
+        full: compiled.steps.general.is_none().then_some(&compiled.full),
     };
     lower(name, dtype, &programs)
 }

@@ -6,6 +6,7 @@
 //! under another type.
 
 use crate::pack::PackRecipe;
+pub use lathe_ir::ProgramKind;
 use lathe_ir::{
     DType, Op, Operands, Prov, Real, Slot as Name, StepInput, SymEnv, TensorType, Type,
 };
@@ -13,31 +14,6 @@ use lathe_ir::{
 /// Index of a value of a program.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct ValueId(pub u32);
-
-/// Which program a step belongs to.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
-pub enum ProgramKind {
-    /// One row a sequence; symbols T = B = R.
-    Decode,
-    /// Ragged rows; symbols T, B and R.
-    General,
-    /// Whole sequences without a cache; symbols B and S.
-    Full,
-    /// What depends on weights alone, run once while loading; no symbols.
-    Once,
-}
-
-impl ProgramKind {
-    /// The name in dumps.
-    pub fn name(self) -> &'static str {
-        match self {
-            ProgramKind::Decode => "decode",
-            ProgramKind::General => "general",
-            ProgramKind::Full => "full",
-            ProgramKind::Once => "once",
-        }
-    }
-}
 
 /// A compiled model.
 #[derive(Clone, Debug, PartialEq)]

@@ -17,6 +17,7 @@ pub mod interp;
 pub mod operands;
 pub mod ops;
 mod printable;
+mod program;
 mod real;
 pub mod shape;
 mod step_input;
@@ -35,6 +36,7 @@ pub use ops::{
     interleaved_source, kernel_name,
 };
 pub use printable::printable;
+pub use program::{Both, ProgramKind};
 pub use real::Real;
 pub use shape::{Dim, Sym, SymEnv};
 pub use step_input::{Output, StepInput};

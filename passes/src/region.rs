@@ -43,12 +43,13 @@ pub struct Regions {
 }
 
 impl Regions {
-    /// The first region that uses a template.
-    pub fn first_use(&self, template: usize) -> usize {
+    /// The layers that use a template, in order.
+    pub fn layers_of(&self, template: usize) -> Vec<u32> {
         self.regions
             .iter()
-            .position(|r| r.template == template)
-            .expect("invariant: every template has a region")
+            .filter(|r| r.template == template)
+            .filter_map(|r| r.layer)
+            .collect()
     }
 }
 

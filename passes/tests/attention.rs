@@ -272,13 +272,13 @@ fn programs(graph: &Graph) -> (Graph, Option<Graph>, Option<Graph>) {
     let terms = terms_of(graph, &config).expect("saturates");
     let ids: Vec<Id> = terms.full.iter().map(|r| r.1).collect();
     let full = extract(&terms.egraph, &ids, &|id, n| {
-        node_cost(&terms.egraph, id, n, &config.general)
+        node_cost(&terms.egraph, id, n, &config.points.general)
     });
     let full = full.expect("primitives have kernels");
     let full = to_graph(&terms.egraph, &full.choice, "full", &terms.full);
     let step = |config: &PassConfig| {
         let c = compile(graph, config).expect("compiles");
-        c.templates.into_iter().find_map(|t| t.decode)
+        c.templates.into_iter().find_map(|t| t.steps.decode)
     };
     let unfused = config.clone().disable(&["fuse"]).expect("a stage");
     (full, step(&unfused), step(&config))

@@ -370,7 +370,10 @@ fn models_keep_their_logits() {
         let off = compile(&m, &off).expect("compiles");
         let weights = Weights::golden(golden);
         let weights = |w: &WeightRef| weights.get(w);
-        for (a, b) in [(&on.decode, &off.decode), (&on.general, &off.general)] {
+        for (a, b) in [
+            (&on.steps.decode, &off.steps.decode),
+            (&on.steps.general, &off.steps.general),
+        ] {
             let (Some(a), Some(b)) = (a, b) else {
                 panic!("{golden}: no step program")
             };

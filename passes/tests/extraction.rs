@@ -365,13 +365,13 @@ fn check_model(name: &str, dtype: DType, device: DeviceModel) {
                 if terms.reads_other_layout(id, n, &layouts) {
                     INFINITE
                 } else {
-                    terms.step_cost(id, n, &passes.general)
+                    terms.step_cost(id, n, &passes.points.general)
                 }
             };
             let what = format!("{what}, general under its layouts");
             check_optimal(&what, &terms, &terms.step, &cost);
         }
-        let cost = |id: Id, n: &Lang| node_cost(&terms.egraph, id, n, &passes.general);
+        let cost = |id: Id, n: &Lang| node_cost(&terms.egraph, id, n, &passes.points.general);
         check_optimal(&format!("{what}, full"), &terms, &terms.full, &cost);
     }
 }

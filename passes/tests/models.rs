@@ -30,7 +30,7 @@ fn off(rule: &str) -> PassConfig {
 }
 
 fn steps(c: &Compiled) -> [&Graph; 2] {
-    match (&c.decode, &c.general) {
+    match (&c.steps.decode, &c.steps.general) {
         (Some(d), Some(g)) => [d, g],
         _ => panic!("no step program: {:?}", c.no_step),
     }
@@ -539,8 +539,8 @@ fn every_switch_keeps_the_results() {
         for (program, op) in case.back {
             let pick = |c: &Compiled| match *program {
                 "full" => c.full.count(op),
-                "decode" => c.decode.as_ref().map_or(0, |g| g.count(op)),
-                _ => c.general.as_ref().map_or(0, |g| g.count(op)),
+                "decode" => c.steps.decode.as_ref().map_or(0, |g| g.count(op)),
+                _ => c.steps.general.as_ref().map_or(0, |g| g.count(op)),
             };
             let (before, after) = (pick(&base.compiled), pick(&c));
             assert!(
@@ -562,7 +562,10 @@ fn every_switch_keeps_the_results() {
                 assert!(d <= 1e-9, "{rule} off: {what} differs by {d:.2e}");
             }
         } else {
-            assert!(c.decode.is_none() && c.general.is_none(), "{rule} off");
+            assert!(
+                c.steps.decode.is_none() && c.steps.general.is_none(),
+                "{rule} off"
+            );
             let reason = c.no_step.expect("a reason").to_string();
             assert!(reason.contains("model"), "{rule} off: {reason}");
             let in_a_layer = !matches!(
@@ -594,14 +597,14 @@ fn stages_are_switches_too() {
     let m = model("qwen3", BF16);
     for stage in Stage::ALL {
         let c = compile(&m, &off(stage.name())).expect("compiles");
-        let program = c.decode.is_some();
+        let program = c.steps.decode.is_some();
         // Without the first and the last stage there are steps, in primitives and composites.
         let optional = matches!(stage, Stage::Canonicalize | Stage::Fuse);
         assert_eq!(program, optional, "{}", stage.name());
         assert_eq!(program, c.no_step.is_none(), "{}", stage.name());
     }
     let c = compile(&m, &off("fuse")).expect("compiles");
-    let d = c.decode.expect("a program");
+    let d = c.steps.decode.expect("a program");
     assert_eq!(d.count("attn_step"), 2);
     assert_eq!(d.count("gemm") + d.count("pack"), 0);
     let unknown = h100().disable(&["attention-opne"]);

@@ -8,7 +8,7 @@ use common::render::{difference, short};
 use lathe_ir::{DType, Graph};
 use lathe_passes::chains::fuse_chains;
 use lathe_passes::egraph::cost::DeviceModel;
-use lathe_passes::pipeline::{PassConfig, TemplateReport, compile_with};
+use lathe_passes::pipeline::{PassConfig, RecordedTemplate, TemplateReport, record};
 use std::fmt::Write;
 use std::path::Path;
 
@@ -88,16 +88,17 @@ fn micros(picoseconds: Option<u64>) -> String {
     format!("{}.{:06}", picoseconds / 1_000_000, picoseconds % 1_000_000)
 }
 
-/// The first template of layers.
-fn layer(name: &str) -> TemplateReport {
+/// The first template of layers, and what was seen of it.
+fn layer(name: &str) -> (TemplateReport, RecordedTemplate) {
     let config = PassConfig::new(DeviceModel::H100);
-    let c = compile_with(&model(name, DType::BF16), &config, true).expect("compiles");
-    let mut layers = c.templates.into_iter().filter(|t| !t.layers.is_empty());
-    layers.next().expect("a layer")
+    let recorded = record(&model(name, DType::BF16), &config).expect("compiles");
+    let templates = recorded.compiled.templates.into_iter();
+    let mut layers = templates.zip(recorded.templates);
+    layers.find(|(t, _)| !t.layers.is_empty()).expect("a layer")
 }
 
 fn check(name: &'static str) {
-    let layer = layer(name);
+    let (layer, seen) = layer(name);
     let mut all = Snapshots::new(name);
     let header = format!("// layers {:?}, as imported\n", layer.layers);
     all.program("0-imported", &header, Some(&layer.imported));
@@ -110,8 +111,9 @@ fn check(name: &'static str) {
         for (rule, n) in &s.matches {
             let _ = writeln!(header, "//   {rule}: {n}");
         }
-        all.program(&format!("{}-{stage}", i + 1), &header, s.best.as_ref());
-        let (before, after) = (micros(s.cost_before), micros(s.cost_after));
+        let best = seen.stages[i].best.as_ref().map(|(graph, _)| graph);
+        all.program(&format!("{}-{stage}", i + 1), &header, best);
+        let [before, after] = seen.costs(i).map(micros);
         let _ = writeln!(
             sizes,
             "{stage:14} {:6}  {:7}  {:7}  {before:>12} {after:>12}",
@@ -120,7 +122,8 @@ fn check(name: &'static str) {
     }
     // What nearly every change of a rule or a cost moves stands in one place.
     all.text("sizes-and-costs", &sizes);
-    for (n, program, graph) in [(6, "decode", &layer.decode), (7, "general", &layer.general)] {
+    for (n, (kind, graph)) in (6..).zip(layer.steps.iter()) {
+        let program = kind.name();
         let header = format!("// {program} step\n");
         all.program(&format!("{n}-{program}"), &header, graph.as_ref());
     }
@@ -129,7 +132,8 @@ fn check(name: &'static str) {
 
 /// The decode step of a layer whose operations no rule has fused all, after chains.
 fn check_chains(name: &'static str) {
-    let decode = layer(name).decode.expect("a decode program");
+    let (layer, _) = layer(name);
+    let decode = layer.steps.decode.expect("a decode program");
     let chained = fuse_chains(&decode).expect("types are kept");
     let mut all = Snapshots::new(name);
     all.before = Some(decode);

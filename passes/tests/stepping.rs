@@ -37,8 +37,8 @@ impl Steps {
         Steps {
             name: format!("{name} {overrides:?}"),
             weights: Weights::golden(name),
-            decode: compiled.decode.clone().unwrap_or_else(none),
-            general: compiled.general.clone().unwrap_or_else(none),
+            decode: compiled.steps.decode.clone().unwrap_or_else(none),
+            general: compiled.steps.general.clone().unwrap_or_else(none),
             recognised: compiled.full,
             full,
         }

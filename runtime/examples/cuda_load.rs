@@ -26,8 +26,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let model = import(&config, &options)?;
     let compiled = compile(&model.graph, &PassConfig::new(DeviceModel::H100))?;
     let programs = lathe_codegen::Programs {
-        decode: compiled.decode.as_ref(),
-        general: compiled.general.as_ref(),
+        decode: compiled.steps.decode.as_ref(),
+        general: compiled.steps.general.as_ref(),
         full: None,
     };
     let plan = lathe_codegen::lower(&args[1], DType::BF16, &programs)?;

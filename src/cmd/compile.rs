@@ -7,9 +7,8 @@ use std::path::PathBuf;
 use anyhow::Context;
 use clap::Args;
 use lathe_codegen::Plan;
-use lathe_codegen::plan::ProgramKind;
 use lathe_passes::egraph::cost::{CostPoint, DeviceModel};
-use lathe_passes::pipeline::{Compiled, PassConfig, compile_with};
+use lathe_passes::pipeline::{Compiled, PassConfig, Recorded, record};
 use lathe_passes::predict::{Prediction, kernels_by_layer, predict};
 use lathe_runtime::device::cuda::DecodeBuckets;
 use lathe_runtime::device::load::LoadOptions;
@@ -102,18 +101,19 @@ impl Compile {
 
         let mut pass_config = config.pass_config(target.model);
         pass_config.no_roll = self.no_roll;
-        let compiled = compile_with(&imported.model.graph, &pass_config, true)?;
+        let recorded = record(&imported.model.graph, &pass_config)?;
+        let compiled = &recorded.compiled;
         phases.end_parts("passes", &compiled.phases);
-        let plan = imported.lower(&compiled)?;
+        let plan = imported.lower(compiled)?;
         phases.end("lower");
 
         let mut out = String::new();
         if self.dry_run {
             title(&mut out, &imported, &pass_config, &target.why);
-            dry_run(&mut out, &config, &compiled, &pass_config);
+            dry_run(&mut out, &config, compiled, &pass_config);
         } else {
             title(&mut out, &imported, &pass_config, &target.why);
-            passes(&mut out, &compiled, &pass_config, &config);
+            passes(&mut out, &recorded, &pass_config, &config);
         }
         let _ = writeln!(out, "\nmemory");
         let max_seq_len = config.max_seq_len.value;
@@ -122,14 +122,14 @@ impl Compile {
             max_seq_len.unwrap_or(imported.model.arch.max_position),
             !config.compile_backend.value.fuses(),
         );
-        let workspaces = match pass_config.decode.device == DeviceModel::CPU {
+        let workspaces = match pass_config.points.decode.device == DeviceModel::CPU {
             true => None,
             false => Some(dump::workspace_bytes(&plan, &pass_config, kernels)?),
         };
         memory(&mut out, &config, &plan, &pass_config, workspaces);
-        programs(&mut out, &compiled, &pass_config);
+        programs(&mut out, compiled, &pass_config);
         phases.end("report");
-        self.dump(&mut out, &imported, &compiled, &pass_config, &mut phases)?;
+        self.dump(&mut out, &imported, &recorded, &pass_config, &mut phases)?;
         if let Some(emit) = self.emit {
             let dir = self.dump_dir();
             let written = match emit {
@@ -167,7 +167,7 @@ impl Compile {
         &self,
         out: &mut String,
         imported: &Imported,
-        compiled: &Compiled,
+        recorded: &Recorded,
         config: &PassConfig,
         phases: &mut Phases,
     ) -> anyhow::Result<()> {
@@ -182,10 +182,10 @@ impl Compile {
         }
         let points = self.dump_ir.clone().unwrap_or(Points::All);
         let dir = self.dump_dir();
-        let snapshots = dump::snapshots(&imported.model.graph, compiled, config);
+        let snapshots = dump::snapshots(&imported.model.graph, recorded, config);
         let _ = writeln!(out);
         if format == Format::Html {
-            let page = dump::html(imported, compiled, config)?;
+            let page = dump::html(imported, recorded, config)?;
             std::fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
             let path = dir.join("lathe.html");
             std::fs::write(&path, &page).with_context(|| path.display().to_string())?;
@@ -224,15 +224,15 @@ fn title(out: &mut String, imported: &Imported, config: &PassConfig, why: &str) 
     let _ = writeln!(
         out,
         "target  {} ({why})\nsizes   decode for {}; general for {}\n",
-        config.decode.device.name,
-        dump::sizes(&config.decode),
-        dump::sizes(&config.general)
+        config.points.decode.device.name,
+        dump::sizes(&config.points.decode),
+        dump::sizes(&config.points.general)
     );
 }
 
-fn passes(out: &mut String, compiled: &Compiled, config: &PassConfig, resolved: &Resolved) {
+fn passes(out: &mut String, recorded: &Recorded, config: &PassConfig, resolved: &Resolved) {
     let disabled = resolved.disabled();
-    for s in dump::summaries(compiled, config) {
+    for s in dump::summaries(recorded, config) {
         let name = s.stage.name();
         if !s.enabled {
             let why = disabled.get(name).map_or("", String::as_str);
@@ -269,11 +269,10 @@ fn passes(out: &mut String, compiled: &Compiled, config: &PassConfig, resolved: 
 
 /// The kernels of each kind of layer, for both programs.
 fn programs(out: &mut String, compiled: &Compiled, config: &PassConfig) {
-    for (name, graph, at) in [
-        ("decode", &compiled.decode, &config.decode),
-        ("general", &compiled.general, &config.general),
-    ] {
+    let steps = compiled.steps.as_ref().zip(config.points.as_ref());
+    for (kind, (graph, at)) in steps.iter() {
         let Some(graph) = graph else { continue };
+        let name = kind.name();
         let p = predict(graph, at);
         let _ = writeln!(
             out,
@@ -285,7 +284,7 @@ fn programs(out: &mut String, compiled: &Compiled, config: &PassConfig) {
             let _ = writeln!(out, "  {:<16} {}", layer_range(&layers), kernels.join(", "));
         }
     }
-    if let (None, Some(reason)) = (&compiled.decode, &compiled.no_step) {
+    if let (None, Some(reason)) = (&compiled.steps.decode, &compiled.no_step) {
         let _ = writeln!(out, "\nno step program: {reason}");
     }
 }
@@ -325,7 +324,7 @@ fn dry_run(out: &mut String, resolved: &Resolved, compiled: &Compiled, config: &
     for (name, why) in resolved.disabled() {
         let _ = writeln!(out, "  off: {name}, by {why}");
     }
-    let on_cpu = config.decode.device == DeviceModel::CPU;
+    let on_cpu = config.points.decode.device == DeviceModel::CPU;
     let run = match resolved.runtime.value {
         RuntimeKind::Trtllm => Run::Serving,
         RuntimeKind::Demollm => Run::StaticBatches,
@@ -338,8 +337,8 @@ fn dry_run(out: &mut String, resolved: &Resolved, compiled: &Compiled, config: &
     }
     let _ = writeln!(out, "\ndecode steps\n  {}", graphs(resolved, on_cpu));
     for (name, graph, at) in [
-        ("decode", &compiled.decode, &config.decode),
-        ("prefill", &compiled.general, &config.general),
+        ("decode", &compiled.steps.decode, &config.points.decode),
+        ("prefill", &compiled.steps.general, &config.points.general),
     ] {
         if let Some(graph) = graph {
             prediction(out, name, &predict(graph, at), at);
@@ -425,10 +424,7 @@ fn memory(
         line("", text);
     }
     for p in &plan.programs {
-        let at = match p.kind {
-            ProgramKind::Decode => &config.decode,
-            _ => &config.general,
-        };
+        let at = config.points.get(p.kind).unwrap_or(&config.points.general);
         line(
             "activations",
             format!(
@@ -445,11 +441,12 @@ fn memory(
         "workspaces",
         format!("{} (split KV and the like)", bytes(workspaces as f64)),
     );
-    let device = &config.decode.device;
+    let device = &config.points.decode.device;
     let Some(capacity) = capacity(device) else {
         return;
     };
-    let taken = plan.weight_bytes() + plan.activation_bytes(&config.general.env) + workspaces;
+    let taken =
+        plan.weight_bytes() + plan.activation_bytes(&config.points.general.env) + workspaces;
     let left = capacity - taken as f64;
     let total = bytes(capacity);
     if left <= 0.0 {

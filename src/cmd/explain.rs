@@ -5,10 +5,10 @@ use std::io::Write as _;
 
 use anyhow::anyhow;
 use clap::Args;
-use lathe_ir::{Chain, ChainArg, Graph, Node, NodeId, Op, text};
+use lathe_ir::{Chain, ChainArg, Graph, Node, NodeId, Op, ProgramKind, text};
 use lathe_passes::egraph::cost::CostPoint;
 use lathe_passes::explain::{Form, OpStory, ProgramStory};
-use lathe_passes::pipeline::{Compiled, PassConfig, TemplateReport, compile_with};
+use lathe_passes::pipeline::{PassConfig, Recorded, RecordedTemplate, TemplateReport, record};
 use lathe_passes::predict::kernel_name;
 use lathe_passes::region::layer_name;
 
@@ -53,10 +53,10 @@ enum Which {
 }
 
 impl Which {
-    fn name(self) -> &'static str {
+    fn kind(self) -> ProgramKind {
         match self {
-            Which::Decode => "decode",
-            Which::General => "general",
+            Which::Decode => ProgramKind::Decode,
+            Which::General => ProgramKind::General,
         }
     }
 }
@@ -70,34 +70,35 @@ impl Explain {
         let device = Predicted::resolve(self.target.as_deref(), global.device)?;
         let imported = import_model(global, &config, &mut phases)?;
         let pass_config = config.pass_config(device.model);
-        let compiled = compile_with(&imported.model.graph, &pass_config, true)?;
+        let recorded = record(&imported.model.graph, &pass_config)?;
         drop(task);
-        let out = self.text(&compiled, &pass_config)?;
+        let out = self.text(&recorded, &pass_config)?;
         std::io::stdout().lock().write_all(out.as_bytes())?;
         Ok(())
     }
 
     /// What is printed: for `--op` what it names among the operations of the program, else among
     /// those that they stand for and that rules made on the way.
-    fn text(&self, compiled: &Compiled, config: &PassConfig) -> anyhow::Result<String> {
-        self.named(compiled, config, false)
-            .or_else(|e| self.named(compiled, config, true).map_err(|_| e))
+    fn text(&self, recorded: &Recorded, config: &PassConfig) -> anyhow::Result<String> {
+        self.named(recorded, config, false)
+            .or_else(|e| self.named(recorded, config, true).map_err(|_| e))
     }
 
     fn named(
         &self,
-        compiled: &Compiled,
+        recorded: &Recorded,
         config: &PassConfig,
         imported: bool,
     ) -> anyhow::Result<String> {
-        if let (None, Some(reason)) = (&compiled.decode, &compiled.no_step) {
+        let compiled = &recorded.compiled;
+        if let (None, Some(reason)) = (&compiled.steps.decode, &compiled.no_step) {
             return Err(anyhow!("there is no step program to explain: {reason}"));
         }
         let mut out = String::new();
         let mut names: Vec<String> = Vec::new();
         let mut found = false;
-        for template in self.templates(compiled)? {
-            let Some(view) = self.view(template, config) else {
+        for (template, seen) in self.templates(recorded)? {
+            let Some(view) = self.view(template, seen, config) else {
                 continue;
             };
             for op in &view.story.ops {
@@ -114,11 +115,7 @@ impl Explain {
                 found = true;
             }
         }
-        let program = match self.program {
-            Which::Decode => &compiled.decode,
-            Which::General => &compiled.general,
-        };
-        if let Some(program) = program {
+        if let Some(Some(program)) = compiled.steps.get(self.program.kind()) {
             for id in program.ids() {
                 let node = program.node(id);
                 let Op::Chain(chain) = &node.op else { continue };
@@ -152,30 +149,44 @@ impl Explain {
     }
 
     /// The program of a template that is asked for.
-    fn view<'a>(&self, template: &'a TemplateReport, config: &'a PassConfig) -> Option<View<'a>> {
-        let story = template.story.as_ref()?;
-        let (graph, story, point) = match self.program {
-            Which::Decode => (&template.decode, &story.decode, &config.decode),
-            Which::General => (&template.general, story.general.as_ref()?, &config.general),
-        };
+    fn view<'a>(
+        &self,
+        template: &'a TemplateReport,
+        seen: &'a RecordedTemplate,
+        config: &'a PassConfig,
+    ) -> Option<View<'a>> {
+        let kind = self.program.kind();
+        let story = seen.story.as_ref()?;
         Some(View {
             template,
-            program: self.program,
-            graph: graph.as_ref()?,
-            story,
-            point,
+            kind,
+            graph: template.steps.get(kind)?.as_ref()?,
+            story: match self.program {
+                Which::Decode => &story.decode,
+                Which::General => story.general.as_ref()?,
+            },
+            point: config.points.get(kind)?,
             layer: self.layer,
         })
     }
 
-    fn templates<'a>(&self, compiled: &'a Compiled) -> anyhow::Result<Vec<&'a TemplateReport>> {
-        let of_layer = |t: &&TemplateReport| match self.layer {
+    /// The templates of the layer, with what was seen of them.
+    fn templates<'a>(
+        &self,
+        recorded: &'a Recorded,
+    ) -> anyhow::Result<Vec<(&'a TemplateReport, &'a RecordedTemplate)>> {
+        let of_layer = |(t, _): &(&TemplateReport, _)| match self.layer {
             Some(l) => t.layers.contains(&l),
             None => t.layers.is_empty(),
         };
-        let templates: Vec<_> = compiled.templates.iter().filter(of_layer).collect();
+        let all = &recorded.compiled.templates;
+        let templates: Vec<_> = all
+            .iter()
+            .zip(&recorded.templates)
+            .filter(of_layer)
+            .collect();
         if templates.is_empty() {
-            let last = compiled.templates.iter().flat_map(|t| &t.layers).max();
+            let last = all.iter().flat_map(|t| &t.layers).max();
             return Err(usage_error(format!(
                 "--layer {}: the last layer is {}",
                 self.layer.unwrap_or_default(),
@@ -219,7 +230,7 @@ fn chain_lines(out: &mut String, program: &Graph, id: NodeId, chain: &Chain, all
 /// One template as a layer of the model.
 struct View<'a> {
     template: &'a TemplateReport,
-    program: Which,
+    kind: ProgramKind,
     graph: &'a Graph,
     story: &'a ProgramStory,
     /// Where the program was chosen.
@@ -281,7 +292,7 @@ impl View<'_> {
             out,
             "{}, {layer}, {} program ({})\n  {}\n",
             kernel_name(&node.op),
-            self.program.name(),
+            self.kind.name(),
             at(self.point),
             self.print(op.node, node)
         );

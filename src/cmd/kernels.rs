@@ -216,7 +216,7 @@ fn report(
     let profiled = points.iter().zip(profiles).map(|(point, profile)| {
         let (graph, at) = match point.kind {
             StepKind::Decode => (
-                model.compiled.decode.as_ref(),
+                model.compiled.steps.decode.as_ref(),
                 CostPoint::decode(
                     point.sequences as i64,
                     point.cached() as i64,
@@ -224,7 +224,7 @@ fn report(
                 ),
             ),
             StepKind::General => (
-                model.compiled.general.as_ref(),
+                model.compiled.steps.general.as_ref(),
                 CostPoint::prefill(point.tokens as i64, device.clone()),
             ),
         };

@@ -368,7 +368,7 @@ fn roofline_percent(model: &CompiledModel, served: &Served) -> Option<f64> {
     let Target::Cuda(_, device) = &model.target else {
         return None;
     };
-    let graph = model.compiled.decode.as_ref()?;
+    let graph = model.compiled.steps.decode.as_ref()?;
     let at = mean_decode_point(served, device.clone())?;
     let predicted_ns = predict(graph, &at).total.picoseconds as f64 * 1e-3;
     let measured_ns = served.totals.decode_period_ns as f64 / served.totals.decode_steps as f64;

@@ -194,12 +194,12 @@ impl Resolved {
     pub fn pass_config(&self, device: DeviceModel) -> PassConfig {
         let mut config = PassConfig::new(device.clone());
         config.disabled = self.disabled().keys().map(|k| (*k).to_string()).collect();
-        config.decode = CostPoint::decode(
+        config.points.decode = CostPoint::decode(
             self.decode_batch.value.into(),
             self.decode_context.value.into(),
             device.clone(),
         );
-        config.general = CostPoint::prefill(self.prefill_tokens.value.into(), device);
+        config.points.general = CostPoint::prefill(self.prefill_tokens.value.into(), device);
         config
     }
 

@@ -51,11 +51,7 @@ pub fn workspace_bytes(
 
 /// The sizes for which a step program was chosen.
 fn sizes(kind: ProgramKind, config: &PassConfig) -> Option<Sizes> {
-    let at = match kind {
-        ProgramKind::Decode => &config.decode,
-        ProgramKind::General => &config.general,
-        ProgramKind::Full | ProgramKind::Once => return None,
-    };
+    let at = config.points.get(kind)?;
     let size = |s: Sym| at.env.get(s).max(1) as usize;
     Some(Sizes {
         t: size(Sym::T),

@@ -7,7 +7,7 @@ use crate::phases::{duration, picoseconds};
 use lathe_ir::{Graph, text};
 use lathe_passes::Stage;
 use lathe_passes::explain::{Form, OpStory, ProgramStory};
-use lathe_passes::pipeline::{Compiled, PassConfig, TemplateReport};
+use lathe_passes::pipeline::{PassConfig, Recorded, RecordedTemplate, TemplateReport};
 use lathe_passes::predict::{kernel_name, predict};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -24,10 +24,11 @@ const LONGEST: usize = 160;
 /// The data cannot be written as JSON.
 pub fn html(
     imported: &Imported,
-    compiled: &Compiled,
+    recorded: &Recorded,
     config: &PassConfig,
 ) -> anyhow::Result<String> {
-    let stages: Vec<Value> = summaries(compiled, config)
+    let compiled = &recorded.compiled;
+    let stages: Vec<Value> = summaries(recorded, config)
         .iter()
         .map(|s| {
             json!({
@@ -49,19 +50,20 @@ pub fn html(
             json!({ "kernels": p.total.kernels, "time": picoseconds(p.total.picoseconds) })
         })
     };
+    let templates = compiled.templates.iter().zip(&recorded.templates);
     let data = json!({
         "model": short_name(&imported.name),
         "family": imported.model.arch.family,
         "layers": imported.model.arch.layers,
         "parameters": imported.model.arch.parameters(),
         "dtype": imported.dtype.to_string(),
-        "decodeAt": at(&config.decode),
-        "generalAt": at(&config.general),
-        "decode": kernels(&compiled.decode, &config.decode),
-        "general": kernels(&compiled.general, &config.general),
+        "decodeAt": at(&config.points.decode),
+        "generalAt": at(&config.points.general),
+        "decode": kernels(&compiled.steps.decode, &config.points.decode),
+        "general": kernels(&compiled.steps.general, &config.points.general),
         "noStep": compiled.no_step.as_ref().map(ToString::to_string),
         "stages": stages,
-        "templates": compiled.templates.iter().map(template).collect::<Vec<_>>(),
+        "templates": templates.map(|(t, seen)| template(t, seen)).collect::<Vec<_>>(),
     });
     // A closing tag inside of a string would end the script.
     let data = serde_json::to_string(&data)?.replace("</", "<\\/");
@@ -75,34 +77,37 @@ fn short_name(name: &str) -> &str {
     if path.is_dir() { last } else { name }
 }
 
-fn template(t: &TemplateReport) -> Value {
-    let story = t.story.as_ref();
+fn template(t: &TemplateReport, seen: &RecordedTemplate) -> Value {
+    let story = seen.story.as_ref();
     let mut columns = vec![json!({
         "name": "import",
         "rules": [],
         "graph": graph(&t.imported, story.map(|s| &s.imported[..])),
     })];
-    for (i, report) in t.stages.iter().enumerate() {
+    for (i, (report, seen)) in t.stages.iter().zip(&seen.stages).enumerate() {
         let last = i + 1 == t.stages.len();
         // What the last stage ends in is the program itself.
-        let (best, values) = match (last, &t.decode, story) {
+        let (best, values) = match (last, &t.steps.decode, story) {
             (true, Some(g), Some(s)) => (Some(g), Some(&s.decode.nodes[..])),
-            _ => (report.best.as_ref(), story.map(|s| &s.stages[i][..])),
+            _ => (
+                seen.best.as_ref().map(|(g, _)| g),
+                story.map(|s| &s.stages.decode[i][..]),
+            ),
         };
         let mut column = json!({
             "name": report.stage.name(),
             "step": report.stage >= Stage::KvCache,
             "rules": report.matches,
-            "cost": report.cost_after.map(picoseconds),
+            "cost": seen.best.as_ref().map(|(_, cost)| picoseconds(*cost)),
             "time": duration(report.saturate),
             "nodes": report.nodes,
             "graph": best.map(|g| graph(g, values)),
         });
-        if let Some((g, cost)) = &report.general {
+        if let Some((g, cost)) = &seen.general {
             let told = story.and_then(|s| s.general.as_ref());
-            let (g, values) = match (last, &t.general, told) {
+            let (g, values) = match (last, &t.steps.general, told) {
                 (true, Some(g), Some(s)) => (g, Some(&s.nodes[..])),
-                _ => (g, story.map(|s| &s.general_stages[i][..])),
+                _ => (g, story.map(|s| &s.stages.general[i][..])),
             };
             column["general"] = json!({ "graph": graph(g, values), "cost": picoseconds(*cost) });
         }
@@ -113,8 +118,8 @@ fn template(t: &TemplateReport) -> Value {
         "name": t.name,
         "layers": t.layers,
         "columns": columns,
-        "decode": story.zip(t.decode.as_ref()).map(|(s, g)| program(&s.decode, g)),
-        "general": general.zip(t.general.as_ref()).map(|(s, g)| program(s, g)),
+        "decode": story.zip(t.steps.decode.as_ref()).map(|(s, g)| program(&s.decode, g)),
+        "general": general.zip(t.steps.general.as_ref()).map(|(s, g)| program(s, g)),
     })
 }
 

@@ -14,7 +14,7 @@ use crate::config::nearest;
 use crate::phases::{duration, picoseconds};
 use anyhow::Context;
 use lathe_ir::{Graph, text};
-use lathe_passes::pipeline::{Compiled, PassConfig};
+use lathe_passes::pipeline::{PassConfig, Recorded};
 use lathe_passes::{Stage, chains};
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -121,7 +121,7 @@ pub struct Snapshot<'a> {
 /// All programs of a compilation in order: as imported, after each stage, and the two results.
 pub fn snapshots<'a>(
     model: &'a Graph,
-    compiled: &'a Compiled,
+    recorded: &'a Recorded,
     config: &PassConfig,
 ) -> Vec<Snapshot<'a>> {
     let mut all = vec![Snapshot {
@@ -136,12 +136,18 @@ pub fn snapshots<'a>(
         ],
         graph: Some(model),
     }];
-    for (summary, program) in summaries(compiled, config).iter().zip(&compiled.stages) {
+    for (summary, program) in summaries(recorded, config).iter().zip(&recorded.stages) {
         let mut header = stage_header(summary);
         let program_is = if program.step {
-            format!("a step, cheapest for decoding {}", at(&config.decode))
+            format!(
+                "a step, cheapest for decoding {}",
+                at(&config.points.decode)
+            )
         } else {
-            format!("full sequences, cheapest for {}", at(&config.general))
+            format!(
+                "full sequences, cheapest for {}",
+                at(&config.points.general)
+            )
         };
         header.insert(1, ("program", program_is));
         all.push(Snapshot {
@@ -151,10 +157,9 @@ pub fn snapshots<'a>(
             graph: program.graph.as_ref(),
         });
     }
-    for (name, graph, point) in [
-        ("decode", &compiled.decode, &config.decode),
-        ("general", &compiled.general, &config.general),
-    ] {
+    let steps = recorded.compiled.steps.as_ref().zip(config.points.as_ref());
+    for (kind, (graph, point)) in steps.iter() {
+        let name = kind.name();
         all.push(Snapshot {
             number: all.len(),
             name,

@@ -2,7 +2,7 @@
 //! it.
 
 use indexmap::IndexMap;
-use lathe_passes::pipeline::{Compiled, PassConfig};
+use lathe_passes::pipeline::{PassConfig, Recorded};
 use lathe_passes::{Stage, rules};
 use std::time::Duration;
 
@@ -23,7 +23,7 @@ pub struct StageSummary {
     pub nodes: usize,
     /// E-classes of all templates after the stage.
     pub classes: usize,
-    /// Cost of the cheapest program before, in picoseconds, if costs were taken.
+    /// Cost of the cheapest program before, in picoseconds; none where nothing executes it.
     pub cost_before: Option<u64>,
     /// Cost of the cheapest program after.
     pub cost_after: Option<u64>,
@@ -39,15 +39,15 @@ impl StageSummary {
 }
 
 /// The summaries of all stages, in order.
-pub fn summaries(compiled: &Compiled, config: &PassConfig) -> Vec<StageSummary> {
+pub fn summaries(recorded: &Recorded, config: &PassConfig) -> Vec<StageSummary> {
     Stage::ALL
         .into_iter()
         .enumerate()
-        .map(|(i, stage)| summary(compiled, config, i, stage))
+        .map(|(i, stage)| summary(recorded, config, i, stage))
         .collect()
 }
 
-fn summary(compiled: &Compiled, config: &PassConfig, index: usize, stage: Stage) -> StageSummary {
+fn summary(recorded: &Recorded, config: &PassConfig, index: usize, stage: Stage) -> StageSummary {
     let enabled = !config.disabled.contains(stage.name());
     let mut s = StageSummary {
         stage,
@@ -61,7 +61,7 @@ fn summary(compiled: &Compiled, config: &PassConfig, index: usize, stage: Stage)
         cost_after: Some(0),
         time: Duration::ZERO,
     };
-    for t in &compiled.templates {
+    for (t, seen) in recorded.compiled.templates.iter().zip(&recorded.templates) {
         // Embedding and head belong to no layer and stand once in the model.
         let uses = t.layers.len().max(1);
         let report = &t.stages[index];
@@ -70,10 +70,11 @@ fn summary(compiled: &Compiled, config: &PassConfig, index: usize, stage: Stage)
         }
         s.nodes += report.nodes;
         s.classes += report.classes;
-        s.time += report.saturate + report.extract;
+        s.time += report.saturate + seen.stages[index].time;
         let add = |sum: Option<u64>, c: Option<u64>| Some(sum?.saturating_add(c? * uses as u64));
-        s.cost_before = add(s.cost_before, report.cost_before);
-        s.cost_after = add(s.cost_after, report.cost_after);
+        let [before, after] = seen.costs(index);
+        s.cost_before = add(s.cost_before, before);
+        s.cost_after = add(s.cost_after, after);
     }
     s.matches
         .sort_by(|a, n, b, m| m.cmp(n).then_with(|| a.cmp(b)));

@@ -134,9 +134,9 @@ fn transforms_switch_stages_and_rules_and_set_parameters() {
     assert_eq!(c.free_mem_ratio.value, 0.5);
     assert!(c.simple_shard_only.value);
     let p = c.pass_config(DeviceModel::CPU);
-    assert_eq!(p.decode.env.get(lathe_ir::Sym::B), 16);
-    assert_eq!(p.decode.context, 100);
-    assert_eq!(p.general.env.get(lathe_ir::Sym::T), 64);
+    assert_eq!(p.points.decode.env.get(lathe_ir::Sym::B), 16);
+    assert_eq!(p.points.decode.context, 100);
+    assert_eq!(p.points.general.env.get(lathe_ir::Sym::T), 64);
     // The key at the top wins over its spelling under transforms, in either order.
     for text in [
         "free_mem_ratio: 0.7\ntransforms: {resize_kv_cache: {free_mem_ratio: 0.5}}",

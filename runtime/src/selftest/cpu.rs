@@ -366,8 +366,8 @@ mod tests {
         let model = import(&HfConfig::from_file(&folder).unwrap(), &options).unwrap();
         let compiled = compile(&model.graph, &PassConfig::new(DeviceModel::CPU)).unwrap();
         let programs = Programs {
-            decode: compiled.decode.as_ref(),
-            general: compiled.general.as_ref(),
+            decode: compiled.steps.decode.as_ref(),
+            general: compiled.steps.general.as_ref(),
             full: None,
         };
         let options = LoadOptions {

@@ -39,8 +39,8 @@ pub(crate) fn plan(name: &str, dtype: DType, off: &[&str]) -> Plan {
     let passes = PassConfig::new(DeviceModel::H100).disable(off).unwrap();
     let compiled = compile(&model.graph, &passes).unwrap();
     let programs = Programs {
-        decode: compiled.decode.as_ref(),
-        general: compiled.general.as_ref(),
+        decode: compiled.steps.decode.as_ref(),
+        general: compiled.steps.general.as_ref(),
         full: None,
     };
     lower(name, dtype, &programs).unwrap()
