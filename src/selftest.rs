@@ -4,14 +4,13 @@ use crate::frontend;
 use anyhow::Context;
 use lathe_codegen::Plan;
 use lathe_ir::DType;
-use lathe_ir::import::{HfConfig, ImportOptions, import};
+use lathe_ir::import::{HfConfig, ImportOptions, Sample, families, import};
 use lathe_passes::egraph::cost::DeviceModel;
 use lathe_passes::pipeline::{PassConfig, compile};
 use lathe_runtime::device::load::{LoadOptions, expected_tensors};
 use lathe_runtime::selftest::cases::{Rng, case};
 use lathe_runtime::selftest::{Case, Shape, Subject};
 use lathe_runtime::weights::RandomWeights;
-use serde_json::{Value, json};
 
 /// How much is tested.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,118 +37,10 @@ enum Sizes {
 
 /// A model in one element type, with or without the stage `fuse`.
 struct Variant {
-    model: &'static str,
+    model: &'static Sample,
     dtype: DType,
     fused: bool,
     sizes: Sizes,
-}
-
-const MODELS: [&str; 13] = [
-    "llama-d64",
-    "llama-d128",
-    "llama-mha-bias",
-    "qwen3",
-    "qwen2",
-    "mistral-window",
-    "gemma",
-    "gemma2",
-    "gemma3",
-    "phi",
-    "phi3",
-    "gpt2",
-    "falcon",
-];
-
-/// The configuration of a model: extents are odd where the model allows it, but for those that decide
-/// between kernels.
-fn config(model: &str) -> Value {
-    let mut config = json!({
-        "hidden_size": 256,
-        "intermediate_size": 384,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "num_hidden_layers": 2,
-        "vocab_size": 1000,
-        "max_position_embeddings": 1024,
-        "rms_norm_eps": 1e-5,
-        "hidden_act": "silu",
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": false,
-    });
-    let changes = match model {
-        // 1003 logits are no multiple of 8: the plain GEMM's.
-        "llama-d64" => json!({
-            "model_type": "llama", "hidden_size": 512, "head_dim": 64, "intermediate_size": 768,
-            "vocab_size": 1003, "tie_word_embeddings": true,
-            "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0, "original_max_position_embeddings": 128},
-        }),
-        "llama-d128" => json!({
-            "model_type": "llama", "hidden_size": 512, "num_attention_heads": 4,
-            "num_key_value_heads": 1, "head_dim": 128, "intermediate_size": 776, "vocab_size": 1024,
-        }),
-        "llama-mha-bias" => json!({
-            "model_type": "llama", "hidden_size": 128, "num_key_value_heads": 8,
-            "attention_bias": true, "mlp_bias": true,
-        }),
-        "qwen3" => json!({"model_type": "qwen3", "head_dim": 64, "attention_bias": false}),
-        "qwen2" => json!({"model_type": "qwen2", "use_sliding_window": false}),
-        "mistral-window" => json!({"model_type": "mistral", "sliding_window": 40}),
-        "gemma" => json!({
-            "model_type": "gemma", "num_attention_heads": 4, "num_key_value_heads": 1,
-            "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh",
-            "hidden_act": "gelu_pytorch_tanh",
-        }),
-        "gemma2" => json!({
-            "model_type": "gemma2", "head_dim": 64, "hidden_activation": "gelu_pytorch_tanh",
-            "hidden_act": "gelu_pytorch_tanh",
-            "attn_logit_softcapping": 20.0, "final_logit_softcapping": 30.0,
-            "query_pre_attn_scalar": 48, "sliding_window": 40,
-            "layer_types": ["sliding_attention", "full_attention"],
-        }),
-        "gemma3" => json!({
-            "model_type": "gemma3_text", "head_dim": 32, "hidden_activation": "gelu_pytorch_tanh",
-            "hidden_act": "gelu_pytorch_tanh",
-            "query_pre_attn_scalar": 48, "sliding_window": 40, "rope_local_base_freq": 10000.0,
-            "layer_types": ["sliding_attention", "full_attention"],
-        }),
-        "phi" => json!({
-            "model_type": "phi", "num_attention_heads": 4, "num_key_value_heads": 4,
-            "partial_rotary_factor": 0.5, "hidden_act": "gelu_new", "layer_norm_eps": 1e-5,
-        }),
-        "phi3" => json!({
-            "model_type": "phi3", "hidden_size": 384, "num_attention_heads": 4,
-            "original_max_position_embeddings": 1024,
-        }),
-        "gpt2" => json!({
-            "model_type": "gpt2", "n_embd": 256, "n_head": 4, "n_layer": 2, "n_positions": 1024,
-            "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-            "tie_word_embeddings": true,
-        }),
-        _ => json!({
-            "model_type": "falcon", "num_kv_heads": 2, "alibi": false, "bias": false,
-            "multi_query": true, "new_decoder_architecture": true, "parallel_attn": true,
-            "num_ln_in_parallel_attn": 2, "ffn_hidden_size": 384, "activation": "gelu",
-            "layer_norm_epsilon": 1e-5, "tie_word_embeddings": true,
-        }),
-    };
-    if let (Value::Object(all), Value::Object(changes)) = (&mut config, changes) {
-        all.extend(changes);
-        if model == "gpt2" {
-            let own = ["n_embd", "n_head", "n_layer", "n_positions"];
-            all.retain(|key, _| {
-                !key.starts_with("num_")
-                    && ![
-                        "hidden_size",
-                        "intermediate_size",
-                        "max_position_embeddings",
-                    ]
-                    .contains(&key.as_str())
-                    || own.contains(&key.as_str())
-            });
-        }
-    }
-    config
 }
 
 fn variants(cpu: bool, effort: Effort) -> Vec<Variant> {
@@ -159,20 +50,24 @@ fn variants(cpu: bool, effort: Effort) -> Vec<Variant> {
         fused,
         sizes,
     };
+    let samples = families().iter().flat_map(|family| family.samples);
     let (f32, bf16) = (DType::F32, DType::BF16);
     let few = if cpu { Sizes::Few } else { Sizes::Some };
     if effort == Effort::Quick {
-        return vec![
-            variant("llama-d64", bf16, true, few),
-            variant("qwen3", f32, true, few),
-            variant("gemma2", bf16, true, few),
-            variant("gpt2", bf16, false, few),
-            variant("qwen2", f32, false, few),
-        ];
+        let quick = |model: &'static Sample| {
+            Some(match model.name {
+                "llama-d64" | "gemma2" => variant(model, bf16, true, few),
+                "qwen3" => variant(model, f32, true, few),
+                "gpt2" => variant(model, bf16, false, few),
+                "qwen2" => variant(model, f32, false, few),
+                _ => return None,
+            })
+        };
+        return samples.filter_map(quick).collect();
     }
     let mut all = Vec::new();
-    for model in MODELS {
-        let core = matches!(model, "llama-d64" | "llama-d128");
+    for model in samples {
+        let core = matches!(model.name, "llama-d64" | "llama-d128");
         let most = if core && !cpu { Sizes::All } else { few };
         all.push(variant(model, bf16, true, most));
         all.push(variant(model, f32, true, few));
@@ -257,8 +152,8 @@ fn plan(
     device: DeviceModel,
     seed: u64,
 ) -> anyhow::Result<(Plan, RandomWeights, usize)> {
-    let text = config(variant.model).to_string();
-    let config = HfConfig::parse(variant.model, &text)?;
+    let Sample { name, config } = variant.model;
+    let config = HfConfig::parse(name, config)?;
     let options = ImportOptions {
         dtype: variant.dtype,
         max_seq_len: None,
@@ -269,7 +164,7 @@ fn plan(
         passes = passes.disable(&["fuse"])?;
     }
     let compiled = compile(&model.graph, &passes)?;
-    let plan = frontend::plan(variant.model, variant.dtype, &compiled)?;
+    let plan = frontend::plan(name, variant.dtype, &compiled)?;
     let weights = RandomWeights::new(&expected_tensors(&model.arch.weights), seed);
     Ok((plan, weights, model.arch.vocab as usize))
 }
@@ -287,7 +182,7 @@ pub fn subjects(
     let mut subjects = Vec::new();
     for variant in variants(cpu, effort) {
         let fused = if variant.fused { "" } else { " unfused" };
-        let name = format!("{} {}{fused}", variant.model, variant.dtype);
+        let name = format!("{} {}{fused}", variant.model.name, variant.dtype);
         let (plan, weights, vocab) =
             plan(&variant, device.clone(), seed).with_context(|| name.clone())?;
         for (page_size, pages, shapes) in layouts(variant.sizes) {

@@ -92,27 +92,33 @@ impl ModelInfo {
     }
 }
 
-type FamilyFn = fn(&HfConfig, &ImportOptions) -> Result<Model, ImportError>;
+type Importer = fn(&HfConfig, &ImportOptions) -> Result<Model, ImportError>;
 
-/// `(model_type, architecture, importer)`, sorted by model_type.
-const FAMILIES: [(&str, &str, FamilyFn); 12] = [
-    ("falcon", "FalconForCausalLM", families::falcon::import),
-    ("gemma", "GemmaForCausalLM", families::gemma::import),
-    ("gemma2", "Gemma2ForCausalLM", families::gemma2::import),
-    ("gemma3_text", "Gemma3ForCausalLM", families::gemma3::import),
-    ("gpt2", "GPT2LMHeadModel", families::gpt2::import),
-    ("gpt_neox", "GPTNeoXForCausalLM", families::gpt_neox::import),
-    ("llama", "LlamaForCausalLM", families::llama::import),
-    ("mistral", "MistralForCausalLM", families::mistral::import),
-    ("phi", "PhiForCausalLM", families::phi::import),
-    ("phi3", "Phi3ForCausalLM", families::phi3::import),
-    ("qwen2", "Qwen2ForCausalLM", families::qwen2::import),
-    ("qwen3", "Qwen3ForCausalLM", families::qwen3::import),
-];
+/// A family of models.
+#[derive(Clone, Copy, Debug)]
+pub struct Family {
+    /// `model_type` of its configurations.
+    pub model_type: &'static str,
+    /// Its name in their `architectures`.
+    pub architecture: &'static str,
+    /// Small models of it, for self-tests.
+    pub samples: &'static [Sample],
+    import: Importer,
+}
 
-/// The supported values of `model_type`.
-pub fn supported_families() -> impl Iterator<Item = &'static str> {
-    FAMILIES.iter().map(|f| f.0)
+/// A small model: extents are odd where the family allows it, but for those that decide between
+/// kernels.
+#[derive(Clone, Copy, Debug)]
+pub struct Sample {
+    /// The family's name, with what is particular to the model if there are several.
+    pub name: &'static str,
+    /// Its `config.json`.
+    pub config: &'static str,
+}
+
+/// The supported families, sorted by `model_type`.
+pub fn families() -> &'static [Family] {
+    families::ALL
 }
 
 /// Builds the naive graph of a model.
@@ -121,7 +127,7 @@ pub fn supported_families() -> impl Iterator<Item = &'static str> {
 /// The family is unknown; a key is missing, malformed, or asks for something that is not
 /// implemented.
 pub fn import(cfg: &HfConfig, opts: &ImportOptions) -> Result<Model, ImportError> {
-    let (_, _, family) = find_family(cfg)?;
+    let family = find_family(cfg)?;
     if cfg.get("quantization_config").is_some() {
         return Err(cfg.unsupported(
             "quantization_config",
@@ -136,31 +142,29 @@ pub fn import(cfg: &HfConfig, opts: &ImportOptions) -> Result<Model, ImportError
             supported: "f32, bf16, f16".to_string(),
         });
     }
-    family(cfg, opts)
+    (family.import)(cfg, opts)
 }
 
-fn find_family(cfg: &HfConfig) -> Result<(&str, &str, FamilyFn), ImportError> {
+fn find_family(cfg: &HfConfig) -> Result<&'static Family, ImportError> {
+    let list =
+        |name: fn(&Family) -> &str| families().iter().map(name).collect::<Vec<_>>().join(", ");
     let architectures = cfg.opt_strs("architectures")?.unwrap_or_default();
-    let list = || supported_families().collect::<Vec<_>>().join(", ");
     let Some(model_type) = cfg.opt_str("model_type")? else {
-        return FAMILIES
-            .into_iter()
-            .find(|f| architectures.contains(&f.1))
+        let mut known = families().iter();
+        return known
+            .find(|f| architectures.contains(&f.architecture))
             .ok_or_else(|| match architectures.is_empty() {
-                true => cfg.missing("model_type", &format!("one of {}", list())),
-                false => {
-                    let known: Vec<_> = FAMILIES.iter().map(|f| f.1).collect();
-                    cfg.unsupported("architectures", &known.join(", "))
-                }
+                true => cfg.missing("model_type", &format!("one of {}", list(|f| f.model_type))),
+                false => cfg.unsupported("architectures", &list(|f| f.architecture)),
             });
     };
-    let family = FAMILIES
-        .into_iter()
-        .find(|f| f.0 == model_type)
-        .ok_or_else(|| cfg.unsupported("model_type", &list()))?;
-    if architectures.is_empty() || architectures.contains(&family.1) {
+    let family = families()
+        .iter()
+        .find(|f| f.model_type == model_type)
+        .ok_or_else(|| cfg.unsupported("model_type", &list(|f| f.model_type)))?;
+    if architectures.is_empty() || architectures.contains(&family.architecture) {
         Ok(family)
     } else {
-        Err(cfg.unsupported("architectures", family.1))
+        Err(cfg.unsupported("architectures", family.architecture))
     }
 }

@@ -4,28 +4,27 @@ use super::*;
 use crate::ops::{Cast, Const, Table, X};
 use crate::{NodeId, Op};
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-const GOLDENS: [&str; 14] = [
-    "falcon",
-    "gemma",
-    "gemma2",
-    "gemma3",
-    "gpt-neox",
-    "gpt2",
-    "llama-linear",
-    "llama-mha-bias",
-    "llama-rope3-tied",
-    "mistral-window",
-    "phi",
-    "phi3",
-    "qwen2",
-    "qwen3",
-];
-
 fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures")
+}
+
+/// Names of what lies in a folder of fixtures, sorted.
+fn names_in(folder: &str) -> Vec<String> {
+    let mut names: Vec<String> = std::fs::read_dir(fixtures().join(folder))
+        .expect(folder)
+        .map(|e| e.expect("entry").file_name().into_string().expect("utf-8"))
+        .collect();
+    names.sort();
+    names
+}
+
+/// The golden models: every family has one or more.
+fn goldens() -> Vec<String> {
+    names_in("golden")
 }
 
 fn golden(name: &str, file: &str) -> HfConfig {
@@ -58,18 +57,30 @@ fn with(name: &str, overrides: &[(&str, Value)]) -> Model {
     build(&cfg, DType::F32)
 }
 
-fn config_names() -> Vec<String> {
-    let mut names: Vec<String> = std::fs::read_dir(fixtures().join("configs"))
-        .expect("configs")
-        .map(|e| e.expect("entry").file_name().into_string().expect("utf-8"))
+#[test]
+fn every_family_has_a_golden_and_samples() {
+    let of_goldens: BTreeSet<String> = goldens()
+        .iter()
+        .map(|name| build(&golden(name, "config.json"), DType::F32).arch.family)
         .collect();
-    names.sort();
-    names
+    let known: Vec<&str> = families().iter().map(|f| f.model_type).collect();
+    assert!(known.is_sorted(), "{known:?}");
+    assert_eq!(Vec::from_iter(&of_goldens), known);
+    let mut names = BTreeSet::new();
+    for family in families() {
+        assert!(!family.samples.is_empty(), "{}", family.model_type);
+        for sample in family.samples {
+            let cfg = HfConfig::from_str(sample.config).expect(sample.name);
+            let model = build(&cfg, DType::BF16);
+            assert_eq!(model.arch.family, family.model_type, "{}", sample.name);
+            assert!(names.insert(sample.name), "{}", sample.name);
+        }
+    }
 }
 
 #[test]
 fn both_spellings_give_the_same_model() {
-    for name in GOLDENS {
+    for name in &goldens() {
         for dtype in [DType::F32, DType::BF16] {
             let new = build(&golden(name, "config.json"), dtype);
             let old = build(&golden(name, "config.old.json"), dtype);
@@ -81,7 +92,7 @@ fn both_spellings_give_the_same_model() {
 
 #[test]
 fn importers_emit_primitives_and_casts_only_where_types_change() {
-    for name in GOLDENS {
+    for name in &goldens() {
         for dtype in [DType::F32, DType::BF16, DType::F16] {
             let g = build(&golden(name, "config.json"), dtype).graph;
             for node in g.nodes() {
@@ -107,7 +118,7 @@ fn importers_emit_primitives_and_casts_only_where_types_change() {
 
 #[test]
 fn weights_are_those_of_the_checkpoint() {
-    for name in GOLDENS {
+    for name in &goldens() {
         let arch = build(&golden(name, "config.json"), DType::F32).arch;
         let bytes = std::fs::read(
             fixtures()
@@ -139,7 +150,7 @@ fn weights_are_those_of_the_checkpoint() {
 #[test]
 fn every_node_of_a_layer_names_its_module() {
     let g = build(&golden("qwen3", "config.json"), DType::BF16).graph;
-    let mut paths = std::collections::BTreeSet::new();
+    let mut paths = BTreeSet::new();
     for node in g.nodes() {
         let path = &*node.prov.path;
         paths.insert(path.to_string());
@@ -188,7 +199,7 @@ fn full_size_configurations_import_or_are_refused_by_name() {
         ("smollm2-135m", 134_515_008),
     ];
     let mut seen = Vec::new();
-    for name in config_names() {
+    for name in names_in("configs") {
         let cfg = HfConfig::from_file(&fixtures().join("configs").join(&name)).expect("config");
         match import(&cfg, &options(DType::BF16)) {
             Ok(m) => {
@@ -197,7 +208,8 @@ fn full_size_configurations_import_or_are_refused_by_name() {
             }
             Err(e) => {
                 let e = e.to_string();
-                let known = supported_families().any(|f| cfg.get("model_type") == Some(&json!(f)));
+                let of_family = |f: &Family| cfg.get("model_type") == Some(&json!(f.model_type));
+                let known = families().iter().any(of_family);
                 assert!(!known, "{name}: {e}");
                 assert!(e.contains("'model_type'") && e.contains("llama, "), "{e}");
             }

@@ -4,7 +4,7 @@
 use lathe_codegen::cuda::CudaOptions;
 use lathe_codegen::{Plan, Programs, lower};
 use lathe_ir::DType;
-use lathe_ir::import::{HfConfig, ImportOptions, import};
+use lathe_ir::import::{HfConfig, ImportOptions, Model, import};
 use lathe_passes::egraph::cost::DeviceModel;
 use lathe_passes::pipeline::{PassConfig, compile};
 use std::path::{Path, PathBuf};
@@ -27,15 +27,25 @@ pub(crate) fn models(folder: &str) -> Vec<String> {
     names
 }
 
-/// The plan of a model of the fixtures for an H100, without some passes.
-pub(crate) fn plan(name: &str, dtype: DType, off: &[&str]) -> Plan {
+/// A model of the fixtures.
+fn import_model(name: &str, dtype: DType) -> Model {
     let folder = top().join("tests/fixtures").join(name);
     let config = HfConfig::from_file(&folder.join("config.json")).unwrap();
     let options = ImportOptions {
         dtype,
         max_seq_len: None,
     };
-    let model = import(&config, &options).unwrap();
+    import(&config, &options).unwrap()
+}
+
+/// The `model_type` of a model of the fixtures.
+pub(crate) fn family(name: &str) -> String {
+    import_model(name, DType::BF16).arch.family
+}
+
+/// The plan of a model of the fixtures for an H100, without some passes.
+pub(crate) fn plan(name: &str, dtype: DType, off: &[&str]) -> Plan {
+    let model = import_model(name, dtype);
     let passes = PassConfig::new(DeviceModel::H100).disable(off).unwrap();
     let compiled = compile(&model.graph, &passes).unwrap();
     let programs = Programs {

@@ -14,7 +14,7 @@ mod order;
 mod plans;
 mod sass;
 
-use common::models;
+use common::{family, models};
 use lathe_codegen::ProgramKind;
 use lathe_codegen::cuda::KernelSource;
 use lathe_ir::DType;
@@ -31,21 +31,16 @@ use std::sync::OnceLock;
 /// Configurations whose operations have no kernels yet.
 const NOT_YET: [&str; 1] = ["configs/mixtral-8x7b"];
 
-/// Models whose kernels are in the snapshot: one of every family.
-const FAMILIES: [&str; 12] = [
-    "falcon",
-    "gemma",
-    "gemma2",
-    "gemma3",
-    "gpt-neox",
-    "gpt2",
-    "llama-rope3-tied",
-    "mistral-window",
-    "phi",
-    "phi3",
-    "qwen2",
-    "qwen3",
-];
+/// The models whose kernels are in the snapshot: of every family the last of its golden models.
+fn of_families() -> Vec<String> {
+    let mut of_family: BTreeMap<String, String> = BTreeMap::new();
+    for model in models("golden") {
+        of_family.insert(family(&model), model);
+    }
+    let mut models: Vec<String> = of_family.into_values().collect();
+    models.sort();
+    models
+}
 
 fn required() -> bool {
     std::env::var_os("LATHE_REQUIRE_NVRTC").is_some()
@@ -226,8 +221,8 @@ fn resources_are_as_they_were() {
         &[llama("llama-3.1-8b"), llama("llama-3.2-1b")],
         limits(512, 8192),
     );
-    let family = |name: &&str| (format!("golden/{name}"), Spelling::Fused);
-    let mut families: Vec<_> = FAMILIES.iter().map(family).collect();
+    let fused = |name| (name, Spelling::Fused);
+    let mut families: Vec<_> = of_families().into_iter().map(fused).collect();
     families.push(("golden/llama-rope3-tied".into(), Spelling::Unfused));
     let small = table(&families, limits(8, 64));
     insta::with_settings!({snapshot_path => "../../../snapshots/cuda", prepend_module_to_snapshot => false}, {

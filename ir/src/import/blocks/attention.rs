@@ -7,6 +7,15 @@ use crate::import::ImportError;
 use crate::import::builder::{Builder, Built, batch, seq};
 use crate::{BinaryFn, DType, Dim, NodeId, ReduceFn, UnaryFn};
 
+/// Where the projections of q, k and v of `self_attn` lie.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Qkv {
+    /// In three tensors.
+    Apart,
+    /// In one, `qkv_proj` (Phi-3).
+    Fused,
+}
+
 /// Sizes and options of an attention module.
 #[derive(Clone, Debug)]
 pub(crate) struct Attention {
@@ -22,8 +31,8 @@ pub(crate) struct Attention {
     pub(crate) scaling: f64,
     /// Cap of the scores (Gemma 2).
     pub(crate) softcap: Option<f64>,
-    /// Whether q, k and v are one tensor `qkv_proj` (Phi-3).
-    pub(crate) fused: bool,
+    /// Where q, k and v lie.
+    pub(crate) qkv: Qkv,
     /// Whether q, k and v have a bias.
     pub(crate) qkv_bias: bool,
     /// Whether the output projection has a bias.
@@ -42,7 +51,7 @@ impl Attention {
             head_dim,
             scaling: f64::from(head_dim).powf(-0.5),
             softcap: None,
-            fused: false,
+            qkv: Qkv::Apart,
             qkv_bias: false,
             o_bias: false,
             head_norm: None,
@@ -80,7 +89,7 @@ pub(crate) fn self_attention(
 /// q, k and v of x, heads side by side: `[B,S,heads·D]`.
 fn projections(b: &mut Builder, a: &Attention, x: NodeId) -> Result<[NodeId; 3], ImportError> {
     let (q, kv, k) = (a.q_width(), a.kv_width(), a.hidden);
-    if a.fused {
+    if a.qkv == Qkv::Fused {
         let shape = [q + 2 * kv, k];
         let mut part = |from, to| {
             let part = Part {

@@ -4,7 +4,7 @@ use super::attention::{Attention, self_attention, softcap};
 use super::embed::{embedding, tokens};
 use super::linear::lm_head;
 use super::mask::layer_masks;
-use super::mlp::{Activation, fused_gated_mlp, gated_mlp};
+use super::mlp::{Activation, Mlp};
 use super::model::{Sizes, finish};
 use super::norm::{RmsNorm, rms_norm};
 use super::rope::{CosSin, RopeDefaults, RopeTable, rotary_embedding};
@@ -19,16 +19,14 @@ pub(crate) struct Decoder {
     pub(crate) sizes: Sizes,
     /// The attention modules.
     pub(crate) attention: Attention,
-    /// Activation of the gate.
+    /// The feed-forward networks.
+    pub(crate) mlp: Mlp,
+    /// Their activation.
     pub(crate) activation: Activation,
-    /// Whether the MLP's projections have biases.
-    pub(crate) mlp_bias: bool,
-    /// Whether gate and up are one tensor `gate_up_proj`.
-    pub(crate) mlp_fused: bool,
-    /// The norms.
+    /// What is normed.
+    pub(crate) norms: Norms,
+    /// How.
     pub(crate) norm: RmsNorm,
-    /// Whether the results of attention and MLP are normed too (Gemma 2, 3).
-    pub(crate) post_norms: bool,
     /// Factor of the embeddings (Gemma).
     pub(crate) embed_scale: Option<f64>,
     /// Cap of the logits (Gemma 2).
@@ -39,6 +37,15 @@ pub(crate) struct Decoder {
     pub(crate) rope: RopeTable,
     /// Rotary frequencies of layers with a window, if they have others (Gemma 3).
     pub(crate) local_rope: Option<RopeTable>,
+}
+
+/// Which values of a layer are normed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Norms {
+    /// What attention and MLP read.
+    Before,
+    /// Their results, too (Gemma 2, 3).
+    Around,
 }
 
 /// How a family fills in keys that a configuration leaves out: the defaults of its configuration
@@ -136,14 +143,13 @@ impl Decoder {
         Ok(Decoder {
             sizes: Sizes::read(cfg, defaults.tied)?,
             attention: Attention::plain(hidden, heads, kv_heads, head_dim),
+            mlp: Mlp::Gated { bias: false },
             activation: Activation::read(cfg, act_key, act)?,
-            mlp_bias: false,
-            mlp_fused: false,
+            norms: Norms::Before,
             norm: RmsNorm {
                 eps: cfg.opt_f64("rms_norm_eps")?.unwrap_or(1e-6),
                 unit_offset: false,
             },
-            post_norms: false,
             embed_scale: None,
             logit_cap: None,
             windows: vec![None; cfg.layers("num_hidden_layers")? as usize],
@@ -214,24 +220,25 @@ impl Decoder {
     fn layer(&self, b: &mut Builder, h: NodeId, rope: CosSin, mask: NodeId) -> Built {
         let hidden = self.attention.hidden;
         let norm = |b: &mut Builder, name, x| rms_norm(b, name, x, hidden, self.norm);
+        let (after_attention, before_mlp, after_mlp) = match self.norms {
+            Norms::Before => (None, "post_attention_layernorm", None),
+            Norms::Around => (
+                Some("post_attention_layernorm"),
+                "pre_feedforward_layernorm",
+                Some("post_feedforward_layernorm"),
+            ),
+        };
         let x = norm(b, "input_layernorm", h)?;
         let mut x = self_attention(b, &self.attention, "o_proj", x, rope, mask)?;
-        let before_mlp = if self.post_norms {
-            x = norm(b, "post_attention_layernorm", x)?;
-            "pre_feedforward_layernorm"
-        } else {
-            "post_attention_layernorm"
-        };
+        if let Some(name) = after_attention {
+            x = norm(b, name, x)?;
+        }
         let h = b.binary(BinaryFn::Add, h, x)?;
         let x = norm(b, before_mlp, h)?;
         let shape = [hidden, self.sizes.intermediate];
-        let mut x = if self.mlp_fused {
-            fused_gated_mlp(b, x, shape, self.activation)?
-        } else {
-            gated_mlp(b, x, shape, self.activation, self.mlp_bias)?
-        };
-        if self.post_norms {
-            x = norm(b, "post_feedforward_layernorm", x)?;
+        let mut x = self.mlp.build(b, x, shape, self.activation)?;
+        if let Some(name) = after_mlp {
+            x = norm(b, name, x)?;
         }
         b.binary(BinaryFn::Add, h, x)
     }

@@ -1,6 +1,6 @@
 //! Feed-forward networks.
 
-use super::linear::{Part, linear, linear_part};
+use super::linear::{Part, conv1d, linear, linear_part};
 use crate::import::builder::{Builder, Built};
 use crate::import::{HfConfig, ImportError};
 use crate::{BinaryFn, NodeId, UnaryFn};
@@ -39,7 +39,7 @@ impl Activation {
 }
 
 /// The activation in parts, at the module `act_fn`.
-pub(crate) fn activation(b: &mut Builder, f: Activation, x: NodeId) -> Built {
+fn activation(b: &mut Builder, f: Activation, x: NodeId) -> Built {
     b.within("act_fn", |b| match f {
         Activation::Silu => {
             let s = b.unary(UnaryFn::Sigmoid, x)?;
@@ -69,59 +69,84 @@ fn gelu_tail(b: &mut Builder, x: NodeId, t: NodeId) -> Built {
     b.binary(BinaryFn::Mul, half, t)
 }
 
-/// `down(act(gate(x))·up(x))` at the module `mlp`.
-pub(crate) fn gated_mlp(
-    b: &mut Builder,
-    x: NodeId,
-    [hidden, intermediate]: [u32; 2],
-    act: Activation,
-    bias: bool,
-) -> Built {
-    b.within("mlp", |b| {
-        let gate = linear(b, "gate_proj", x, [intermediate, hidden], bias)?;
-        let gate = activation(b, act, gate)?;
-        let up = linear(b, "up_proj", x, [intermediate, hidden], bias)?;
-        let h = b.binary(BinaryFn::Mul, gate, up)?;
-        linear(b, "down_proj", h, [hidden, intermediate], bias)
-    })
+/// The forms of feed-forward networks.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Mlp {
+    /// `down(act(gate(x))·up(x))`.
+    Gated {
+        /// Whether the three projections have biases.
+        bias: bool,
+    },
+    /// The same with one tensor `gate_up_proj`: gate rows first (Phi-3).
+    Fused,
+    /// `second(act(first(x)))`.
+    Plain {
+        /// The family's names of the two projections.
+        names: [&'static str; 2],
+        /// Whether they have biases.
+        bias: bool,
+    },
+    /// The same with weights `[K, N]` (GPT-2).
+    Conv1d {
+        /// The family's names of the two projections.
+        names: [&'static str; 2],
+    },
 }
 
-/// The same with one tensor `gate_up_proj`: gate rows first (Phi-3).
-pub(crate) fn fused_gated_mlp(
-    b: &mut Builder,
-    x: NodeId,
-    [hidden, intermediate]: [u32; 2],
-    act: Activation,
-) -> Built {
-    b.within("mlp", |b| {
-        let mut half = |i: u32| {
-            let part = Part {
-                groups: 1,
-                from: i * intermediate,
-                to: (i + 1) * intermediate,
-            };
-            let shape = [2 * intermediate, hidden];
-            linear_part(b, "gate_up_proj", x, shape, false, part)
-        };
-        let (gate, up) = (half(0)?, half(1)?);
-        let gate = activation(b, act, gate)?;
-        let h = b.binary(BinaryFn::Mul, up, gate)?;
-        linear(b, "down_proj", h, [hidden, intermediate], false)
-    })
-}
-
-/// `second(act(first(x)))` at the module `mlp`, its two projections named by the family.
-pub(crate) fn plain_mlp(
-    b: &mut Builder,
-    x: NodeId,
-    [first, second]: [&str; 2],
-    [hidden, intermediate]: [u32; 2],
-    act: Activation,
-    bias: bool,
-) -> Built {
-    b.within("mlp", |b| {
-        let h = linear(b, first, x, [intermediate, hidden], bias)?;
-        let h = activation(b, act, h)?;
-        linear(b, second, h, [hidden, intermediate], bias)
-    })
+impl Mlp {
+    /// The module `mlp` on x `[B,S,hidden]`.
+    pub(crate) fn build(
+        self,
+        b: &mut Builder,
+        x: NodeId,
+        [hidden, intermediate]: [u32; 2],
+        act: Activation,
+    ) -> Built {
+        let (up, down) = ([intermediate, hidden], [hidden, intermediate]);
+        b.within("mlp", |b| match self {
+            Mlp::Gated { bias } => {
+                let gate = linear(b, "gate_proj", x, up, bias)?;
+                let gate = activation(b, act, gate)?;
+                let h = linear(b, "up_proj", x, up, bias)?;
+                let h = b.binary(BinaryFn::Mul, gate, h)?;
+                linear(b, "down_proj", h, down, bias)
+            }
+            Mlp::Fused => {
+                let mut half = |i: u32| {
+                    let part = Part {
+                        groups: 1,
+                        from: i * intermediate,
+                        to: (i + 1) * intermediate,
+                    };
+                    linear_part(
+                        b,
+                        "gate_up_proj",
+                        x,
+                        [2 * intermediate, hidden],
+                        false,
+                        part,
+                    )
+                };
+                let (gate, h) = (half(0)?, half(1)?);
+                let gate = activation(b, act, gate)?;
+                let h = b.binary(BinaryFn::Mul, h, gate)?;
+                linear(b, "down_proj", h, down, false)
+            }
+            Mlp::Plain {
+                names: [first, second],
+                bias,
+            } => {
+                let h = linear(b, first, x, up, bias)?;
+                let h = activation(b, act, h)?;
+                linear(b, second, h, down, bias)
+            }
+            Mlp::Conv1d {
+                names: [first, second],
+            } => {
+                let h = conv1d(b, first, x, [hidden, intermediate])?;
+                let h = activation(b, act, h)?;
+                conv1d(b, second, h, [intermediate, hidden])
+            }
+        })
+    }
 }

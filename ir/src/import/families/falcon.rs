@@ -6,20 +6,37 @@ use crate::import::blocks::decoder::head_dim;
 use crate::import::blocks::embed::{embedding, tokens};
 use crate::import::blocks::linear::{Part, linear, linear_part, lm_head};
 use crate::import::blocks::mask::causal_mask;
-use crate::import::blocks::mlp::{Activation, plain_mlp};
+use crate::import::blocks::mlp::{Activation, Mlp};
 use crate::import::blocks::model::{Sizes, finish};
 use crate::import::blocks::norm::layer_norm;
 use crate::import::blocks::rope::{CosSin, RopeDefaults, RopeTable, rotary_embedding};
 use crate::import::builder::{Builder, Built};
-use crate::import::{HfConfig, ImportError, ImportOptions, Model};
+use crate::import::{Family, HfConfig, ImportError, ImportOptions, Model, Sample};
 use crate::{BinaryFn, NodeId};
+
+pub(super) const FAMILY: Family = Family {
+    model_type: "falcon",
+    architecture: "FalconForCausalLM",
+    import,
+    samples: &[Sample {
+        name: "falcon",
+        config: r#"{
+                "model_type": "falcon", "hidden_size": 256, "num_attention_heads": 8,
+                "num_hidden_layers": 2, "vocab_size": 1000, "max_position_embeddings": 1024,
+                "rope_theta": 10000.0, "tie_word_embeddings": true, "num_kv_heads": 2, "alibi": false,
+                "bias": false, "multi_query": true, "new_decoder_architecture": true, "parallel_attn": true,
+                "num_ln_in_parallel_attn": 2, "ffn_hidden_size": 384, "activation": "gelu",
+                "layer_norm_epsilon": 1e-05
+            }"#,
+    }],
+};
 
 struct Falcon {
     attention: Attention,
     intermediate: u32,
     activation: Activation,
     eps: f64,
-    bias: bool,
+    mlp: Mlp,
     /// `new_decoder_architecture`: grouped queries, one group after the other.
     new_form: bool,
     /// Attention and MLP side by side.
@@ -28,7 +45,7 @@ struct Falcon {
     two_norms: bool,
 }
 
-pub(crate) fn import(cfg: &HfConfig, opts: &ImportOptions) -> Result<Model, ImportError> {
+fn import(cfg: &HfConfig, opts: &ImportOptions) -> Result<Model, ImportError> {
     cfg.only("alibi", &false.into())?;
     let hidden = cfg.size("hidden_size")?;
     let heads = cfg.size("num_attention_heads")?;
@@ -66,7 +83,10 @@ pub(crate) fn import(cfg: &HfConfig, opts: &ImportOptions) -> Result<Model, Impo
         intermediate: sizes.intermediate,
         activation: Activation::read(cfg, "activation", Activation::Gelu)?,
         eps: cfg.opt_f64("layer_norm_epsilon")?.unwrap_or(1e-5),
-        bias,
+        mlp: Mlp::Plain {
+            names: ["dense_h_to_4h", "dense_4h_to_h"],
+            bias,
+        },
         new_form,
         parallel: new_form || cfg.bool_or("parallel_attn", true)?,
         two_norms: new_form && norms != Some(1),
@@ -80,7 +100,7 @@ pub(crate) fn import(cfg: &HfConfig, opts: &ImportOptions) -> Result<Model, Impo
         opts,
     )?;
 
-    let mut b = Builder::new("falcon", cfg.file(), opts.dtype);
+    let mut b = Builder::new(FAMILY.model_type, cfg.file(), opts.dtype);
     let table_shape = [sizes.vocab, hidden];
     let (table, h) = b.within("transformer", |b| {
         let ids = tokens(b)?;
@@ -94,7 +114,15 @@ pub(crate) fn import(cfg: &HfConfig, opts: &ImportOptions) -> Result<Model, Impo
     })?;
     let tied = sizes.tied.then_some(table);
     let logits = lm_head(&mut b, "lm_head", h, tied, table_shape, false)?;
-    let mut model = finish(b, logits, "falcon", cfg, &sizes, &m.attention, layers)?;
+    let mut model = finish(
+        b,
+        logits,
+        FAMILY.model_type,
+        cfg,
+        &sizes,
+        &m.attention,
+        layers,
+    )?;
     if sizes.tied {
         model.alias("lm_head.weight", "transformer.word_embeddings.weight");
     }
@@ -113,9 +141,8 @@ impl Falcon {
         };
         let attn = self.attend(b, for_attn, rope, mask)?;
         let mlp = |b: &mut Builder, x| {
-            let names = ["dense_h_to_4h", "dense_4h_to_h"];
-            let shape = [n, self.intermediate];
-            plain_mlp(b, x, names, shape, self.activation, self.bias)
+            self.mlp
+                .build(b, x, [n, self.intermediate], self.activation)
         };
         if self.parallel {
             let x = mlp(b, for_mlp)?;

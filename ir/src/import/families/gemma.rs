@@ -2,7 +2,23 @@
 
 use crate::import::blocks::decoder::{Decoder, Defaults};
 use crate::import::blocks::mlp::Activation;
-use crate::import::{HfConfig, ImportError, ImportOptions, Model};
+use crate::import::{Family, HfConfig, ImportError, ImportOptions, Model, Sample};
+
+pub(super) const FAMILY: Family = Family {
+    model_type: "gemma",
+    architecture: "GemmaForCausalLM",
+    import,
+    samples: &[Sample {
+        name: "gemma",
+        config: r#"{
+                "model_type": "gemma", "hidden_size": 256, "intermediate_size": 384,
+                "num_attention_heads": 4, "num_key_value_heads": 1, "num_hidden_layers": 2,
+                "vocab_size": 1000, "max_position_embeddings": 1024, "rms_norm_eps": 1e-05,
+                "hidden_act": "gelu_pytorch_tanh", "rope_theta": 10000.0, "tie_word_embeddings": false,
+                "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh"
+            }"#,
+    }],
+};
 
 /// What Gemma 1, 2 and 3 leave out of their configurations.
 pub(super) const DEFAULTS: Defaults = Defaults {
@@ -12,7 +28,7 @@ pub(super) const DEFAULTS: Defaults = Defaults {
     ..Defaults::PLAIN
 };
 
-pub(crate) fn import(cfg: &HfConfig, opts: &ImportOptions) -> Result<Model, ImportError> {
+fn import(cfg: &HfConfig, opts: &ImportOptions) -> Result<Model, ImportError> {
     let mut d = read(cfg, opts, &DEFAULTS)?;
     // transformers reads hidden_activation in some versions and hidden_act in others.
     let act = Activation::read(cfg, "hidden_act", d.activation)?;
@@ -20,7 +36,7 @@ pub(crate) fn import(cfg: &HfConfig, opts: &ImportOptions) -> Result<Model, Impo
         return Err(cfg.invalid("hidden_act", "the same activation as hidden_activation"));
     }
     d.activation = act;
-    d.build("gemma", cfg, opts)
+    d.build(FAMILY.model_type, cfg, opts)
 }
 
 /// The shape that all Gemmas share.

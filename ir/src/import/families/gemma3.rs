@@ -3,16 +3,34 @@
 
 use super::gemma::{DEFAULTS, read};
 use super::gemma2::read_scaling;
-use crate::import::blocks::decoder::{Defaults, windows_by_type};
+use crate::import::blocks::decoder::{Defaults, Norms, windows_by_type};
 use crate::import::blocks::rope::{RopeDefaults, RopeTable};
-use crate::import::{HfConfig, ImportError, ImportOptions, Model};
+use crate::import::{Family, HfConfig, ImportError, ImportOptions, Model, Sample};
+
+pub(super) const FAMILY: Family = Family {
+    model_type: "gemma3_text",
+    architecture: "Gemma3ForCausalLM",
+    import,
+    samples: &[Sample {
+        name: "gemma3",
+        config: r#"{
+                "model_type": "gemma3_text", "hidden_size": 256, "intermediate_size": 384,
+                "num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 2,
+                "vocab_size": 1000, "max_position_embeddings": 1024, "rms_norm_eps": 1e-05,
+                "hidden_act": "gelu_pytorch_tanh", "rope_theta": 10000.0, "tie_word_embeddings": false,
+                "head_dim": 32, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 48,
+                "sliding_window": 40, "rope_local_base_freq": 10000.0,
+                "layer_types": ["sliding_attention", "full_attention"]
+            }"#,
+    }],
+};
 
 const FULL: RopeDefaults = RopeDefaults {
     theta: 1_000_000.0,
     partial: None,
 };
 
-pub(crate) fn import(cfg: &HfConfig, opts: &ImportOptions) -> Result<Model, ImportError> {
+fn import(cfg: &HfConfig, opts: &ImportOptions) -> Result<Model, ImportError> {
     // transformers 5 has parameters per layer type; 4 has one set, and `rope_local_base_freq`.
     let per_type = cfg.get("rope_parameters.full_attention").is_some();
     let full_at = if per_type {
@@ -25,7 +43,7 @@ pub(crate) fn import(cfg: &HfConfig, opts: &ImportOptions) -> Result<Model, Impo
         ..DEFAULTS
     };
     let mut d = read(cfg, opts, &defaults)?;
-    d.post_norms = true;
+    d.norms = Norms::Around;
     read_scaling(cfg, &mut d)?;
     d.attention.head_norm = Some(d.norm);
     d.attention.softcap = cfg.opt_positive("attn_logit_softcapping")?;
@@ -54,5 +72,5 @@ pub(crate) fn import(cfg: &HfConfig, opts: &ImportOptions) -> Result<Model, Impo
     } as usize;
     let window = cfg.opt_size("sliding_window")?.or(Some(4096));
     d.windows = windows_by_type(cfg, d.layers(), window, |i| (i + 1) % pattern != 0)?;
-    d.build("gemma3_text", cfg, opts)
+    d.build(FAMILY.model_type, cfg, opts)
 }

@@ -5,12 +5,30 @@ use crate::import::blocks::decoder::head_dim;
 use crate::import::blocks::embed::{embedding, positions, tokens};
 use crate::import::blocks::linear::{conv1d, conv1d_columns, lm_head};
 use crate::import::blocks::mask::causal_mask;
-use crate::import::blocks::mlp::{Activation, activation};
+use crate::import::blocks::mlp::{Activation, Mlp};
 use crate::import::blocks::model::{Sizes, finish};
 use crate::import::blocks::norm::layer_norm;
 use crate::import::builder::{Builder, Built, seq};
-use crate::import::{HfConfig, ImportError, ImportOptions, Model};
+use crate::import::{Family, HfConfig, ImportError, ImportOptions, Model, Sample};
 use crate::{BinaryFn, Dim, NodeId};
+
+pub(super) const FAMILY: Family = Family {
+    model_type: "gpt2",
+    architecture: "GPT2LMHeadModel",
+    import,
+    samples: &[Sample {
+        name: "gpt2",
+        config: r#"{
+                "model_type": "gpt2", "vocab_size": 1000, "tie_word_embeddings": true, "n_embd": 256,
+                "n_head": 4, "n_layer": 2, "n_positions": 1024, "activation_function": "gelu_new",
+                "layer_norm_epsilon": 1e-05
+            }"#,
+    }],
+};
+
+const MLP: Mlp = Mlp::Conv1d {
+    names: ["c_fc", "c_proj"],
+};
 
 struct Gpt2 {
     attention: Attention,
@@ -19,7 +37,7 @@ struct Gpt2 {
     eps: f64,
 }
 
-pub(crate) fn import(cfg: &HfConfig, opts: &ImportOptions) -> Result<Model, ImportError> {
+fn import(cfg: &HfConfig, opts: &ImportOptions) -> Result<Model, ImportError> {
     cfg.only("scale_attn_weights", &true.into())?;
     cfg.only("scale_attn_by_inverse_layer_idx", &false.into())?;
     cfg.only("reorder_and_upcast_attn", &false.into())?;
@@ -40,7 +58,7 @@ pub(crate) fn import(cfg: &HfConfig, opts: &ImportOptions) -> Result<Model, Impo
         eps: cfg.opt_f64("layer_norm_epsilon")?.unwrap_or(1e-5),
     };
 
-    let mut b = Builder::new("gpt2", cfg.file(), opts.dtype);
+    let mut b = Builder::new(FAMILY.model_type, cfg.file(), opts.dtype);
     let table_shape = [sizes.vocab, hidden];
     let (table, h) = b.within("transformer", |b| {
         let ids = tokens(b)?;
@@ -56,7 +74,15 @@ pub(crate) fn import(cfg: &HfConfig, opts: &ImportOptions) -> Result<Model, Impo
     })?;
     let tied = sizes.tied.then_some(table);
     let logits = lm_head(&mut b, "lm_head", h, tied, table_shape, false)?;
-    let mut model = finish(b, logits, "gpt2", cfg, &sizes, &m.attention, layers)?;
+    let mut model = finish(
+        b,
+        logits,
+        FAMILY.model_type,
+        cfg,
+        &sizes,
+        &m.attention,
+        layers,
+    )?;
     // The first published checkpoints leave the prefix out.
     for w in model.arch.weights.clone() {
         if let Some(short) = w.name.strip_prefix("transformer.") {
@@ -83,11 +109,7 @@ impl Gpt2 {
         })?;
         let h = b.binary(BinaryFn::Add, x, h)?;
         let x = layer_norm(b, "ln_2", h, n, self.eps)?;
-        let x = b.within("mlp", |b| {
-            let x = conv1d(b, "c_fc", x, [n, self.intermediate])?;
-            let x = activation(b, self.activation, x)?;
-            conv1d(b, "c_proj", x, [self.intermediate, n])
-        })?;
+        let x = MLP.build(b, x, [n, self.intermediate], self.activation)?;
         b.binary(BinaryFn::Add, h, x)
     }
 }

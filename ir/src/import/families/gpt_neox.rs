@@ -6,13 +6,34 @@ use crate::import::blocks::decoder::head_dim;
 use crate::import::blocks::embed::{embedding, tokens};
 use crate::import::blocks::linear::{Part, linear, linear_part, lm_head};
 use crate::import::blocks::mask::causal_mask;
-use crate::import::blocks::mlp::{Activation, plain_mlp};
+use crate::import::blocks::mlp::{Activation, Mlp};
 use crate::import::blocks::model::{Sizes, finish};
 use crate::import::blocks::norm::layer_norm;
 use crate::import::blocks::rope::{CosSin, RopeDefaults, RopeTable, rotary_embedding};
 use crate::import::builder::{Builder, Built};
-use crate::import::{HfConfig, ImportError, ImportOptions, Model};
+use crate::import::{Family, HfConfig, ImportError, ImportOptions, Model, Sample};
 use crate::{BinaryFn, NodeId};
+
+pub(super) const FAMILY: Family = Family {
+    model_type: "gpt_neox",
+    architecture: "GPTNeoXForCausalLM",
+    import,
+    samples: &[Sample {
+        name: "gpt-neox",
+        config: r#"{
+                "model_type": "gpt_neox", "hidden_size": 256, "intermediate_size": 384,
+                "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 1000,
+                "max_position_embeddings": 1024, "hidden_act": "gelu", "rope_theta": 10000.0,
+                "tie_word_embeddings": false, "layer_norm_eps": 1e-05, "rotary_pct": 0.25,
+                "use_parallel_residual": true
+            }"#,
+    }],
+};
+
+const MLP: Mlp = Mlp::Plain {
+    names: ["dense_h_to_4h", "dense_4h_to_h"],
+    bias: true,
+};
 
 struct NeoX {
     attention: Attention,
@@ -22,7 +43,7 @@ struct NeoX {
     parallel: bool,
 }
 
-pub(crate) fn import(cfg: &HfConfig, opts: &ImportOptions) -> Result<Model, ImportError> {
+fn import(cfg: &HfConfig, opts: &ImportOptions) -> Result<Model, ImportError> {
     let sizes = Sizes::read(cfg, false)?;
     let hidden = cfg.size("hidden_size")?;
     let heads = cfg.size("num_attention_heads")?;
@@ -45,7 +66,7 @@ pub(crate) fn import(cfg: &HfConfig, opts: &ImportOptions) -> Result<Model, Impo
     };
     let rope = RopeTable::read(cfg, "rope_parameters", head_dim, rope_defaults, opts)?;
 
-    let mut b = Builder::new("gpt_neox", cfg.file(), opts.dtype);
+    let mut b = Builder::new(FAMILY.model_type, cfg.file(), opts.dtype);
     let table_shape = [sizes.vocab, hidden];
     let (table, h) = b.within("gpt_neox", |b| {
         let ids = tokens(b)?;
@@ -59,7 +80,15 @@ pub(crate) fn import(cfg: &HfConfig, opts: &ImportOptions) -> Result<Model, Impo
     })?;
     let tied = sizes.tied.then_some(table);
     let logits = lm_head(&mut b, "embed_out", h, tied, table_shape, false)?;
-    let mut model = finish(b, logits, "gpt_neox", cfg, &sizes, &m.attention, layers)?;
+    let mut model = finish(
+        b,
+        logits,
+        FAMILY.model_type,
+        cfg,
+        &sizes,
+        &m.attention,
+        layers,
+    )?;
     if sizes.tied {
         model.alias("embed_out.weight", "gpt_neox.embed_in.weight");
     }
@@ -92,9 +121,7 @@ impl NeoX {
             b.binary(BinaryFn::Add, attn, h)?
         };
         let x = layer_norm(b, "post_attention_layernorm", residual, n, self.eps)?;
-        let names = ["dense_h_to_4h", "dense_4h_to_h"];
-        let shape = [n, self.intermediate];
-        let mlp = plain_mlp(b, x, names, shape, self.activation, true)?;
+        let mlp = MLP.build(b, x, [n, self.intermediate], self.activation)?;
         if self.parallel {
             let sum = b.binary(BinaryFn::Add, mlp, attn)?;
             b.binary(BinaryFn::Add, sum, h)

@@ -1,14 +1,33 @@
-//! One file a family: which keys it reads and how its blocks are put together.
+//! One file a family: its names, which keys it reads, how its blocks are put together, and small
+//! configurations of it.
 
-pub(super) mod falcon;
-pub(super) mod gemma;
-pub(super) mod gemma2;
-pub(super) mod gemma3;
-pub(super) mod gpt2;
-pub(super) mod gpt_neox;
-pub(super) mod llama;
-pub(super) mod mistral;
-pub(super) mod phi;
-pub(super) mod phi3;
-pub(super) mod qwen2;
-pub(super) mod qwen3;
+mod falcon;
+mod gemma;
+mod gemma2;
+mod gemma3;
+mod gpt2;
+mod gpt_neox;
+mod llama;
+mod mistral;
+mod phi;
+mod phi3;
+mod qwen2;
+mod qwen3;
+
+use super::Family;
+
+/// All families, sorted by `model_type`.
+pub(super) const ALL: &[Family] = &[
+    falcon::FAMILY,
+    gemma::FAMILY,
+    gemma2::FAMILY,
+    gemma3::FAMILY,
+    gpt2::FAMILY,
+    gpt_neox::FAMILY,
+    llama::FAMILY,
+    mistral::FAMILY,
+    phi::FAMILY,
+    phi3::FAMILY,
+    qwen2::FAMILY,
+    qwen3::FAMILY,
+];
