@@ -13,6 +13,7 @@ pub mod region;
 pub mod rule;
 pub mod rules;
 pub mod sample;
+mod walk;
 
 pub use egraph::{EGraph, Lang};
 pub use rule::{Exactness, Rule, Stage};

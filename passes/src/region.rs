@@ -6,9 +6,11 @@
 //! does better (the tests compare them). What depends on positions only (masks, rotary angles) and
 //! what depends on weights only is repeated in every region that uses it.
 
+use crate::walk::Reads;
 use lathe_ir::ops::select;
 use lathe_ir::ops::{Expand, Input, Reshape, Select, Weight};
 use lathe_ir::{Graph, NodeId, Op, Prov, Sym, TypeError, WeightRef};
+use petgraph::visit::{Control, DfsEvent, depth_first_search};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// A value that a region takes from an earlier one.
@@ -127,6 +129,11 @@ impl<'a> Cutter<'a> {
         Cutter { graph, home, count }
     }
 
+    /// Whether a value is made by another region than this.
+    fn is_foreign(&self, at: usize, region: usize) -> bool {
+        self.home[at].is_some_and(|home| home != region)
+    }
+
     fn run(&self) -> Result<Regions, TypeError> {
         // Outputs that each region owes to later ones, in order of first use.
         let mut owed: Vec<Vec<NodeId>> = vec![Vec::new(); self.count];
@@ -221,24 +228,26 @@ impl RegionBuild {
             map: BTreeMap::new(),
             inputs: Vec::new(),
         };
-        for id in c.graph.ids() {
-            if c.home[id.index()] == Some(region) {
-                b.take(c, region, id)?;
+        let reads = Reads::new(c.graph.nodes().len(), |at| {
+            c.graph.nodes()[at].inputs.iter().map(|i| i.index())
+        });
+        let own = (0..c.home.len()).filter(|&at| c.home[at] == Some(region));
+        depth_first_search(&reads, own, |event| match event {
+            // Values of earlier regions become inputs: what they are made of stays there.
+            DfsEvent::Discover(at, _) if c.is_foreign(at, region) => Ok(Control::Prune),
+            DfsEvent::Finish(at, _) => {
+                b.take(c, region, NodeId(at as u32))?;
+                Ok(Control::Continue)
             }
-        }
-        // A result of the model that varies with nothing belongs to the last region.
+            _ => Ok::<Control<()>, TypeError>(Control::Continue),
+        })?;
         Ok(b)
     }
 
-    /// Copies a node and what it needs into the region; values of earlier regions become inputs.
-    fn take(&mut self, c: &Cutter<'_>, region: usize, id: NodeId) -> Result<NodeId, TypeError> {
-        if let Some(&n) = self.map.get(&id) {
-            return Ok(n);
-        }
+    /// Copies a node, whose operands are there, into the region.
+    fn take(&mut self, c: &Cutter<'_>, region: usize, id: NodeId) -> Result<(), TypeError> {
         let node = c.graph.node(id);
-        let home = c.home[id.index()];
-        let foreign = home.is_some_and(|h| h != region);
-        let new = if foreign {
+        let new = if c.is_foreign(id.index(), region) {
             let ty = c.graph.tensor(id).expect("boundary values are tensors");
             let name = output_name(self.inputs.len());
             self.inputs.push((id, name.clone()));
@@ -254,7 +263,7 @@ impl RegionBuild {
             };
             self.graph.add(op, [], &prov)?
         } else {
-            let inputs = node.inputs.try_map(|&i| self.take(c, region, i))?;
+            let inputs = node.inputs.map(|i| self.map[i]);
             let op = match (&node.op, self.layer) {
                 (Op::Weight(Weight { weight, dtype }), Some(l)) => Op::Weight(Weight {
                     weight: WeightRef {
@@ -268,7 +277,7 @@ impl RegionBuild {
             self.graph.add(op, inputs, &self.generic(&node.prov))?
         };
         self.map.insert(id, new);
-        Ok(new)
+        Ok(())
     }
 
     fn generic(&self, prov: &Prov) -> Prov {

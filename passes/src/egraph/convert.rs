@@ -3,9 +3,11 @@
 use super::EGraph;
 use super::analysis::{Data, op_of};
 use super::lang::Lang;
+use crate::walk::Reads;
 use egg::Id;
 use indexmap::IndexMap;
 use lathe_ir::{Graph, NodeId, Op, Operands, Prov};
+use petgraph::visit::{DfsEvent, depth_first_search};
 use smallvec::SmallVec;
 
 /// The e-node of an operation on e-classes; `leaf` gives the class of its payload and of absence.
@@ -74,49 +76,53 @@ pub fn to_graph_with_classes(
     name: &str,
     roots: &[(String, Id)],
 ) -> (Graph, Vec<Id>) {
+    let class = |at: usize| {
+        *choice
+            .get_index(at)
+            .expect("invariant: places are of the choice")
+            .0
+    };
+    let place = |id: Id| {
+        let id = egraph.find(id);
+        let place = choice.get_index_of(&id);
+        place.unwrap_or_else(|| panic!("invariant: class {id} under a root has a chosen form"))
+    };
+    let reads = Reads::new(choice.len(), |at| {
+        let present = |c: &&Id| !matches!(egraph[**c].data, Data::Absent);
+        let places = choice[at].places().iter();
+        places.filter(present).map(|&c| place(c))
+    });
     let mut graph = Graph::new(name);
-    let mut done: IndexMap<Id, NodeId> = IndexMap::new();
-    for (_, root) in roots {
-        build(
-            egraph,
-            choice,
-            &mut graph,
-            &mut done,
-            *root,
-            &Prov::global(""),
-        );
-    }
+    let mut provs = vec![Prov::global(""); choice.len()];
+    let mut done: IndexMap<usize, NodeId> = IndexMap::new();
+    depth_first_search(
+        &reads,
+        roots.iter().map(|r| place(r.1)),
+        |event| match event {
+            DfsEvent::Discover(at, _) => {
+                if let Data::Value(v) = &egraph[class(at)].data
+                    && let Some(origin) = v.origin()
+                {
+                    provs[at] = origin.clone();
+                }
+            }
+            DfsEvent::TreeEdge(user, at) => provs[at] = provs[user].clone(),
+            DfsEvent::Finish(at, _) => {
+                let operands = operands_of(egraph, &choice[at]).map(|&c| done[&place(c)]);
+                let op = op_of(egraph, &choice[at]);
+                let node = graph
+                    .add(op, operands, &provs[at])
+                    .unwrap_or_else(|e| panic!("invariant: e-graph terms are well-typed: {e}"));
+                done.insert(at, node);
+            }
+            DfsEvent::BackEdge(..) => panic!("invariant: the chosen forms are acyclic"),
+            DfsEvent::CrossForwardEdge(..) => {}
+        },
+    );
     for (name, root) in roots {
-        graph.set_output(name, done[&egraph.find(*root)]);
+        graph.set_output(name, done[&place(*root)]);
     }
     // Classes are entered as their nodes are added.
-    (graph, done.into_keys().collect())
-}
-
-fn build(
-    egraph: &EGraph,
-    choice: &Choice,
-    graph: &mut Graph,
-    done: &mut IndexMap<Id, NodeId>,
-    id: Id,
-    user: &Prov,
-) -> NodeId {
-    let id = egraph.find(id);
-    if let Some(&n) = done.get(&id) {
-        return n;
-    }
-    let node = choice
-        .get(&id)
-        .unwrap_or_else(|| panic!("invariant: class {id} under a root has a chosen form"));
-    let prov = match &egraph[id].data {
-        Data::Value(v) => v.origin().cloned().unwrap_or_else(|| user.clone()),
-        Data::Payload(_) | Data::Absent => user.clone(),
-    };
-    let operands = operands_of(egraph, node).map(|&c| build(egraph, choice, graph, done, c, &prov));
-    let op = op_of(egraph, node);
-    let n = graph
-        .add(op, operands, &prov)
-        .unwrap_or_else(|e| panic!("invariant: e-graph terms are well-typed: {e}"));
-    done.insert(id, n);
-    n
+    let classes = done.keys().map(|&at| class(at)).collect();
+    (graph, classes)
 }

@@ -1,7 +1,7 @@
 //! Choosing one form of each e-class so that the whole program is cheapest.
 //!
 //! A shared value is paid once: costs are those of the DAG, not of the tree, because each
-//! residual add doubles the tree (egraph.md 0). First a greedy pass keeps for each class the form
+//! residual add doubles the tree. First a greedy pass keeps for each class the form
 //! whose set of needed classes is cheapest; then single classes, and the parts of one tuple
 //! together, are switched as long as the whole gets cheaper. Tests hold the result against the
 //! exact optimum of an integer program.
@@ -12,7 +12,11 @@ use super::convert::operands_of;
 use super::cost::{CostPoint, INFINITE, op_cost};
 use super::lang::Lang;
 use super::{EGraph, analysis::Value};
+use crate::walk::Reads;
 use egg::{Id, Language};
+use fixedbitset::FixedBitSet;
+use petgraph::visit::{Dfs, DfsEvent, Visitable, depth_first_search};
+use std::iter::Copied;
 use thiserror::Error;
 
 /// The chosen forms with their cost.
@@ -59,10 +63,10 @@ struct Problem<'a> {
     forms: Vec<Vec<(u64, Vec<usize>, &'a Lang)>>,
 }
 
-/// A set of classes as bits, with the cost of the forms chosen in it.
+/// A set of classes with the cost of the forms chosen in it.
 #[derive(Clone)]
 struct CostSet {
-    bits: Vec<u64>,
+    classes: FixedBitSet,
     total: u64,
 }
 
@@ -128,15 +132,12 @@ pub fn alternatives(
             forms.iter().position(|(_, _, n)| *n == chosen)
         })
         .collect();
+    let program = pick.clone();
+    let reads = problem.reads(&program);
+    let mut walk = Dfs::from_parts(roots.clone(), reads.visit_map());
     let mut out = indexmap::IndexMap::new();
-    let mut seen = vec![false; problem.classes.len()];
-    let mut stack = roots.clone();
-    while let Some(c) = stack.pop() {
-        if std::mem::replace(&mut seen[c], true) {
-            continue;
-        }
+    while let Some(c) = walk.next(&reads) {
         let chosen = pick[c].expect("invariant: a chosen program is complete");
-        stack.extend(&problem.forms[c][chosen].1);
         let mut all: Vec<Alternative> = Vec::new();
         for (f, (own, _, node)) in problem.forms[c].iter().enumerate() {
             pick[c] = Some(f);
@@ -199,7 +200,6 @@ impl<'a> Problem<'a> {
     /// Bottom-up choice by cost sets, iterated until nothing gets cheaper.
     fn greedy(&self) -> Vec<Option<usize>> {
         let n = self.classes.len();
-        let words = n.div_ceil(64);
         let mut pick: Vec<Option<usize>> = vec![None; n];
         let mut sets: Vec<Option<CostSet>> = vec![None; n];
         let mut parents: Vec<Vec<usize>> = vec![Vec::new(); n];
@@ -217,7 +217,7 @@ impl<'a> Problem<'a> {
         while let Some(i) = queue.pop_first() {
             let mut best: Option<(CostSet, usize)> = None;
             for (f, (own, ch, _)) in self.forms[i].iter().enumerate() {
-                let Some(set) = self.union(i, *own, ch, &pick, &sets, words) else {
+                let Some(set) = self.union(i, *own, ch, &pick, &sets) else {
                     continue;
                 };
                 if best.as_ref().is_none_or(|(b, _)| set.total < b.total) {
@@ -242,65 +242,47 @@ impl<'a> Problem<'a> {
         children: &[usize],
         pick: &[Option<usize>],
         sets: &[Option<CostSet>],
-        words: usize,
     ) -> Option<CostSet> {
-        let mut bits = vec![0u64; words];
+        let mut classes = FixedBitSet::with_capacity(self.classes.len());
         for &c in children {
             let set = sets[c].as_ref()?;
-            if set.bits[i / 64] >> (i % 64) & 1 == 1 {
+            if set.classes.contains(i) {
                 return None;
             }
-            for (b, s) in bits.iter_mut().zip(&set.bits) {
-                *b |= s;
-            }
+            classes.union_with(&set.classes);
         }
         let mut total = own;
-        for (w, &word) in bits.iter().enumerate() {
-            let mut word = word;
-            while word != 0 {
-                let c = w * 64 + word.trailing_zeros() as usize;
-                word &= word - 1;
-                total += self.forms[c][pick[c]?].0;
-            }
+        for c in classes.ones() {
+            total += self.forms[c][pick[c]?].0;
         }
-        bits[i / 64] |= 1 << (i % 64);
-        Some(CostSet { bits, total })
+        classes.insert(i);
+        Some(CostSet { classes, total })
     }
 
     /// Cost of the program under the roots, or `None` if a form is missing or the choice cyclic.
     fn total(&self, pick: &[Option<usize>], roots: &[usize]) -> Option<u64> {
-        // 0 = not seen, 1 = on the path, 2 = done.
-        let mut state = vec![0u8; self.classes.len()];
-        let mut total = 0u64;
-        let mut stack: Vec<(usize, usize)> = Vec::new();
-        for &r in roots {
-            if state[r] == 2 {
-                continue;
+        let mut total = 0;
+        let roots = roots.iter().copied();
+        let complete = depth_first_search(&self.reads(pick), roots, |event| match event {
+            DfsEvent::Discover(c, _) => {
+                total += self.forms[c][pick[c].ok_or(())?].0;
+                Ok(())
             }
-            state[r] = 1;
-            stack.push((r, 0));
-            while let Some(top) = stack.last_mut() {
-                let (c, at) = *top;
-                let (own, children, _) = &self.forms[c][pick[c]?];
-                if at < children.len() {
-                    top.1 += 1;
-                    let child = children[at];
-                    match state[child] {
-                        0 => {
-                            state[child] = 1;
-                            stack.push((child, 0));
-                        }
-                        1 => return None,
-                        _ => {}
-                    }
-                } else {
-                    state[c] = 2;
-                    total += own;
-                    stack.pop();
-                }
-            }
-        }
-        Some(total)
+            DfsEvent::BackEdge(..) => Err(()),
+            _ => Ok(()),
+        });
+        complete.ok().map(|()| total)
+    }
+
+    /// The program of a choice: each class reads what its form reads.
+    fn reads<'p>(
+        &'p self,
+        pick: &'p [Option<usize>],
+    ) -> Reads<impl Fn(usize) -> Copied<std::slice::Iter<'p, usize>>> {
+        Reads::new(self.classes.len(), |c| {
+            let children = pick[c].map_or(&[][..], |f| &self.forms[c][f].1);
+            children.iter().copied()
+        })
     }
 
     /// Switches forms as long as the program gets cheaper; returns its cost.

@@ -5,9 +5,11 @@ use crate::egraph::convert::{Choice, add_op, to_graph_with_classes};
 use crate::egraph::cost::{CostPoint, INFINITE};
 use crate::egraph::extract::{ExtractError, Extraction, extract, node_cost};
 use crate::egraph::{EGraph, Lang};
+use crate::walk::Reads;
 use egg::Id;
 use lathe_ir::ops::{Input, Sample, Select, Win};
 use lathe_ir::{DType, Dim, Graph, Operands, Output, Prov, StepInput, Sym};
+use petgraph::visit::{Dfs, Visitable};
 use std::collections::BTreeSet;
 
 /// All forms that the rules found for a program.
@@ -89,21 +91,28 @@ impl Terms {
 
     /// Weight-only classes that the chosen program reads from elsewhere: the layouts in memory.
     pub fn weight_operands(&self, choice: &Choice, roots: &[Id]) -> BTreeSet<Id> {
+        let place = |id: Id| {
+            choice
+                .get_index_of(&id)
+                .expect("invariant: a chosen program is complete")
+        };
+        let operands = |at: usize| {
+            let (&id, form) = choice
+                .get_index(at)
+                .expect("invariant: a place of the choice");
+            let operands = form.places().iter().map(|&c| self.egraph.find(c));
+            operands.map(move |c| (c, self.is_weight(c) && !self.is_weight(id)))
+        };
+        let computed = Reads::new(choice.len(), |at| {
+            operands(at)
+                .filter(|(_, loaded)| !loaded)
+                .map(|(c, _)| place(c))
+        });
+        let roots = roots.iter().map(|&r| place(self.egraph.find(r))).collect();
+        let mut walk = Dfs::from_parts(roots, computed.visit_map());
         let mut layouts = BTreeSet::new();
-        let mut seen = BTreeSet::new();
-        let mut stack: Vec<Id> = roots.iter().map(|&r| self.egraph.find(r)).collect();
-        while let Some(id) = stack.pop() {
-            if !seen.insert(id) {
-                continue;
-            }
-            for &c in choice[&id].places() {
-                let c = self.egraph.find(c);
-                if self.is_weight(c) && !self.is_weight(id) {
-                    layouts.insert(c);
-                } else {
-                    stack.push(c);
-                }
-            }
+        while let Some(at) = walk.next(&computed) {
+            layouts.extend(operands(at).filter(|(_, loaded)| *loaded).map(|(c, _)| c));
         }
         layouts
     }
