@@ -32,10 +32,11 @@ TOKENS = re.compile(
 )
 TEST = re.compile(r"#\[cfg\((?:all\()?test\b[^\]]*\]")
 TEST_MODULE = re.compile(r"#\[cfg\((?:all\()?test\b[^\]]*\]\s*(?:#\[[^\]]*\]\s*)*(?:pub(?:\([^)]*\))? )?mod (\w+);")
+INLINE_MODULE = re.compile(r"\bmod \w+ \{")
 USE = re.compile(r"\b(?:pub(?:\([^)]*\))?\s+)?use\s+([^;]+);")
 PATH = re.compile(r"(?<![\w:])(?:crate|super|self)(?:::\w+)+")
 RELATIVE = re.compile(r"(?<![\w:.])([a-z]\w*)((?:::\w+)+)")
-DEFINITION = re.compile(r"\b(?:fn|struct|enum|union|trait|const|static|type|macro_rules!)\s+(?:mut\s+)?(\w+)")
+DEFINITION = re.compile(r"(?<!')\b(?:fn|struct|enum|union|trait|const|static|type|macro_rules!)\s+(?:mut\s+)?(\w+)")
 OPERAND = re.compile(
     r"\b(?:tensor|optional|operand|input)\(\d+\)|\b(?:operands|inputs|args|types|tensors)(?:\(\))?\[\d+\]"
 )
@@ -57,6 +58,18 @@ def without_tests(code):
             if depth == 0 and c in ";}" or depth < 0:
                 break
         code = code[: found.start()] + blank(code[found.start() : end]) + code[end:]
+    return code
+
+
+def flattened(code):
+    """The code with paths of modules that stand within the file as paths of the file itself."""
+    for found in reversed(list(INLINE_MODULE.finditer(code))):
+        depth, end = 1, found.end()
+        while end < len(code) and depth:
+            depth += (code[end] == "{") - (code[end] == "}")
+            end += 1
+        inside = re.sub(r"(?<!::)\bsuper::", "self::", code[found.end() : end])
+        code = code[: found.end()] + inside + code[end:]
     return code
 
 
@@ -89,7 +102,7 @@ class Module:
         self.raw = (ROOT / file).read_text()
         plain = TOKENS.sub(lambda m: blank(m[0]), self.raw)
         self.test_children = set(TEST_MODULE.findall(plain))
-        self.code = without_tests(plain)
+        self.code = flattened(without_tests(plain))
         self.defined = set(DEFINITION.findall(self.code))
         self.uses = [leaf for tree in USE.findall(self.code) for leaf in leaves(tree)]
         # Imports stand for themselves; other paths are found where they are written.

@@ -1,7 +1,7 @@
 //! Progress on stderr: a bar for each long task and, when it ends, one line with its time. Nothing is
 //! drawn without a terminal, with JSON logs, or below the log level `info`.
 
-use crate::phases::duration;
+use crate::phases::{PHASE, duration};
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use lathe_runtime::progress::{Observer, Unit, observe};
 use std::io::{IsTerminal, Write};
@@ -190,9 +190,6 @@ impl Drop for Task {
         self.clear();
     }
 }
-
-/// Target of the events that say how long a phase took.
-pub const PHASE: &str = "lathe::phase";
 
 #[cfg(test)]
 mod tests {

@@ -1,8 +1,8 @@
 //! From the command line to an imported model: what every command that compiles does first.
 
-use crate::cli::{DtypeChoice, GlobalOptions};
 use crate::config::{self, Options, Resolved};
 use crate::errors::usage_error;
+use crate::global_options::{DtypeChoice, GlobalOptions};
 use crate::model_folder::{model_folder, model_name};
 use crate::phases::Phases;
 use lathe_codegen::{LowerError, Plan, Programs, lower};

@@ -11,6 +11,7 @@ pub mod console;
 pub mod dump;
 pub mod errors;
 pub mod frontend;
+pub mod global_options;
 pub mod model;
 pub mod model_folder;
 pub mod phases;

@@ -23,7 +23,11 @@ fn main() -> ExitCode {
         }
     };
     lathe::cli::init_logging(cli.global.log_level, cli.global.log_format);
-    match lathe::cmd::run(&cli).and_then(|()| Ok(std::io::stdout().flush()?)) {
+    match cli
+        .command
+        .run(&cli.global)
+        .and_then(|()| Ok(std::io::stdout().flush()?))
+    {
         Ok(()) => ExitCode::SUCCESS,
         // The reader of our output went away (`lathe ... | head`): it has what it wanted.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,

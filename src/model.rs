@@ -1,10 +1,10 @@
 //! From a checkpoint folder to a model on a device: what every command that runs a model shares.
 
-use crate::cli::GlobalOptions;
 use crate::config::{CompileBackend, GemmTuning, Resolved, Run};
 use crate::console::Task;
 use crate::errors::{printable, usage_error};
 use crate::frontend::import_model;
+use crate::global_options::GlobalOptions;
 use crate::phases::{Phases, bytes};
 pub use crate::target::Target;
 use anyhow::Context;

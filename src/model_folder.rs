@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::cli::GlobalOptions;
 use crate::errors::usage_error;
+use crate::global_options::GlobalOptions;
 
 /// The checkpoint folder: `--model_path`, else `--model` when it is a folder, else the newest snapshot of
 /// that hub id in the local Hugging Face cache (`HF_HUB_CACHE`, `HF_HOME`, `~/.cache/huggingface`).

@@ -1,9 +1,11 @@
 //! Time by phase, without gaps.
 
-use crate::console::PHASE;
 use indexmap::IndexMap;
 use std::fmt::Write;
 use std::time::{Duration, Instant};
+
+/// Target of the events that say how long a phase took.
+pub const PHASE: &str = "lathe::phase";
 
 /// Attributes the wall time of a command to phases. What no phase claims is shown as
 /// `unattributed`.

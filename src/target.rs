@@ -1,7 +1,7 @@
 //! Which device a command runs on, and which one it compiles and predicts for.
 
-use crate::cli::DeviceChoice;
 use crate::errors::usage_error;
+use crate::global_options::DeviceChoice;
 use anyhow::Context;
 use lathe_passes::egraph::cost::DeviceModel;
 use lathe_runtime::device::cuda::driver;

@@ -1,6 +1,5 @@
 //! What depends on weights alone: layouts become recipes of the loader, all else is computed once.
 
-use crate::lower::pack_dtype;
 use crate::pack::{PackError, PackRecipe, RowPerm, Segment};
 use lathe_ir::Operands;
 use lathe_ir::ops::{Pack, Permute, Reshape, Slice, Weight};
@@ -106,7 +105,7 @@ pub(crate) fn recipe(graph: &Graph, id: NodeId) -> Result<Option<PackRecipe>, Pa
     let recipe = PackRecipe {
         rows: segments.iter().map(|s| s.src_rows.len()).sum(),
         cols: segments[0].src_cols.len(),
-        dtype: pack_dtype(ty.dtype),
+        dtype: ty.dtype.into(),
         segments,
     };
     recipe.validate()?;

@@ -2,7 +2,7 @@
 
 use crate::fold::{Folded, fixed, is_layout, recipe, scaled_columns};
 use crate::liveness::{assign_slots, check_slots};
-use crate::pack::{PackDType, PackError, PackRecipe};
+use crate::pack::{PackError, PackRecipe};
 use crate::plan::{
     CacheSpec, Once, Operand, Plan, Program, ProgramKind, Step, Table, ValueId, WeightBuffer,
 };
@@ -330,7 +330,7 @@ impl<'a> Lowering<'a> {
         let recipe = PackRecipe {
             rows: ty.elements(&SymEnv::default()),
             cols: 1,
-            dtype: pack_dtype(ty.dtype),
+            dtype: ty.dtype.into(),
             segments: Vec::new(),
         };
         let computed = self.once.import(self.graph, id)?;
@@ -397,14 +397,6 @@ impl<'a> Lowering<'a> {
         }
         kept.reverse();
         self.program.steps = kept;
-    }
-}
-
-pub(crate) fn pack_dtype(dtype: DType) -> PackDType {
-    match dtype {
-        DType::BF16 => PackDType::Bf16,
-        DType::F16 => PackDType::F16,
-        _ => PackDType::F32,
     }
 }
 

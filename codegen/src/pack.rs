@@ -15,6 +15,7 @@ use std::fmt;
 use std::ops::Range;
 
 use cover::{Fault, fault};
+use lathe_ir::DType;
 use serde::{Deserialize, Serialize};
 
 /// Rows of one partner in an interleaved block: both the RoPE halves and gate|up alternate by this many rows.
@@ -30,6 +31,16 @@ pub enum PackDType {
     Bf16,
     /// IEEE half precision.
     F16,
+}
+
+impl From<DType> for PackDType {
+    fn from(dtype: DType) -> PackDType {
+        match dtype {
+            DType::BF16 => PackDType::Bf16,
+            DType::F16 => PackDType::F16,
+            _ => PackDType::F32,
+        }
+    }
 }
 
 impl PackDType {

@@ -9,7 +9,7 @@
 
 use crate::dtype::DType;
 use crate::functions::{BinaryFn, ReduceFn, UnaryFn};
-use crate::infer::norm_operands;
+use crate::ops::checks::norm_operands;
 use crate::ops::{Reduce, Softmax, SwiGlu};
 use crate::shape::{Dim, broadcast, format_shape};
 use crate::{Real, TensorType, Type};

@@ -66,6 +66,9 @@ impl Slot {
     }
 }
 
+/// The operand of operations that have one.
+pub const X: Slot = Slot::value(0, "x");
+
 /// The operands of an operation: one a slot, some of them absent. Operations without named slots
 /// ([`Signature::VARIADIC`](crate::ops::Signature::VARIADIC)) have a list of present ones.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -2,8 +2,8 @@
 //!
 //! README.md beside this crate has the rules for writing rules.
 
-use crate::egraph::analysis::{Applied, Value};
-use crate::egraph::convert::{add_op, operands_of};
+use crate::egraph::analysis::{Applied, Value, operands_of};
+use crate::egraph::convert::add_op;
 use crate::egraph::mask::Fact;
 use crate::egraph::pattern::pattern;
 use crate::egraph::{Data, EGraph, Lang, TensorAnalysis};

@@ -8,7 +8,7 @@ pub mod kv_size;
 pub mod metrics;
 pub mod prepare;
 pub mod report;
-mod report_json;
+pub mod report_json;
 mod report_text;
 pub mod schedule;
 pub mod serve;

@@ -8,11 +8,6 @@ use serde::Serialize;
 use super::dataset::DatasetStats;
 use super::metrics::{BenchStatistics, PercentileStats, RequestRecord, failures};
 
-pub use super::report_json::{
-    InflightBatchingStats, IterationStats, KvCacheStats, write_iteration_log, write_output_json,
-    write_report_json, write_request_json,
-};
-
 /// A whole report.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Report {

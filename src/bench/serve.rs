@@ -17,10 +17,8 @@ use rand::{Rng, SeedableRng};
 
 use super::dataset::Dataset;
 use super::metrics::RequestRecord;
-use super::report::{
-    Incomplete, InflightBatchingStats, IterationStats, KvCacheStats, KvOccupancy, LatheSection,
-    StepBreakdown,
-};
+use super::report::{Incomplete, KvOccupancy, LatheSection, StepBreakdown};
+use super::report_json::{InflightBatchingStats, IterationStats, KvCacheStats};
 use super::step_shares::ClassTimes;
 
 /// How requests are put on the engine.

@@ -14,12 +14,12 @@ use lathe_runtime::device::cuda::DecodeBuckets;
 use lathe_runtime::device::load::LoadOptions;
 
 use super::config_file::ConfigFile;
-use crate::cli::GlobalOptions;
 use crate::config::{Given, Options, Resolved, Run, RuntimeKind};
 use crate::console::Task;
 use crate::dump::{self, Format, Points};
 use crate::errors::usage_error;
 use crate::frontend::{Imported, import_model};
+use crate::global_options::GlobalOptions;
 use crate::phases::{Phases, bytes, duration, picoseconds};
 use crate::target::Predicted;
 

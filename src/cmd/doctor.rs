@@ -8,7 +8,7 @@ use lathe_runtime::weights::read_folder;
 use std::io::Write;
 use std::path::PathBuf;
 
-use crate::cli::GlobalOptions;
+use crate::global_options::GlobalOptions;
 
 /// Say what this machine has, where, and what is missing.
 #[derive(Debug, Args)]

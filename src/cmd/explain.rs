@@ -13,12 +13,12 @@ use lathe_passes::predict::kernel_name;
 use lathe_passes::region::layer_name;
 
 use super::config_file::ConfigFile;
-use crate::cli::GlobalOptions;
 use crate::config::{Options, nearest};
 use crate::console::Task;
 use crate::dump::at;
 use crate::errors::usage_error;
 use crate::frontend::import_model;
+use crate::global_options::GlobalOptions;
 use crate::phases::{Phases, picoseconds};
 use crate::target::Predicted;
 

@@ -10,9 +10,9 @@ use std::io::Write;
 
 use super::config_file::ConfigFile;
 use super::throughput::weight_choice;
-use crate::cli::GlobalOptions;
 use crate::config::{Options, Run};
 use crate::errors::usage_error;
+use crate::global_options::GlobalOptions;
 use crate::model::CompiledModel;
 
 /// Complete a prompt.

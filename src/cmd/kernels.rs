@@ -20,8 +20,8 @@ use super::config_file::ConfigFile;
 use super::whole;
 use crate::bench::files::{check_writable, write_json};
 use crate::bench::kernels::{KernelsReport, Profiled, StepPoint};
-use crate::cli::GlobalOptions;
 use crate::config::{Given, Options, Resolved, Run};
+use crate::global_options::GlobalOptions;
 use crate::model::{CompiledModel, Target, WeightChoice};
 
 /// Time each kernel of a compiled model: GB/s, TFLOP/s, per cent of the ceilings measured in the same run, and

@@ -9,9 +9,9 @@ use super::outputs::Outputs;
 use super::serving::ServingJob;
 use super::throughput::{read_dataset, weight_choice};
 use crate::bench::serve::Load;
-use crate::cli::GlobalOptions;
 use crate::config::RuntimeKind;
 use crate::errors::usage_error;
+use crate::global_options::GlobalOptions;
 use crate::model::CompiledModel;
 
 /// Latency of one request at a time, streaming.

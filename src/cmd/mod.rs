@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use clap::Subcommand;
 
-use crate::cli::Cli;
+use crate::global_options::GlobalOptions;
 
 mod bench_args;
 mod compare;
@@ -59,22 +59,27 @@ pub enum Command {
     Passes(passes::Passes),
 }
 
-/// Runs the chosen command.
-pub fn run(cli: &Cli) -> anyhow::Result<()> {
-    match &cli.command {
-        Command::Generate(command) => command.run(&cli.global),
-        Command::Throughput(command) => command.run(&cli.global),
-        Command::Latency(command) => command.run(&cli.global),
-        Command::Verify(command) => command.run(&cli.global),
-        Command::Selftest(command) => command.run(&cli.global),
-        Command::Kernels(command) => command.run(&cli.global),
-        Command::Doctor(command) => command.run(&cli.global),
-        Command::PrepareDataset(command) => command.run(&cli.global),
-        Command::Compare(command) => command.run(),
-        Command::Compile(command) => command.run(&cli.global),
-        Command::Opt(command) => command.run(),
-        Command::Explain(command) => command.run(&cli.global),
-        Command::Passes(command) => command.run(),
+impl Command {
+    /// Runs the command.
+    ///
+    /// # Errors
+    /// What the command could not do.
+    pub fn run(&self, global: &GlobalOptions) -> anyhow::Result<()> {
+        match self {
+            Command::Generate(command) => command.run(global),
+            Command::Throughput(command) => command.run(global),
+            Command::Latency(command) => command.run(global),
+            Command::Verify(command) => command.run(global),
+            Command::Selftest(command) => command.run(global),
+            Command::Kernels(command) => command.run(global),
+            Command::Doctor(command) => command.run(global),
+            Command::PrepareDataset(command) => command.run(global),
+            Command::Compare(command) => command.run(),
+            Command::Compile(command) => command.run(global),
+            Command::Opt(command) => command.run(),
+            Command::Explain(command) => command.run(global),
+            Command::Passes(command) => command.run(),
+        }
     }
 }
 

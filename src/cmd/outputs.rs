@@ -9,9 +9,9 @@ use lathe_runtime::text::TextTokenizer;
 use crate::bench::files::check_writable;
 use crate::bench::gpu_state::GpuState;
 use crate::bench::metrics::RequestRecord;
-use crate::bench::report::{
-    Engine, IterationStats, Machine, Phase, Report, write_iteration_log, write_output_json,
-    write_report_json, write_request_json,
+use crate::bench::report::{Engine, Machine, Phase, Report};
+use crate::bench::report_json::{
+    IterationStats, write_iteration_log, write_output_json, write_report_json, write_request_json,
 };
 use crate::errors::usage_error;
 use crate::model::{CompiledModel, Target};

@@ -14,8 +14,8 @@ use crate::bench::files::write_atomically;
 use crate::bench::prepare::{
     LengthDistribution, MAX_LENGTH, SyntheticDataset, TaskIds, TextSource, write_jsonl,
 };
-use crate::cli::GlobalOptions;
 use crate::errors::usage_error;
+use crate::global_options::GlobalOptions;
 use crate::model_folder::model_folder;
 
 /// Make a benchmark dataset (JSONL).

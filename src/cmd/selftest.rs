@@ -12,8 +12,8 @@ use std::time::Instant;
 
 use crate::bench::files::{check_writable, write_json};
 use crate::bench::table::{Align, table};
-use crate::cli::GlobalOptions;
 use crate::errors::usage_error;
+use crate::global_options::GlobalOptions;
 use crate::model::Target;
 use crate::selftest::{Effort, subjects};
 

@@ -12,9 +12,9 @@ use super::serving::ServingJob;
 use super::static_batch::StaticJob;
 use crate::bench::dataset::{Dataset, ReadOptions};
 use crate::bench::serve::Load;
-use crate::cli::GlobalOptions;
 use crate::config::{Given, Options, Resolved, RuntimeKind, Source};
 use crate::errors::usage_error;
+use crate::global_options::GlobalOptions;
 use crate::model::{CompiledModel, WeightChoice};
 
 /// Sequences for which the decode program is chosen, unless the configuration says otherwise. It does

@@ -12,9 +12,9 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use super::config_file::ConfigFile;
-use crate::cli::GlobalOptions;
 use crate::config::{Given, Options, Resolved, Run, Source, Switch};
 use crate::errors::printable;
+use crate::global_options::GlobalOptions;
 use crate::model::{CompiledModel, Target, WeightChoice};
 
 /// Compare with reference logits and greedy tokens.

@@ -43,7 +43,7 @@ fn statement<F: Float>(op: &ChainOp, x: &[Value<F>]) -> Result<Value<F>, String>
         (ChainOp::Cast(to), [x]) => elementwise::cast(x, *to),
         (ChainOp::Unary(f), [x]) => elementwise::unary(*f, x),
         (ChainOp::Binary(f), [a, b]) => elementwise::binary(*f, a, b),
-        (ChainOp::Silu, [x]) => Ok(Value::Float(x.float()?.map(rows::silu))),
+        (ChainOp::Silu, [x]) => Ok(Value::Float(x.float()?.map(elementwise::silu))),
         (ChainOp::SwiGlu, [gate, up]) => elementwise::swiglu(gate.float()?, up.float()?),
         (ChainOp::Softmax, [x]) => rows::softmax(x.float()?).map(Value::Float),
         (ChainOp::RmsNorm { eps }, [x, gamma]) => {

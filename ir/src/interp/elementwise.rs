@@ -1,7 +1,6 @@
 //! Elementwise operations with broadcasting, and conversions.
 
 use super::eval::{Call, Eval};
-use super::rows::silu;
 use super::value::{broadcast_shape, broadcast_strides, coalesce, walk};
 use super::{Float, Tensor, Value};
 use crate::dtype::DType;
@@ -192,6 +191,10 @@ pub(super) fn cast<F: Float>(x: &Value<F>, to: DType) -> Result<Value<F>, String
         (Value::Bool(t), _) => Value::Float(t.map(|v| if v { F::ONE } else { F::ZERO })),
         _ => return Err(format!("cannot convert {}", x.kind())),
     })
+}
+
+pub(super) fn silu<F: Float>(v: F) -> F {
+    v * v.sigmoid()
 }
 
 /// `silu(gate)·up`.

@@ -134,10 +134,10 @@ macro_rules! float {
             // The hot loops are methods of these impls so that they are compiled once, with this
             // crate's optimisation level, and not in every crate that runs programs.
             fn dot(a: &[$t], b: &[$t]) -> $t {
-                super::linalg::dot(a, b)
+                dot(a, b)
             }
             fn combine_rows(a: &[$t], b: &[$t], out: &mut [$t]) {
-                super::linalg::combine_rows(a, b, out);
+                combine_rows(a, b, out);
             }
         }
     };
@@ -160,6 +160,51 @@ fn erf(x: f64) -> f64 {
         sum += term;
     }
     std::f64::consts::FRAC_2_SQRT_PI * (-x * x).exp() * sum
+}
+
+/// Dot product, in 16 interleaved partial sums.
+fn dot<F: Float>(a: &[F], b: &[F]) -> F {
+    let mut acc = [F::ZERO; 16];
+    let (ca, cb) = (a.chunks_exact(16), b.chunks_exact(16));
+    let (ra, rb) = (ca.remainder(), cb.remainder());
+    for (x, y) in ca.zip(cb) {
+        for i in 0..16 {
+            acc[i] += x[i] * y[i];
+        }
+    }
+    for (s, (&x, &y)) in acc.iter_mut().zip(ra.iter().zip(rb)) {
+        *s += x * y;
+    }
+    for width in [8, 4, 2, 1] {
+        for i in 0..width {
+            let v = acc[i + width];
+            acc[i] += v;
+        }
+    }
+    acc[0]
+}
+
+/// `out += Σ_k a[k] · b[k,:]` with b `[K,N]`, four rows of b at a time.
+fn combine_rows<F: Float>(a: &[F], b: &[F], out: &mut [F]) {
+    let n = out.len();
+    if n == 0 {
+        return;
+    }
+    let (ca, cb) = (a.chunks_exact(4), b.chunks_exact(4 * n));
+    let (ra, rb) = (ca.remainder(), cb.remainder());
+    for (w, rows) in ca.zip(cb) {
+        let (r0, rest) = rows.split_at(n);
+        let (r1, rest) = rest.split_at(n);
+        let (r2, r3) = rest.split_at(n);
+        for ((((o, &x0), &x1), &x2), &x3) in out.iter_mut().zip(r0).zip(r1).zip(r2).zip(r3) {
+            *o += w[0] * x0 + w[1] * x1 + w[2] * x2 + w[3] * x3;
+        }
+    }
+    for (&w, row) in ra.iter().zip(rb.chunks_exact(n)) {
+        for (o, &x) in out.iter_mut().zip(row) {
+            *o += w * x;
+        }
+    }
 }
 
 #[cfg(test)]

@@ -8,51 +8,6 @@ use crate::functions::ReduceFn;
 use crate::operands::Operands;
 use crate::ops::{self, Linear, Matmul, Reduce, X};
 
-/// Dot product, in 16 interleaved partial sums.
-pub(super) fn dot<F: Float>(a: &[F], b: &[F]) -> F {
-    let mut acc = [F::ZERO; 16];
-    let (ca, cb) = (a.chunks_exact(16), b.chunks_exact(16));
-    let (ra, rb) = (ca.remainder(), cb.remainder());
-    for (x, y) in ca.zip(cb) {
-        for i in 0..16 {
-            acc[i] += x[i] * y[i];
-        }
-    }
-    for (s, (&x, &y)) in acc.iter_mut().zip(ra.iter().zip(rb)) {
-        *s += x * y;
-    }
-    for width in [8, 4, 2, 1] {
-        for i in 0..width {
-            let v = acc[i + width];
-            acc[i] += v;
-        }
-    }
-    acc[0]
-}
-
-/// `out += Σ_k a[k] · b[k,:]` with b `[K,N]`, four rows of b at a time.
-pub(super) fn combine_rows<F: Float>(a: &[F], b: &[F], out: &mut [F]) {
-    let n = out.len();
-    if n == 0 {
-        return;
-    }
-    let (ca, cb) = (a.chunks_exact(4), b.chunks_exact(4 * n));
-    let (ra, rb) = (ca.remainder(), cb.remainder());
-    for (w, rows) in ca.zip(cb) {
-        let (r0, rest) = rows.split_at(n);
-        let (r1, rest) = rest.split_at(n);
-        let (r2, r3) = rest.split_at(n);
-        for ((((o, &x0), &x1), &x2), &x3) in out.iter_mut().zip(r0).zip(r1).zip(r2).zip(r3) {
-            *o += w[0] * x0 + w[1] * x1 + w[2] * x2 + w[3] * x3;
-        }
-    }
-    for (&w, row) in ra.iter().zip(rb.chunks_exact(n)) {
-        for (o, &x) in out.iter_mut().zip(row) {
-            *o += w * x;
-        }
-    }
-}
-
 pub(super) fn matmul<F: Float>(a: &Tensor<F>, b: &Tensor<F>) -> Result<Tensor<F>, String> {
     if a.rank() < 2 || b.rank() < 2 {
         return Err("operands of rank below 2".to_string());

@@ -20,12 +20,12 @@ pub use attention::{KvRows, KvState, StepMeta};
 pub use float::Float;
 pub use value::{CacheRef, Tensor, Value};
 
-pub(crate) use eval::{Call, Eval};
+use eval::{Call, Eval};
 
 use crate::dtype::DType;
 use crate::graph::{Graph, NodeId};
 use crate::operands::Operands;
-use crate::ops::{Cast, Get, Op, WeightRef};
+use crate::ops::{Cast, Get, Op, WeightRef, with_payload};
 use crate::shape::{Dim, SymEnv};
 use crate::{TensorType, Type};
 use indexmap::IndexMap;
@@ -312,7 +312,10 @@ pub fn eval_op<'v, F: Float>(
     let round = state.rounding(ty);
     let checked = op.signature().check(&inputs);
     checked
-        .and_then(|()| op.eval(&inputs, &mut Call { state, ty, round }))
+        .and_then(|()| {
+            let mut call = Call { state, ty, round };
+            with_payload!(op, payload => Eval::eval(payload, &inputs, &mut call))
+        })
         .and_then(|v| state.finish(v, ty))
         .map_err(|reason| InterpError {
             op: op.name(),

@@ -1,6 +1,7 @@
 //! Operations on the rows of a value: softmax, norms, gates, rotary embedding and the composites
 //! made of them.
 
+use super::elementwise::{silu, zip};
 use super::eval::{Call, Eval};
 use super::linalg::{add_bias, argmax, linear};
 use super::value::broadcast_strides;
@@ -86,10 +87,6 @@ fn rms_scaled<F: Float>(x: &Tensor<F>, eps: Real) -> Tensor<F> {
         rms_row(row, &ones, eps.get(), None);
     }
     y
-}
-
-pub(super) fn silu<F: Float>(v: F) -> F {
-    v * v.sigmoid()
 }
 
 /// `positions ⊗ inv_freq`.
@@ -185,7 +182,7 @@ pub(super) fn add<F: Float>(
     if a.shape != b.shape {
         return Err(format!("shapes differ: {:?} and {:?}", a.shape, b.shape));
     }
-    super::elementwise::zip(a, b, |x, y| rounded(x + y, round))
+    zip(a, b, |x, y| rounded(x + y, round))
 }
 
 /// SwiGLU of rows whose gate and up features alternate in blocks of 8.

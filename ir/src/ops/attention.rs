@@ -1,9 +1,9 @@
 //! Attention, from its parts to one operation, and what stands around it.
 
-use super::{Class, Fields, Level, Operation, Signature, X};
-use crate::infer::{
+use super::checks::{
     linear_of, optional, same_dtype, same_type, want_cache, want_float, want_min_rank, want_rank,
 };
+use super::{Class, Fields, Level, Operation, Signature, X};
 use crate::operands::{Operands, Slot};
 use crate::shape::{Dim, broadcast, format_shape};
 use crate::{Real, TensorType, Type};

@@ -1,8 +1,8 @@
 //! Elementwise operations.
 
+use super::checks::{broadcast_of, same_dtype, same_type, want_dtype, want_float, want_rank};
 use super::{Class, Fields, Level, Operation, Signature, X};
 use crate::functions::{BinaryFn, UnaryFn};
-use crate::infer::{broadcast_of, same_dtype, same_type, want_dtype, want_float, want_rank};
 use crate::operands::{Operands, Slot};
 use crate::{DType, TensorType, Type};
 

@@ -1,10 +1,10 @@
 //! Matrix products, and the layouts of their weights.
 
-use super::{Class, Fields, Level, Operation, Signature};
-use crate::infer::{
+use super::checks::{
     broadcast_of, linear_of, norm_operands, optional, same_dtype, same_type, want_float,
     want_min_rank,
 };
+use super::{Class, Fields, Level, Operation, Signature};
 use crate::operands::{Operands, Slot};
 use crate::shape::{Dim, format_shape};
 use crate::{Real, TensorType, Type};

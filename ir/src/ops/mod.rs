@@ -6,6 +6,7 @@
 
 mod attention;
 mod chain;
+pub(crate) mod checks;
 mod elementwise;
 mod leaves;
 mod matrix;
@@ -30,22 +31,29 @@ pub use step::{Get, Sample, Select, Win, select};
 
 pub use crate::chain::Chain;
 pub use crate::functions::{BinaryFn, ReduceFn, UnaryFn};
+pub use crate::operands::X;
 
 use crate::Type;
-use crate::operands::{Operands, Slot};
-
-/// The operand of operations that have one.
-pub const X: Slot = Slot::value(0, "x");
+use crate::operands::Operands;
 
 /// The payload of a variant.
-pub trait Variant: Operation {
+pub trait Variant: Operation + Into<Op> {
     /// The payload of an operation, if it is of this kind.
     fn of(op: &Op) -> Option<&Self>;
 }
 
 /// Makes the list of payloads one type, and asks the right payload.
 macro_rules! operations {
-    ($($(#[$doc:meta])* $variant:ident($payload:ty),)*) => {
+    ($dollar:tt $($(#[$doc:meta])* $variant:ident($payload:ty),)*) => {
+        /// An expression of the payload of an operation, whichever it is.
+        macro_rules! with_payload {
+            ($dollar op:expr, $dollar payload:ident => $dollar value:expr) => {
+                match $dollar op {
+                    $($crate::ops::Op::$variant($dollar payload) => $dollar value,)*
+                }
+            };
+        }
+
         /// An operation without its operands.
         #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
         pub enum Op {
@@ -117,20 +125,13 @@ macro_rules! operations {
             pub(crate) fn ty(&self, x: &Operands<&Type>) -> Result<Type, String> {
                 match self { $(Op::$variant(payload) => Operation::ty(payload, x),)* }
             }
-
-            /// The value of the operation; see [`crate::interp::eval_op`].
-            pub(crate) fn eval<F: crate::interp::Float>(
-                &self,
-                x: &Operands<&crate::interp::Value<F>>,
-                call: &mut crate::interp::Call<'_, '_, F>,
-            ) -> Result<crate::interp::Value<F>, String> {
-                match self { $(Op::$variant(payload) => crate::interp::Eval::eval(payload, x, call),)* }
-            }
         }
     };
 }
 
 operations! {
+    $
+
     // ---- leaves ----
     /// A value given at run time.
     Input(Input),
@@ -217,6 +218,8 @@ operations! {
     /// The next token of each row.
     Sample(Sample),
 }
+
+pub(crate) use with_payload;
 
 impl Op {
     /// The payload, if the operation is of a kind.

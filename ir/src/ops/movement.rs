@@ -1,7 +1,7 @@
 //! Lookups and changes of layout.
 
+use super::checks::{axis_of, same_dtype, want_int, want_rank};
 use super::{Class, Fields, Level, Operation, Signature, X};
-use crate::infer::{axis_of, same_dtype, want_int, want_rank};
 use crate::operands::{Operands, Slot};
 use crate::shape::{Dim, element_count, format_shape};
 use crate::{TensorType, Type};

@@ -1,8 +1,8 @@
 //! Operations on rows: reductions, softmax, RMSNorm.
 
+use super::checks::{axis_of, norm_operands, same_type, want_float, want_min_rank};
 use super::{Class, Fields, Level, Operation, Signature, X};
 use crate::functions::ReduceFn;
-use crate::infer::{axis_of, norm_operands, same_type, want_float, want_min_rank};
 use crate::operands::{Operands, Slot};
 use crate::shape::Dim;
 use crate::{DType, Real, TensorType, Type};

@@ -1,6 +1,5 @@
 //! What every operation says of itself: names, operands, class, type rule, attributes.
 
-use super::Op;
 use crate::operands::{Operands, Slot};
 use crate::shape::Dim;
 use crate::{DType, Real, Type};
@@ -145,9 +144,9 @@ impl Signature {
     }
 }
 
-/// An operation without its operands: the payload of a variant of [`Op`], with everything that the
-/// rest of lathe asks about it. What it computes is told by [`crate::interp::Eval`].
-pub trait Operation: Clone + Default + Into<Op> {
+/// An operation without its operands: the payload of a variant of [`Op`](super::Op), with everything that the
+/// rest of lathe asks about it. What it computes is told by the interpreter.
+pub trait Operation: Clone + Default {
     /// Its name; for a family of functions all their names.
     const NAMES: &'static [&'static str];
     /// Its operands and kind.

@@ -1,7 +1,7 @@
 //! What steps add to whole sequences: windows, selected rows, sampling; and elements of tuples.
 
+use super::checks::{axis_of, want_int, want_min_rank, want_rank};
 use super::{Class, Fields, Level, Operation, Signature, X};
-use crate::infer::{axis_of, want_int, want_min_rank, want_rank};
 use crate::operands::{Operands, Slot};
 use crate::shape::{Dim, Sym};
 use crate::text::format_type;

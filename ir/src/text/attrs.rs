@@ -31,7 +31,7 @@ impl fmt::Display for Attr {
             Attr::Int(v) => write!(f, "{v}"),
             Attr::Real(v) => write!(f, "{v}"),
             Attr::Word(v) => f.write_str(v),
-            Attr::Text(v) => f.write_str(&super::print::quote(v)),
+            Attr::Text(v) => f.write_str(&super::quote::quote(v)),
             Attr::Ints(v) => list(f, v),
             Attr::Reals(v) => list(f, v),
         }

@@ -1,10 +1,11 @@
 //! Prints a program as a Graphviz graph, one cluster a decoder layer.
 
 use super::attrs::attrs;
-use super::print::{format_type, quote};
+use super::quote::quote;
 use crate::graph::{Graph, NodeId};
 use crate::ops::Op;
 use crate::ops::Table;
+use crate::types::format_type;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 

@@ -1,8 +1,8 @@
 //! A program as JSON, for other programs to read.
 
 use super::attrs::{Attr, attrs};
-use super::print::format_type;
 use crate::graph::Graph;
+use crate::types::format_type;
 use serde_json::{Map, Value, json as object};
 
 /// The program as a JSON object: `name`, `nodes` (each with `id`, `op`, `inputs`, `attrs`, `type`,

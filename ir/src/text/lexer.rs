@@ -65,7 +65,7 @@ impl fmt::Display for Token<'_> {
         match self {
             Token::Word(s) | Token::Number(s) => write!(f, "'{}'", short(s)),
             Token::Value(s) => write!(f, "'%{}'", short(s)),
-            Token::Text(s) => write!(f, "{}", super::print::quote(&short(s))),
+            Token::Text(s) => write!(f, "{}", super::quote::quote(&short(s))),
             Token::Punct(c) => write!(f, "'{}'", c.escape_debug()),
             Token::Comment(_) => f.write_str("a comment"),
             Token::Newline => f.write_str("the end of the line"),

@@ -22,10 +22,12 @@ mod json;
 mod lexer;
 mod parse;
 mod print;
+mod quote;
 
+pub use crate::types::format_type;
 pub use attrs::{Attr, attrs};
 pub use dot::dot;
 pub use json::json;
 pub use lexer::Pos;
 pub use parse::{ParseError, TypeMismatch, parse};
-pub use print::{format_type, print, print_node};
+pub use print::{print, print_node};

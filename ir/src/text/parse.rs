@@ -2,12 +2,13 @@
 
 use super::attrs::{Args, Attr};
 use super::lexer::{Fault, Lexer, Pos, Token, fault};
-use super::print::{format_type, is_plain_path, layer};
+use super::print::{is_plain_path, layer};
 use crate::graph::{Graph, Node, NodeId, Prov};
 use crate::infer::infer;
 use crate::operands::Operands;
 use crate::ops::{Op, Signature};
 use crate::shape::{Dim, Sym};
+use crate::types::format_type;
 use crate::{DType, Real, TensorType, Type};
 use std::collections::BTreeMap;
 use std::sync::Arc;

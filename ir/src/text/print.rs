@@ -1,9 +1,9 @@
 //! Prints a program as SSA text.
 
 use super::attrs::attrs;
+use super::quote::quote;
 use crate::graph::{Graph, Node, NodeId, Prov};
-use crate::shape::format_shape;
-use crate::{TensorType, Type};
+use crate::types::format_type;
 use std::fmt::Write;
 
 /// Column at which the comments start, where the line is short enough.
@@ -65,18 +65,6 @@ fn operands(node: &Node) -> String {
     out
 }
 
-/// A type as the text shows it: `bf16[T,64]`, `cache`, `(bf16[T,64], cache)`.
-pub fn format_type(ty: &Type) -> String {
-    match ty {
-        Type::Tensor(TensorType { dtype, shape }) => format!("{dtype}{}", format_shape(shape)),
-        Type::Cache => "cache".to_string(),
-        Type::Tuple(ts) => {
-            let ts: Vec<String> = ts.iter().map(format_type).collect();
-            format!("({})", ts.join(", "))
-        }
-    }
-}
-
 /// Layer and path, or nothing for a value without provenance.
 fn comment(prov: &Prov) -> Option<String> {
     let path = if is_plain_path(&prov.path) {
@@ -111,25 +99,4 @@ fn is_word(s: &str) -> bool {
         .next()
         .is_some_and(|b| b.is_ascii_alphabetic() || b == b'_')
         && bytes.all(|b| b.is_ascii_alphanumeric() || b == b'_')
-}
-
-/// A name in quotes, with quotes, backslashes and control characters escaped.
-pub(super) fn quote(s: &str) -> String {
-    let mut out = String::with_capacity(s.len() + 2);
-    out.push('"');
-    for c in s.chars() {
-        match c {
-            '"' => out.push_str("\\\""),
-            '\\' => out.push_str("\\\\"),
-            '\n' => out.push_str("\\n"),
-            '\r' => out.push_str("\\r"),
-            '\t' => out.push_str("\\t"),
-            c if c.is_control() => {
-                let _ = write!(out, "\\u{{{:x}}}", u32::from(c));
-            }
-            c => out.push(c),
-        }
-    }
-    out.push('"');
-    out
 }

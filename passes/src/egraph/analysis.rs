@@ -2,7 +2,6 @@
 //! weights or positions only.
 
 use super::EGraph;
-use super::convert::operands_of;
 use super::lang::Lang;
 use super::mask::{self, Fact, Operand};
 use egg::{Analysis, DidMerge, Id};
@@ -133,6 +132,12 @@ pub fn op_of(egraph: &EGraph, node: &Lang) -> Op {
             None => egraph[ch[0]].data.payload().clone(),
         },
     }
+}
+
+/// The operands of an e-node.
+pub fn operands_of(egraph: &EGraph, node: &Lang) -> Operands<Id> {
+    let present = |&id: &Id| !matches!(egraph[id].data, Data::Absent);
+    Operands::of_slots((node.places().iter()).map(|id| Some(*id).filter(present)))
 }
 
 impl Analysis<Lang> for TensorAnalysis {

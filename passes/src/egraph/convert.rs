@@ -1,7 +1,7 @@
 //! Graphs into the e-graph and chosen terms back into graphs.
 
 use super::EGraph;
-use super::analysis::{Data, op_of};
+use super::analysis::{Data, op_of, operands_of};
 use super::lang::Lang;
 use crate::walk::Reads;
 use egg::Id;
@@ -30,12 +30,6 @@ pub fn e_node(op: &Op, operands: &Operands<Id>, mut leaf: impl FnMut(Lang) -> Id
 pub fn add_op(egraph: &mut EGraph, op: &Op, operands: &Operands<Id>) -> Id {
     let node = e_node(op, operands, |leaf| egraph.add(leaf));
     egraph.add(node)
-}
-
-/// The operands of an e-node.
-pub fn operands_of(egraph: &EGraph, node: &Lang) -> Operands<Id> {
-    let present = |&id: &Id| !matches!(egraph[id].data, Data::Absent);
-    Operands::of_slots((node.places().iter()).map(|id| Some(*id).filter(present)))
 }
 
 /// Adds a whole graph; returns the class of each node.

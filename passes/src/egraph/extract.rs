@@ -6,9 +6,8 @@
 //! together, are switched as long as the whole gets cheaper. Tests hold the result against the
 //! exact optimum of an integer program.
 
-use super::analysis::{Data, is_step_shape, op_of};
+use super::analysis::{Data, is_step_shape, op_of, operands_of};
 use super::convert::Choice;
-use super::convert::operands_of;
 use super::cost::{CostPoint, INFINITE, op_cost};
 use super::lang::Lang;
 use super::{EGraph, analysis::Value};

@@ -4,11 +4,13 @@
 //! Patterns therefore bind whole payloads: `(attn ?spec ?q ?k ?v)`. A payload inside the enum
 //! variant would not do, because patterns would have to spell it out.
 
-use super::pattern::ABSENT;
 use egg::{FromOp, Id, Language};
 use lathe_ir::{Op, Slot};
 use smallvec::SmallVec;
 use std::fmt;
+
+/// How an absent operand is spelled in full patterns.
+pub(super) const ABSENT: &str = "absent";
 
 /// An e-node.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]

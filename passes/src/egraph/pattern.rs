@@ -5,6 +5,7 @@
 //! absence. The e-graph has every place, so that patterns of one operation are of one length.
 
 use super::Lang;
+use super::lang::ABSENT;
 use egg::Pattern;
 use lathe_ir::Op;
 use std::iter::Peekable;
@@ -90,9 +91,6 @@ fn term<'a>(
     out.push(')');
     Ok(())
 }
-
-/// How an absent operand is spelled in full patterns.
-pub(super) const ABSENT: &str = "absent";
 
 #[cfg(test)]
 mod tests {

@@ -1,5 +1,5 @@
 //! From full sequences to the rows of one step: `win` moves down through row-wise operations and
-//! inserts the KV cache at attention (egraph.md 5.2).
+//! inserts the KV cache at attention.
 //!
 //! `win` of a value `[B,S,..]` is the value's rows of this step, `[T,..]`, the token axis first.
 //! What it cannot move through (a reduction over the sequence, an attention that sees later rows)

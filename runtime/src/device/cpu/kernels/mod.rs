@@ -17,8 +17,6 @@
 pub mod attention;
 pub mod chain;
 mod dot;
-#[cfg(target_arch = "x86_64")]
-mod dot_x86;
 mod elem;
 pub mod linear;
 mod math;
@@ -29,8 +27,6 @@ pub mod pool;
 pub mod rope;
 pub mod rows;
 mod simd;
-#[cfg(target_arch = "x86_64")]
-mod simd_x86;
 #[cfg(test)]
 mod tests;
 

@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
-use super::dot::{Block, Dot, block};
+use super::{Block, Dot, block};
 
 /// vdpbf16ps: 32 products a step.
 struct Bf16Dot512;

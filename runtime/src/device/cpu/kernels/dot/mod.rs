@@ -5,10 +5,11 @@
 //! vector accumulator that walks a span of K upwards, accumulators are summed by one tree, and the spans depend on
 //! K alone, so c[m][n] depends bitwise on the two rows and K alone.
 
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
 use half::bf16;
 
-#[cfg(target_arch = "x86_64")]
-use super::dot_x86;
 use super::simd::{Isa, bf16_to_f32};
 
 /// Rows of `w` a block has at most; also the layouts' interleaving unit (8 rows of each partner).
@@ -62,11 +63,11 @@ impl DotElem for bf16 {
         unsafe {
             match isa {
                 #[cfg(target_arch = "x86_64")]
-                Isa::Avx512Bf16 => dot_x86::bf16_avx512bf16(b),
+                Isa::Avx512Bf16 => x86::bf16_avx512bf16(b),
                 #[cfg(target_arch = "x86_64")]
-                Isa::Avx512 => dot_x86::bf16_avx512(b),
+                Isa::Avx512 => x86::bf16_avx512(b),
                 #[cfg(target_arch = "x86_64")]
-                Isa::Avx2 => dot_x86::bf16_avx2(b),
+                Isa::Avx2 => x86::bf16_avx2(b),
                 _ => portable_block(b, bf16_to_f32),
             }
         }
@@ -88,9 +89,9 @@ impl DotElem for f32 {
         unsafe {
             match isa {
                 #[cfg(target_arch = "x86_64")]
-                Isa::Avx512 | Isa::Avx512Bf16 => dot_x86::f32_avx512(b),
+                Isa::Avx512 | Isa::Avx512Bf16 => x86::f32_avx512(b),
                 #[cfg(target_arch = "x86_64")]
-                Isa::Avx2 => dot_x86::f32_avx2(b),
+                Isa::Avx2 => x86::f32_avx2(b),
                 _ => portable_block(b, |x| x),
             }
         }

@@ -7,6 +7,9 @@
 //! The methods of [`Simd`] are safe to call only below `dispatch`, which has checked that the machine has
 //! the features; the types are private to the kernels for that reason.
 
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
 use std::cell::Cell;
 use std::sync::OnceLock;
 
@@ -118,10 +121,10 @@ pub(crate) fn dispatch<K: Kernel>(isa: Isa, kernel: K) {
     match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: an `Isa` other than `Portable` is only obtained from `detected` or `with`, which checked the features.
-        Isa::Avx512 | Isa::Avx512Bf16 => unsafe { super::simd_x86::run_avx512(kernel) },
+        Isa::Avx512 | Isa::Avx512Bf16 => unsafe { x86::run_avx512(kernel) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
-        Isa::Avx2 => unsafe { super::simd_x86::run_avx2(kernel) },
+        Isa::Avx2 => unsafe { x86::run_avx2(kernel) },
         _ => kernel.run::<Scalar8>(),
     }
 }

@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
-use super::simd::{Kernel, Simd};
+use super::{Kernel, Simd};
 
 /// 8 lanes, AVX2 and FMA.
 #[derive(Clone, Copy)]
