@@ -5,8 +5,9 @@ use std::io::Write as _;
 
 use anyhow::anyhow;
 use clap::Args;
+use lathe_codegen::cuda::{Fusions, StepFusion};
 use lathe_ir::{Chain, ChainArg, Graph, Node, NodeId, Op, ProgramKind, text};
-use lathe_passes::egraph::cost::CostPoint;
+use lathe_passes::egraph::cost::{CostPoint, DeviceModel};
 use lathe_passes::explain::{Form, OpStory, ProgramStory};
 use lathe_passes::pipeline::{PassConfig, Recorded, RecordedTemplate, TemplateReport, record};
 use lathe_passes::predict::kernel_name;
@@ -15,7 +16,7 @@ use lathe_passes::region::layer_name;
 use super::config_file::ConfigFile;
 use crate::config::{Options, nearest};
 use crate::console::Task;
-use crate::dump::at;
+use crate::dump::{self, at};
 use crate::errors::usage_error;
 use crate::frontend::import_model;
 use crate::global_options::GlobalOptions;
@@ -69,25 +70,46 @@ impl Explain {
         let config = self.config.resolve(Options::default())?;
         let device = Predicted::resolve(self.target.as_deref(), global.device)?;
         let imported = import_model(global, &config, &mut phases)?;
+        let on_cpu = device.model == DeviceModel::CPU;
         let pass_config = config.pass_config(device.model);
         let recorded = record(&imported.model.graph, &pass_config)?;
+        // Kernels are generated for GPUs alone.
+        let fusions = match on_cpu {
+            true => None,
+            false => {
+                let max_seq_len = config.max_seq_len.value;
+                let options = dump::kernel_options(
+                    config.attn_page_size.value,
+                    max_seq_len.unwrap_or(imported.model.arch.max_position),
+                    !config.compile_backend.value.fuses(),
+                );
+                let plan = imported.lower(&recorded.compiled)?;
+                dump::program_fusions(&plan, self.program.kind(), &pass_config, options)?
+            }
+        };
         drop(task);
-        let out = self.text(&recorded, &pass_config)?;
+        let out = self.text(&recorded, &pass_config, fusions.as_ref())?;
         std::io::stdout().lock().write_all(out.as_bytes())?;
         Ok(())
     }
 
     /// What is printed: for `--op` what it names among the operations of the program, else among
     /// those that they stand for and that rules made on the way.
-    fn text(&self, recorded: &Recorded, config: &PassConfig) -> anyhow::Result<String> {
-        self.named(recorded, config, false)
-            .or_else(|e| self.named(recorded, config, true).map_err(|_| e))
+    fn text(
+        &self,
+        recorded: &Recorded,
+        config: &PassConfig,
+        fusions: Option<&Fusions>,
+    ) -> anyhow::Result<String> {
+        self.named(recorded, config, fusions, false)
+            .or_else(|e| self.named(recorded, config, fusions, true).map_err(|_| e))
     }
 
     fn named(
         &self,
         recorded: &Recorded,
         config: &PassConfig,
+        fusions: Option<&Fusions>,
         imported: bool,
     ) -> anyhow::Result<String> {
         let compiled = &recorded.compiled;
@@ -109,6 +131,7 @@ impl Explain {
                     None => view.line(&mut out, op),
                     Some(name) if view.is(op, name) || imported && view.stands_for(op, name) => {
                         view.explain(&mut out, op);
+                        view.kernels(&mut out, op, fusions);
                     }
                     Some(_) => continue,
                 }
@@ -340,6 +363,43 @@ impl View<'_> {
             );
         }
         out.push('\n');
+    }
+
+    /// The kernels that run an operation, and what they take over from their neighbours.
+    fn kernels(&self, out: &mut String, op: &OpStory, fusions: Option<&Fusions>) {
+        let (name, path) = self.step_name(op.node);
+        let steps: Vec<&StepFusion> = fusions
+            .iter()
+            .flat_map(|f| &f.steps)
+            .filter(|s| s.op == name && s.path == path)
+            .collect();
+        // Two operations may have one path: they are then told apart by their order.
+        let alike: Vec<NodeId> = self
+            .graph
+            .ids()
+            .filter(|id| self.step_name(*id) == (name, path.clone()))
+            .collect();
+        let its = match alike.iter().position(|id| *id == op.node) {
+            Some(at) if alike.len() == steps.len() => &steps[at..=at],
+            _ => &steps[..],
+        };
+        if its.is_empty() {
+            return;
+        }
+        let _ = writeln!(
+            out,
+            "step and kernel, and what it does beside that where rows are greedy"
+        );
+        for step in its {
+            let _ = write!(out, "{step}");
+        }
+        out.push('\n');
+    }
+
+    /// The operation and the path of the step that runs a node.
+    fn step_name(&self, id: NodeId) -> (&'static str, String) {
+        let node = self.graph.node(id);
+        (node.op.name(), self.path(node))
     }
 
     /// For each reader of an operation, its cheapest form that would read the operation's operands

@@ -2,22 +2,22 @@
 
 use anyhow::Context;
 use indexmap::IndexMap;
-use lathe_codegen::cuda::{CudaOptions, CudaProgram, Sampling, Sizes, lower_program};
+use lathe_codegen::cuda::{
+    Capabilities, Choices, CudaOptions, CudaProgram, Fusions, Sampling, Sizes, fusions,
+    lower_program,
+};
 use lathe_codegen::{Plan, ProgramKind};
 use lathe_ir::Sym;
 use lathe_passes::pipeline::PassConfig;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
-/// Multiprocessors of an H100 SXM and of an H200: what sources are generated for without a device.
-const SMS: u32 = 132;
-
 /// How kernels are generated where there is no device.
 pub fn kernel_options(page_size: u32, max_seq_len: u32, per_op: bool) -> CudaOptions {
     let page_size = page_size as usize;
     CudaOptions {
         pdl: true,
-        sms: SMS,
+        sms: Capabilities::HOPPER.sms,
         page_size,
         max_pages: (max_seq_len as usize).div_ceil(page_size),
         plain: false,
@@ -60,8 +60,28 @@ fn sizes(kind: ProgramKind, config: &PassConfig) -> Option<Sizes> {
     })
 }
 
+/// What the kernels of a program of greedy steps do beside their own step, at the sizes for which it was chosen;
+/// `None` for a program that no step runs.
+///
+/// # Errors
+/// A step has no kernel.
+pub fn program_fusions(
+    plan: &Plan,
+    kind: ProgramKind,
+    config: &PassConfig,
+    options: CudaOptions,
+) -> anyhow::Result<Option<Fusions>> {
+    let (Some(program), Some(sizes)) = (plan.program(kind), sizes(kind, config)) else {
+        return Ok(None);
+    };
+    let (sampling, none) = (Sampling::GreedyOnly, Choices::default());
+    let fusions = fusions(plan, program, sizes, sampling, options, &none)?;
+    Ok(Some(fusions))
+}
+
 /// Writes every kernel of the decode and general programs, at the sizes for which they were
-/// chosen, as `DIR/cuda/NAME.cu`, and the launches of each program as `DIR/cuda/PROGRAM.txt`.
+/// chosen, as `DIR/cuda/NAME.cu`, and the launches of each program as `DIR/cuda/PROGRAM.txt`, with what its kernels do
+/// beside their own step and why.
 ///
 /// # Errors
 /// A step has no kernel, or a file cannot be written.
@@ -84,7 +104,10 @@ pub fn emit_cuda(
             sources.insert(k.name.clone(), k.text.clone());
         }
         let path = dir.join(format!("{}.txt", program.kind.name()));
-        std::fs::write(&path, launches(&cuda, plan)).with_context(|| path.display().to_string())?;
+        let none = Choices::default();
+        let fusions = fusions(plan, program, sizes, Sampling::Greedy, options, &none)?;
+        let text = format!("{}\n{fusions}", launches(&cuda, plan));
+        std::fs::write(&path, text).with_context(|| path.display().to_string())?;
         written.push(path);
     }
     for (name, text) in sources {

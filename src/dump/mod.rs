@@ -6,7 +6,7 @@ mod html;
 mod summary;
 
 pub use buckets::emit_buckets;
-pub use cuda::{emit_cuda, kernel_options, workspace_bytes};
+pub use cuda::{emit_cuda, kernel_options, program_fusions, workspace_bytes};
 pub use html::html;
 pub use summary::{StageSummary, summaries};
 

@@ -311,6 +311,14 @@ fn an_operation_is_explained_from_the_import_on() {
     let (attention, _) = explain(&[&general[..], &["--op", "attn_qkv"]].concat());
     let head = "attn_qkv, layer 3, general program (2048 tokens, h100)";
     assert!(attention.starts_with(head), "{attention}");
+    // Fusions across kernels are told with their reasons, of this operation alone.
+    for line in [
+        "step and kernel, and what it does beside that where rows are greedy",
+        "attn_qkv of model.layers.3.self_attn: attn_prefill",
+        "tiles        yes: step 2 has made the list of tiles",
+    ] {
+        assert!(attention.contains(line), "no {line:?} in\n{attention}");
+    }
     // With gamma norms stay apart there for want of a kernel of so many rows, not because a rule failed.
     let folder = tempfile::tempdir().unwrap();
     let config = folder.path().join("c.yaml");
@@ -334,6 +342,8 @@ fn an_operation_is_explained_from_the_import_on() {
     );
     let (o_proj, _) = explain(&["--layer", "3", "--op", "o_proj"]);
     assert!(o_proj.contains("gemm-residual"), "{o_proj}");
+    assert!(o_proj.contains("gemm of model.layers.3: gemv"), "{o_proj}");
+    assert_eq!(o_proj.matches("prefetch     yes").count(), 1, "{o_proj}");
     // Without the rule, the residual add stays and says why.
     std::fs::write(config, "transforms: {gemm-residual: {enabled: false}}").unwrap();
     let (add, error) = explain(&["--layer", "3", "--op", "add", "--config", config]);
@@ -527,6 +537,10 @@ fn generated_sources_are_written_on_demand() {
     let launches = std::fs::read_to_string(folder.path().join("cuda/decode.txt")).unwrap();
     assert!(launches.lines().count() > 160, "{launches}");
     assert!(launches.contains("model.layers.31.self_attn"), "{launches}");
+    assert!(
+        launches.contains("argmax       no: the logits are wanted"),
+        "{launches}"
+    );
 }
 
 #[test]

@@ -1,8 +1,8 @@
 //! Chains: the body of `chain.cu`, generated from the instructions of a chain.
 
-use super::CudaError;
 use super::context::{Context, Geometry};
 use super::elementwise::{binary, unary};
+use super::error::CudaError;
 use super::launch::Arg;
 use super::source::{Body, c_type, literal};
 use crate::chain::{Instr, Pass, Reduction, RowProgram};

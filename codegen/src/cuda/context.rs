@@ -1,38 +1,30 @@
 //! What the kernel families share while a program is lowered.
 
-use super::CudaError;
-use super::choice::Choices;
+use super::bucket::Bucket;
+use super::error::CudaError;
 use super::launch::{
-    Arg, CudaOptions, Launch, MapArg, MapSwizzle, Meta, Ref, Sampling, Sizes, Workspace,
+    Arg, CudaOptions, Launch, LibraryGemm, MapArg, MapSwizzle, Meta, Ref, Sampling, Sizes,
+    Workspace,
 };
-use super::row_sums::RowSums;
 use super::source::{Body, Defines, Kernels};
-use crate::plan::{Operand, Plan, Program, Step, ValueId};
+use crate::plan::{Operand, Program, Step, ValueId};
 use crate::work::Work;
-use lathe_ir::{DType, SymEnv, TensorType};
-use lathe_ir::{Slot, StepInput};
-
-/// Shared memory that a block may have on Hopper.
-pub(super) const SHARED: usize = 232_448;
+use lathe_ir::{DType, Slot, StepInput, SymEnv, TensorType};
 
 /// A program being lowered.
 pub(super) struct Context<'a> {
-    pub(super) plan: &'a Plan,
     pub(super) program: &'a Program,
     pub(super) options: CudaOptions,
-    pub(super) choices: &'a Choices,
     pub(super) sizes: Sizes,
     pub(super) sampling: Sampling,
     pub(super) env: SymEnv,
     pub(super) kernels: Kernels,
     pub(super) launches: Vec<Launch>,
     pub(super) workspaces: Vec<Workspace>,
-    /// Sums of squares of rows that are at hand.
-    pub(super) row_sums: RowSums,
     /// The step being lowered.
     pub(super) at: usize,
-    /// The step's kernels start after their predecessors have ended.
-    pub(super) serial: bool,
+    /// The step's kernels may start before their predecessors have ended.
+    pub(super) early: bool,
 }
 
 /// Where and with how much shared memory a kernel runs.
@@ -55,29 +47,33 @@ impl Geometry {
     }
 }
 
+/// A kernel and what one launch of it is given.
+pub(super) struct Call<'a> {
+    pub(super) body: Body,
+    /// Tells kernels of a body apart.
+    pub(super) label: &'a str,
+    pub(super) defines: Defines,
+    pub(super) geometry: Geometry,
+    pub(super) args: Vec<Arg>,
+    /// What it does; the work of the step if that is not told.
+    pub(super) work: Option<Work>,
+    /// What may run in its place.
+    pub(super) library: Option<LibraryGemm>,
+}
+
 impl<'a> Context<'a> {
-    pub(super) fn new(
-        plan: &'a Plan,
-        program: &'a Program,
-        sizes: Sizes,
-        sampling: Sampling,
-        options: CudaOptions,
-        choices: &'a Choices,
-    ) -> Context<'a> {
+    pub(super) fn new(bucket: &Bucket<'a>) -> Context<'a> {
         Context {
-            plan,
-            program,
-            options,
-            choices,
-            sizes,
-            sampling,
-            env: sizes.env(),
+            program: bucket.program,
+            options: bucket.options,
+            sizes: bucket.sizes,
+            sampling: bucket.sampling,
+            env: bucket.sizes.env(),
             kernels: Kernels::default(),
             launches: Vec::new(),
             workspaces: Vec::new(),
-            row_sums: RowSums::default(),
             at: 0,
-            serial: false,
+            early: false,
         }
     }
 
@@ -87,36 +83,20 @@ impl<'a> Context<'a> {
 
     /// The error that this step has no kernel.
     pub(super) fn refuse(&self, reason: impl Into<String>) -> CudaError {
-        let step = self.step();
-        CudaError {
-            program: self.program.kind.name(),
-            step: self.at,
-            op: step.op.name(),
-            path: step.prov.path.to_string(),
-            reason: reason.into(),
-        }
+        CudaError::at(self.program, self.at, reason)
     }
 
-    /// Begins a step. Kernels read weights before they wait for their predecessor; where a weight
-    /// is computed by an earlier step, they must not.
-    pub(super) fn begin(&mut self, at: usize) {
-        self.at = at;
-        let step = self.step();
-        let mut weights = step.op.signature().slots.iter().filter(|s| s.is_weight());
-        self.serial = weights.any(|&s| matches!(step.get(s), Some(Operand::Value(_))));
-    }
-
-    /// Whether the step's kernels may start early.
-    pub(super) fn pdl(&self) -> bool {
-        self.options.pdl && !self.serial
+    /// Begins a step; with `early` its kernels may start before their predecessors have ended.
+    pub(super) fn begin(&mut self, at: usize, early: bool) {
+        (self.at, self.early) = (at, early);
     }
 
     /// Macros that every kernel gets.
     pub(super) fn defines(&self, dtype: DType) -> Defines {
-        Defines::new(dtype).def("LATHE_PDL", u8::from(self.pdl()))
+        Defines::new(dtype).def("LATHE_PDL", u8::from(self.early))
     }
 
-    /// Adds a launch of a kernel to the program.
+    /// Launches a kernel that does all the work of the step.
     pub(super) fn launch(
         &mut self,
         body: Body,
@@ -124,7 +104,20 @@ impl<'a> Context<'a> {
         defines: Defines,
         geometry: Geometry,
         args: Vec<Arg>,
-    ) -> &mut Launch {
+    ) {
+        self.call(Call {
+            body,
+            label,
+            defines,
+            geometry,
+            args,
+            work: None,
+            library: None,
+        });
+    }
+
+    /// Adds a launch of a kernel to the program.
+    pub(super) fn call(&mut self, call: Call<'_>) {
         let step = self.step();
         // All layers share a kernel: layer numbers are left out of its comment.
         let path: Vec<&str> = step
@@ -140,21 +133,26 @@ impl<'a> Context<'a> {
             })
             .collect();
         let origin = format!("{} of {}", step.op.name(), path.join("."));
-        let kernel = self.kernels.get(body, label, defines, origin);
-        let (work, pdl) = (Work::of_step(step, &self.env), self.pdl());
+        let kernel = self
+            .kernels
+            .get(call.body, call.label, call.defines, origin);
         self.launches.push(Launch {
             kernel,
-            grid: geometry.grid,
-            block: geometry.block,
-            cluster: geometry.cluster,
-            shared: geometry.shared,
-            args,
-            pdl,
+            grid: call.geometry.grid,
+            block: call.geometry.block,
+            cluster: call.geometry.cluster,
+            shared: call.geometry.shared,
+            args: call.args,
+            pdl: self.early,
             step: self.at,
-            work,
-            library: None,
+            work: call.work.unwrap_or_else(|| self.step_work()),
+            library: call.library,
         });
-        self.launches.last_mut().expect("one was pushed")
+    }
+
+    /// The work of the whole step.
+    pub(super) fn step_work(&self) -> Work {
+        Work::of_step(self.step(), &self.env)
     }
 
     /// The tensor type of an operand.
@@ -173,25 +171,28 @@ impl<'a> Context<'a> {
 
     /// Where an operand is; a null pointer if it is absent.
     pub(super) fn operand(&self, operand: Slot) -> Result<Ref, CudaError> {
-        Ok(match self.step().get(operand) {
-            Some(Operand::Value(v)) => Ref::Value(*v),
-            Some(Operand::Weight(w)) => Ref::Weight(*w),
-            Some(Operand::Table(t)) => Ref::Table(*t),
-            Some(Operand::Cache(c)) => Ref::Cache(*c),
-            Some(Operand::Input(n)) => Ref::Meta(match self.program.inputs[*n].0 {
+        match self.step().get(operand) {
+            Some(operand) => self.place(operand),
+            None => Ok(Ref::Null),
+        }
+    }
+
+    /// Where an operand of the step is.
+    pub(super) fn place(&self, operand: &Operand) -> Result<Ref, CudaError> {
+        Ok(match operand {
+            Operand::Value(v) => Ref::Value(*v),
+            Operand::Weight(w) => Ref::Weight(*w),
+            Operand::Table(t) => Ref::Table(*t),
+            Operand::Cache(c) => Ref::Cache(*c),
+            Operand::Input(n) => Ref::Meta(match self.program.inputs[*n].0 {
                 StepInput::Tokens => Meta::Tokens,
                 StepInput::Positions => Meta::Positions,
                 StepInput::Rows => Meta::Rows,
             }),
-            Some(Operand::Const { .. }) => {
-                return Err(self.refuse(format!("operand '{}' is a constant", operand.name())));
+            Operand::Const { .. } => {
+                return Err(self.refuse("a constant has no place in memory"));
             }
-            None => Ref::Null,
         })
-    }
-
-    pub(super) fn is_absent(&self, operand: Slot) -> bool {
-        self.step().get(operand).is_none()
     }
 
     /// The element type of an operand in memory: inputs are always i32.
@@ -261,4 +262,11 @@ pub(super) fn matrix_map(
             _ => MapSwizzle::None,
         },
     })
+}
+
+/// Threads of a block that goes over one row: one for each 16-byte vector, in whole warps.
+pub(super) fn row_threads(cols: usize, dtype: DType) -> usize {
+    (cols * dtype.size() / 16)
+        .next_multiple_of(32)
+        .clamp(32, 256)
 }

@@ -1,9 +1,9 @@
 //! Elementwise operations with broadcasting, by `plain.cu`.
 
-use super::CudaError;
 use super::context::{Context, Geometry};
+use super::error::CudaError;
+use super::geo::{Geo, broadcast_strides};
 use super::launch::{Arg, Ref};
-use super::plain::Geo;
 use super::source::{Body, c_type, literal};
 use crate::plan::Operand;
 use lathe_ir::ops::angles;
@@ -69,19 +69,6 @@ pub(super) fn step(cx: &mut Context<'_>) -> Result<(), CudaError> {
         args,
     );
     Ok(())
-}
-
-/// Element strides of an operand along the axes of the result; 0 where it is repeated.
-pub(super) fn broadcast_strides(shape: &[i64], dims: &[i64]) -> Vec<i64> {
-    let mut strides = vec![0; dims.len()];
-    let mut stride = 1;
-    for (i, &n) in shape.iter().enumerate().rev() {
-        if n != 1 {
-            strides[i + dims.len() - shape.len()] = stride;
-        }
-        stride *= n;
-    }
-    strides
 }
 
 /// A constant of an element type, rounded to it.

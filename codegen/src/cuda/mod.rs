@@ -1,16 +1,20 @@
 //! CUDA C: kernel text and launch geometry. Nothing here knows the driver.
 //!
 //! [`lower_program`] turns a program of a plan into kernels and launches for one bucket of sizes.
-//! A file a kernel family decides by op, element type and rows which kernel of `kernels/` runs a
-//! step and how it is specialised; equal kernels are generated once.
+//! Two stages: [`Fusions`] decides for every step which kernel runs it and what that kernel takes over from its
+//! neighbours; then a file per family writes the launches, with the kernels of `kernels/` specialised for them. Equal
+//! kernels are generated once.
 
 mod attention;
+mod bucket;
+mod capabilities;
 mod chain;
-mod choice;
 mod context;
 mod elementwise;
+mod error;
+mod fusion;
 mod gemm;
-mod gemv;
+mod geo;
 mod launch;
 mod norm;
 mod plain;
@@ -18,11 +22,19 @@ pub mod random_weights;
 mod row_sums;
 mod sample;
 pub mod scale_columns;
-mod skinny;
 mod source;
-mod tiled;
 
-pub use choice::{Choices, GemmKey, Tile, Variant};
+pub use capabilities::Capabilities;
+pub use error::CudaError;
+pub use fusion::{
+    AttentionFusion, AttentionKernel, FusionKind, Fusions, GemmFusion, NormFusion, OperandSums,
+    Reason, ResultSums, StepFusion, Verdict,
+};
+pub use gemm::choices::Choices;
+pub use gemm::kernel::GemmKernel;
+pub use gemm::key::{GemmKey, Problem};
+pub use gemm::variant::Variant;
+pub use gemm::{SkinnyForm, Tile};
 pub use launch::{
     Arg, CudaOptions, CudaProgram, Launch, LibraryGemm, MapArg, MapSwizzle, Meta, Ref, Sampling,
     Sizes, Workspace,
@@ -30,26 +42,10 @@ pub use launch::{
 pub use source::{FAMILIES, KernelSource};
 
 use crate::plan::{Operand, Plan, Program};
+use bucket::Bucket;
 use context::Context;
 use lathe_ir::Op;
-use lathe_ir::ops::{Angles, Embedding, Linear, Sample, Silu, SwiGlu, Where};
 use std::collections::BTreeMap;
-
-/// A step that no CUDA kernel executes.
-#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
-#[error("CUDA: {program} step {step} ({op} of {path}): {reason}")]
-pub struct CudaError {
-    /// Program.
-    pub program: &'static str,
-    /// Step of the program.
-    pub step: usize,
-    /// Operation.
-    pub op: &'static str,
-    /// Module path.
-    pub path: String,
-    /// Why.
-    pub reason: String,
-}
 
 /// Kernels and launches of a program for one bucket, by the families' heuristics.
 ///
@@ -77,8 +73,15 @@ pub fn lower_tuned(
     options: CudaOptions,
     choices: &Choices,
 ) -> Result<CudaProgram, CudaError> {
-    let cx = Context::new(plan, program, sizes, sampling, options, choices);
-    lower_steps(cx, 0..program.steps.len())
+    let bucket = Bucket {
+        plan,
+        program,
+        sizes,
+        sampling,
+        options,
+    };
+    let fusions = Fusions::decide(&bucket, choices, 0..program.steps.len())?;
+    emit(&bucket, &fusions)
 }
 
 /// Only the launches of some steps of a program, for timing them alone; `steps` ascend.
@@ -93,8 +96,15 @@ pub fn lower_gemms(
     choices: &Choices,
     steps: &[usize],
 ) -> Result<CudaProgram, CudaError> {
-    let cx = Context::new(plan, program, sizes, Sampling::Greedy, options, choices);
-    lower_steps(cx, steps.iter().copied())
+    let bucket = Bucket {
+        plan,
+        program,
+        sizes,
+        sampling: Sampling::Greedy,
+        options,
+    };
+    let fusions = Fusions::decide(&bucket, choices, steps.iter().copied())?;
+    emit(&bucket, &fusions)
 }
 
 /// The GEMMs of a program whose kernel can be chosen, with the steps that have each.
@@ -108,14 +118,16 @@ pub fn gemm_keys(
     sampling: Sampling,
     options: CudaOptions,
 ) -> Result<BTreeMap<GemmKey, Vec<usize>>, CudaError> {
-    let choices = Choices::default();
-    let mut cx = Context::new(plan, program, sizes, sampling, options, &choices);
+    let bucket = Bucket {
+        plan,
+        program,
+        sizes,
+        sampling,
+        options,
+    };
     let mut keys: BTreeMap<GemmKey, Vec<usize>> = BTreeMap::new();
     for at in 0..program.steps.len() {
-        cx.begin(at);
-        if matches!(cx.step().op, Op::Linear(Linear) | Op::Gemm(_))
-            && let Some(key) = gemm::key(&mut cx)?
-        {
+        if let Some(key) = fusion::gemm_key(&bucket, at)? {
             keys.entry(key).or_default().push(at);
         }
     }
@@ -136,46 +148,62 @@ pub fn gemm_text() -> String {
     source::text_of(&bodies)
 }
 
-fn lower_steps(
-    mut cx: Context<'_>,
-    steps: impl Iterator<Item = usize>,
-) -> Result<CudaProgram, CudaError> {
-    let (program, sampling) = (cx.program, cx.sampling);
-    let mut skip = None;
-    for at in steps {
-        cx.begin(at);
-        if skip == Some(at) {
-            continue;
-        }
-        match &cx.step().op {
-            Op::Embedding(Embedding) => plain::embed(&mut cx)?,
-            Op::RmsNorm(_) | Op::AddRms(_) => norm::step(&mut cx)?,
-            Op::Linear(Linear) | Op::Gemm(_) => {
-                let argmax = gemm::argmax_follows(&cx);
-                gemm::step(&mut cx, argmax)?;
-                skip = argmax.then_some(at + 1);
-            }
-            Op::Rope(_) | Op::AttnStep(_) | Op::AttnQkv(_) => attention::step(&mut cx)?,
-            Op::Chain(_) => chain::step(&mut cx)?,
-            Op::Sample(Sample) => sample::step(&mut cx)?,
-            Op::Cast(_)
-            | Op::Unary(_)
-            | Op::Binary(_)
-            | Op::Where(Where)
-            | Op::Iota(_)
-            | Op::Silu(Silu)
-            | Op::SwiGlu(SwiGlu)
-            | Op::Angles(Angles) => elementwise::step(&mut cx)?,
-            _ => plain::step(&mut cx)?,
+/// What the kernels of a program do beside their own step, and why: what [`lower_tuned`] goes by.
+///
+/// # Errors
+/// As [`lower_tuned`].
+pub fn fusions(
+    plan: &Plan,
+    program: &Program,
+    sizes: Sizes,
+    sampling: Sampling,
+    options: CudaOptions,
+    choices: &Choices,
+) -> Result<Fusions, CudaError> {
+    let bucket = Bucket {
+        plan,
+        program,
+        sizes,
+        sampling,
+        options,
+    };
+    Fusions::decide(&bucket, choices, 0..program.steps.len())
+}
+
+/// Kernels and launches of the steps that were decided on.
+fn emit(bucket: &Bucket<'_>, fusions: &Fusions) -> Result<CudaProgram, CudaError> {
+    let mut cx = Context::new(bucket);
+    for s in &fusions.steps {
+        cx.begin(s.step, s.early.is_made());
+        match &s.kind {
+            FusionKind::Taken { .. } => {}
+            FusionKind::Gemm(fusion) => gemm::step::step(&mut cx, fusion)?,
+            FusionKind::Attention(fusion) => attention::step(&mut cx, fusion)?,
+            FusionKind::Alone => match &cx.step().op {
+                Op::Embedding(_) => plain::embed(&mut cx)?,
+                Op::RmsNorm(_) | Op::AddRms(_) => norm::step(&mut cx)?,
+                Op::Rope(spec) => attention::rotate(&mut cx, *spec)?,
+                Op::Chain(_) => chain::step(&mut cx)?,
+                Op::Sample(_) => sample::step(&mut cx)?,
+                Op::Cast(_)
+                | Op::Unary(_)
+                | Op::Binary(_)
+                | Op::Where(_)
+                | Op::Iota(_)
+                | Op::Silu(_)
+                | Op::SwiGlu(_)
+                | Op::Angles(_) => elementwise::step(&mut cx)?,
+                _ => plain::step(&mut cx)?,
+            },
         }
     }
-    let logits = match program.output("logits") {
-        Some(Operand::Value(v)) if sampling != Sampling::GreedyOnly => Some(*v),
+    let logits = match bucket.program.output("logits") {
+        Some(Operand::Value(v)) if bucket.sampling != Sampling::GreedyOnly => Some(*v),
         _ => None,
     };
     Ok(CudaProgram {
-        kind: program.kind,
-        sizes: cx.sizes,
+        kind: bucket.program.kind,
+        sizes: bucket.sizes,
         kernels: cx.kernels.finish(),
         launches: cx.launches,
         workspaces: cx.workspaces,

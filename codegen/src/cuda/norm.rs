@@ -1,9 +1,10 @@
 //! RMSNorm, with or without the residual sum before it.
 
-use super::CudaError;
-use super::context::{Context, Geometry};
+use super::context::{Call, Context, Geometry, row_threads};
+use super::error::CudaError;
 use super::launch::{Arg, Ref};
 use super::source::{Body, literal};
+use crate::work::Work;
 use lathe_ir::ops::{AddRms, RmsNorm};
 use lathe_ir::ops::{addrms, rmsnorm};
 use lathe_ir::{DType, Op};
@@ -57,17 +58,15 @@ pub(super) fn step(cx: &mut Context<'_>) -> Result<(), CudaError> {
         },
         _ => return Err(cx.refuse("it is no norm")),
     };
-    launch(cx, norm)
+    let work = cx.step_work();
+    launch(cx, norm, work)
 }
 
-/// Threads of a block that goes over one row: one for each 16-byte vector, in whole warps.
-pub(super) fn row_threads(cols: usize, dtype: DType) -> usize {
-    (cols * dtype.size() / 16)
-        .next_multiple_of(32)
-        .clamp(32, 256)
-}
-
-pub(super) fn launch(cx: &mut Context<'_>, n: Norm) -> Result<(), CudaError> {
+/// Launches a norm, which does this work.
+///
+/// # Errors
+/// Rows are no whole vectors.
+pub(super) fn launch(cx: &mut Context<'_>, n: Norm, work: Work) -> Result<(), CudaError> {
     if !(n.cols * n.dtype.size()).is_multiple_of(16) {
         return Err(cx.refuse(format!(
             "rows of {} elements are not whole 16-byte vectors",
@@ -97,12 +96,14 @@ pub(super) fn launch(cx: &mut Context<'_>, n: Norm) -> Result<(), CudaError> {
         Arg::Ptr(n.sum),
         Arg::I32(n.rows as i32),
     ];
-    cx.launch(
-        Body::Norm,
-        &label,
+    cx.call(Call {
+        body: Body::Norm,
+        label: &label,
         defines,
-        Geometry::new([n.rows, 1, 1], threads, 0),
+        geometry: Geometry::new([n.rows, 1, 1], threads, 0),
         args,
-    );
+        work: Some(work),
+        library: None,
+    });
     Ok(())
 }

@@ -1,73 +1,16 @@
 //! The remaining operations, each by one kind of `plain.cu`: reductions, matrix products, gathers,
 //! softmax and strided copies.
 
-use super::CudaError;
-use super::context::{Context, Geometry};
-use super::elementwise::broadcast_strides;
+use super::context::{Call, Context, Geometry};
+use super::error::CudaError;
+use super::geo::{Geo, broadcast_strides, dense};
 use super::launch::{Arg, Ref};
 use super::source::{Body, c_type};
+use crate::work::Work;
 use lathe_ir::Slot;
 use lathe_ir::ops::{Concat, Matmul, Pack, Permute, Reduce, RepeatKv, Slice, Softmax};
 use lathe_ir::ops::{X, concat, embedding, matmul, select};
 use lathe_ir::{DType, Op, ReduceFn};
-
-/// The structure `Geo` of `plain.cu`.
-pub(super) struct Geo {
-    pub(super) n: i64,
-    pub(super) dims: [i64; 6],
-    /// Strides of a, b and c.
-    pub(super) inputs: [[i64; 6]; 3],
-    pub(super) out: [i64; 6],
-    pub(super) reduced: [i64; 6],
-    /// Element offsets of a, b, c and the output.
-    pub(super) offsets: [i64; 4],
-}
-
-impl Geo {
-    /// A dense output of at most 6 axes.
-    pub(super) fn new(dims: &[i64]) -> Geo {
-        let mut geo = Geo {
-            n: dims.iter().product(),
-            dims: [1; 6],
-            inputs: [[0; 6]; 3],
-            out: [0; 6],
-            reduced: [1; 6],
-            offsets: [0; 4],
-        };
-        geo.dims[..dims.len()].copy_from_slice(dims);
-        geo.out[..dims.len()].copy_from_slice(&dense(dims));
-        geo
-    }
-
-    /// The geometry of a step with these extents.
-    ///
-    /// # Errors
-    /// The kernel does not take so many axes.
-    pub(super) fn of(cx: &Context<'_>, dims: &[i64]) -> Result<Geo, CudaError> {
-        match dims.len() {
-            0..=6 => Ok(Geo::new(dims)),
-            n => Err(cx.refuse(format!("{n} axes, the kernel takes 6"))),
-        }
-    }
-
-    pub(super) fn words(&self) -> Vec<i64> {
-        let [a, b, c] = &self.inputs;
-        let arrays = [&self.dims, a, b, c, &self.out, &self.reduced];
-        std::iter::once(self.n)
-            .chain(arrays.into_iter().flatten().copied())
-            .chain(self.offsets)
-            .collect()
-    }
-}
-
-/// Strides of a row-major tensor.
-fn dense(dims: &[i64]) -> Vec<i64> {
-    let mut strides = vec![1; dims.len()];
-    for i in (1..dims.len()).rev() {
-        strides[i - 1] = strides[i] * dims[i];
-    }
-    strides
-}
 
 pub(super) fn embed(cx: &mut Context<'_>) -> Result<(), CudaError> {
     let table = cx.tensor(embedding::TABLE)?;
@@ -165,18 +108,23 @@ fn copy(
     let grid = [(geo.n as usize).div_ceil(256), 1, 1];
     let label = format!("copy_r{}_{to_type}", dims.len());
     let inputs = [cx.operand(operand)?, Ref::Null, Ref::Null];
-    launch(
-        cx,
-        &label,
-        defines,
-        Geometry::new(grid, 256, 0),
-        inputs,
-        &geo,
-    )?;
+    let mut args: Vec<Arg> = inputs.map(Arg::Ptr).to_vec();
+    args.push(Arg::Ptr(cx.result(0)?));
+    args.push(Arg::Words(geo.words()));
     // A step may copy several operands, a launch each.
-    if let Some(l) = cx.launches.last_mut() {
-        l.work.bytes = geo.n as f64 * (from_type.size() + to_type.size()) as f64;
-    }
+    let work = Work {
+        bytes: geo.n as f64 * (from_type.size() + to_type.size()) as f64,
+        ..cx.step_work()
+    };
+    cx.call(Call {
+        body: Body::Plain,
+        label: &label,
+        defines,
+        geometry: Geometry::new(grid, 256, 0),
+        args,
+        work: Some(work),
+        library: None,
+    });
     Ok(())
 }
 

@@ -1,7 +1,7 @@
 //! Sampling of the next tokens.
 
-use super::CudaError;
 use super::context::{Context, Geometry};
+use super::error::CudaError;
 use super::launch::{Arg, Meta, Ref, Sampling};
 use super::source::Body;
 use lathe_ir::ops::X;

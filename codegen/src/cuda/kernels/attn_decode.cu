@@ -1,5 +1,5 @@
 // attn_decode: out = softmax(scale * q . k^T) . v of one new token a sequence over the paged KV cache.
-// Called by: attention of decode steps, and of the decode rows of mixed steps (attention.rs).
+// Called by: attention of decode steps, and of the decode rows of mixed steps (attention/mod.rs).
 //
 // Defines
 //   LATHE_HQ        query heads; the group HQ / HKV is 1..16

@@ -1,6 +1,6 @@
 // attn_plain: out = softmax(scale * q . k^T) . v, causal, of ragged rows over the paged KV cache.
 // Called by: attention steps of element types and heads that no other kernel takes, the unfused spelling, and as the
-// reference of the fast kernels (attention.rs).
+// reference of the fast kernels (attention/mod.rs).
 //
 // Defines
 //   LATHE_HQ       query heads

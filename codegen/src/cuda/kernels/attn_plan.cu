@@ -1,5 +1,5 @@
 // attn_plan: the work list of attn_prefill.cu for one step: every (sequence, tile of TQ new tokens), longest first.
-// Called by: the first attention of a step that needs a list of these tiles (attention.rs).
+// Called by: the first attention of a step that needs a list of these tiles (attention/mod.rs).
 //
 // Defines: none.
 // Parameters

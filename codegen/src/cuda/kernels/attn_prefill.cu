@@ -1,6 +1,6 @@
 // attn_prefill: out = softmax(scale * q . k^T) . v, causal, of a ragged batch of query chunks over the paged KV
 // cache.
-// Called by: bf16 attention of prefill, chunked prefill and mixed steps (attention.rs).
+// Called by: bf16 attention of prefill, chunked prefill and mixed steps (attention/mod.rs).
 //
 // Defines (LATHE_DTYPE is 1)
 //   D          head size, a multiple of 8 up to 256; padded to DP = 64, 128 or 256 by zero fill

@@ -1,5 +1,5 @@
 // gemm: C[M, N'] = epilogue(A[M, K] W[N, K]^T), bf16 operands, f32 accumulation.
-// Called by: bf16 GEMM steps with more than 128 rows, and with more than 32 where it was faster (tiled.rs).
+// Called by: bf16 GEMM steps with more than 128 rows, and with more than 32 where it was faster (gemm/tiled.rs).
 //
 // Defines (LATHE_DTYPE is 1)
 //   BN         columns of a tile (rows of W): 64 96 128 160 192 224 256; a multiple of 32 with EPI_SWIGLU

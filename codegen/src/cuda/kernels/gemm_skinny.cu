@@ -1,5 +1,5 @@
 // gemm_skinny: out[T, N'] = epilogue(X[T, K] W[N, K]^T) for few tokens, T <= NT <= 128.
-// Called by: bf16 GEMM steps with 5 to 128 rows (skinny.rs).
+// Called by: bf16 GEMM steps with 5 to 128 rows (gemm/skinny.rs).
 //
 // Defines (LATHE_DTYPE is 1)
 //   NT         tokens that the kernel can take: 8 16 24 32 48 64 96 128

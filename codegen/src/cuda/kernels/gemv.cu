@@ -1,5 +1,5 @@
 // gemv: y[M, N'] = epilogue(norm(x)[M, K] . W[N, K]^T) for M = 1..4 rows: the weight-streaming kernel of decode.
-// Called by: GEMM steps with at most 4 rows (gemv.rs).
+// Called by: GEMM steps with at most 4 rows (gemm/gemv.rs).
 //
 // Defines
 //   LATHE_M         rows, 1..4

@@ -1,5 +1,5 @@
 // kv_append: keys and values of the step's rows into the paged cache, any element type and head size.
-// Called by: attention steps with separate q, k and v whose attention kernel does not append (attention.rs).
+// Called by: attention steps with separate q, k and v whose attention kernel does not append (attention/mod.rs).
 //
 // Defines
 //   LATHE_HKV   key heads

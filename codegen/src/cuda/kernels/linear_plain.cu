@@ -1,5 +1,5 @@
 // linear_plain: y[M, N'] = epilogue(x[M, K] . W[N, K]^T + bias), any element type and any sizes.
-// Called by: GEMM steps that no other family takes: f32 or f16 with more than 4 rows, ragged rows (gemm.rs).
+// Called by: GEMM steps that no other family takes: f32 or f16 with more than 4 rows, ragged rows (gemm/plain.rs).
 //
 // Defines
 //   LATHE_EPI   0: none | 2: residual | 3: SwiGLU over gate and up rows in blocks of 16 (N' = N / 2)

@@ -1,6 +1,6 @@
 // rope: y[r, i] = x[r, i] c - x[r, i + D/2] s and y[r, i + D/2] = x[r, i + D/2] c + x[r, i] s, with (c, s) of the
 // position of token r / HEADS: heads in natural order.
-// Called by: rotations that no projection has absorbed (attention.rs).
+// Called by: rotations that no projection has absorbed (attention/mod.rs).
 //
 // Defines
 //   LATHE_D      head size, even

@@ -1,5 +1,5 @@
 // rope_append: packed qkv [T, (HQ + 2 HKV) D] -> roped q [T, HQ*D], and k, v into the paged cache.
-// Called by: attention steps of packed projections whose attention kernel does not append (attention.rs).
+// Called by: attention steps of packed projections whose attention kernel does not append (attention/mod.rs).
 //
 // Defines
 //   LATHE_HQ      query heads

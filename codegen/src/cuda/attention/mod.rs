@@ -1,64 +1,31 @@
 //! Attention over the paged cache: the fused decode kernel, append and tensor-core prefill, or the
 //! plain kernel for element types and head sizes that those do not take.
 
-use super::CudaError;
-use super::context::{Context, Geometry, SHARED};
+pub(super) mod heads;
+
+use super::capabilities::{HEAD_DIM, SHARED_BYTES};
+use super::context::{Call, Context, Geometry};
+use super::error::CudaError;
+use super::fusion::{AttentionFusion, AttentionKernel, Verdict};
 use super::launch::{Arg, MapArg, MapSwizzle, Meta, Ref};
 use super::source::{Body, Defines, literal};
-use crate::plan::ProgramKind;
-use crate::work::{AttnWork, KernelClass, Work, WorkShape};
-use lathe_ir::Slot;
-use lathe_ir::ops::{AttnQkv, AttnStep, Rope};
-use lathe_ir::ops::{attn_qkv, attn_step, rope};
-use lathe_ir::{AttnSpec, DType, Op, Real};
+use crate::work::{AttnWork, KernelClass, Work};
+use heads::Heads;
+use lathe_ir::ops::{AttnQkv, Rope, attn_qkv, attn_step, rope};
+use lathe_ir::{DType, Op, Real, Slot};
 
-/// Fewest sequences of a general step whose decode rows get the decode kernel.
-const RAGGED_SEQUENCES: usize = 16;
-
-/// One attention over keys and values that are in the cache.
-struct Heads {
-    spec: AttnSpec,
-    hq: usize,
-    hkv: usize,
-    d: usize,
-    dtype: DType,
-}
-
-impl Heads {
-    /// A launch that moves rows of so many heads from one place to another.
-    fn copied(&self, rows: usize, heads: usize) -> Work {
-        let cols = heads * self.d;
-        let bytes = 2 * rows * cols * self.dtype.size();
-        Work::rows(KernelClass::Attention, rows, cols, bytes)
-    }
-
-    /// A launch that attends for the sequences with so many new rows: it reads `read` heads of a row and the cache,
-    /// and writes its outputs.
-    fn attended(&self, read: usize, rows: (usize, usize)) -> Work {
-        let element = self.dtype.size();
-        Work {
-            class: KernelClass::Attention,
-            shape: WorkShape::Attention(AttnWork {
-                heads: self.hq as u32,
-                kv_heads: self.hkv as u32,
-                head_dim: self.d as u32,
-                element: element as u32,
-                window: self.spec.mask.window,
-                row_bytes: ((read + self.hq) * self.d * element) as u32,
-                rows,
-            }),
-            bytes: 0.0,
-            flops: 0.0,
-        }
-    }
-}
-
-pub(super) fn step(cx: &mut Context<'_>) -> Result<(), CudaError> {
+/// Launches the kernels of an attention as they were decided.
+///
+/// # Errors
+/// An operand is missing, or no kernel takes the heads.
+pub(super) fn step(cx: &mut Context<'_>, fusion: &AttentionFusion) -> Result<(), CudaError> {
+    let heads = match Heads::of(cx.step(), &cx.env) {
+        Some(heads) => heads.map_err(|reason| cx.refuse(reason))?,
+        None => return Err(cx.refuse("it is no attention")),
+    };
     match cx.step().op {
-        Op::Rope(spec) => rope(cx, spec),
-        Op::AttnQkv(spec) => packed(cx, &spec),
-        Op::AttnStep(AttnStep(spec)) => split(cx, spec),
-        _ => Err(cx.refuse("it is no attention")),
+        Op::AttnQkv(spec) => packed(cx, &heads, fusion, &spec),
+        _ => split(cx, &heads, fusion),
     }
 }
 
@@ -80,7 +47,7 @@ fn rope_tables(cx: &Context<'_>, operand: Slot, scaling: Real) -> Result<[Arg; 2
     }))
 }
 
-fn rope(cx: &mut Context<'_>, spec: Rope) -> Result<(), CudaError> {
+pub(super) fn rotate(cx: &mut Context<'_>, spec: Rope) -> Result<(), CudaError> {
     let x = cx.tensor(rope::X)?;
     let (rows, d) = cx.matrix(x);
     let positions = cx.tensor(rope::POSITIONS)?.elements(&cx.env);
@@ -118,36 +85,35 @@ fn rope(cx: &mut Context<'_>, spec: Rope) -> Result<(), CudaError> {
 
 /// Separate q, k and v: one kernel that appends and attends, or one for each where tensor cores
 /// compute the attention of prompts.
-fn split(cx: &mut Context<'_>, spec: AttnSpec) -> Result<(), CudaError> {
-    let (q, k) = (cx.tensor(attn_step::Q)?, cx.tensor(attn_step::K)?);
-    let (q_shape, k_shape) = (cx.extents(q), cx.extents(k));
-    let h = Heads {
-        spec,
-        hq: q_shape[1] as usize,
-        hkv: k_shape[1] as usize,
-        d: q_shape[2] as usize,
-        dtype: q.dtype,
-    };
-    check_causal(cx, &h)?;
+fn split(cx: &mut Context<'_>, h: &Heads, fusion: &AttentionFusion) -> Result<(), CudaError> {
+    check_causal(cx, h)?;
     let q = cx.operand(attn_step::Q)?;
     let (k, v) = (cx.operand(attn_step::K)?, cx.operand(attn_step::V)?);
     let (cache, out) = (cx.operand(attn_step::CACHE)?, cx.result(0)?);
-    if cx.program.kind == ProgramKind::Decode && decode_takes(cx, &h) {
-        let extra = Decode {
-            fused: true,
-            defines: cx.defines(h.dtype).def("LATHE_SPLIT", 1),
-            bias: Arg::Ptr(k),
-            norms: [Arg::Ptr(v), Arg::Ptr(Ref::Null)],
-            tables: [Arg::Ptr(Ref::Null), Arg::Ptr(Ref::Null)],
-            ragged: false,
-            name: "_split",
-        };
-        decode(cx, &h, q, cache, out, extra);
-        return Ok(());
+    match (fusion.kernel, fusion.append.is_made()) {
+        (AttentionKernel::Decode, true) => {
+            let extra = Decode {
+                fused: true,
+                defines: cx.defines(h.dtype).def("LATHE_SPLIT", 1),
+                bias: Arg::Ptr(k),
+                norms: [Arg::Ptr(v), Arg::Ptr(Ref::Null)],
+                tables: [Arg::Ptr(Ref::Null), Arg::Ptr(Ref::Null)],
+                ragged: false,
+                name: "_split",
+            };
+            decode(cx, h, q, cache, out, extra);
+            Ok(())
+        }
+        (_, true) => plain(cx, h, q, cache, out, Some([k, v])),
+        (_, false) => {
+            append(cx, h, k, v, &cache);
+            attend(cx, h, fusion, q, cache, out)
+        }
     }
-    if cx.options.per_op || !prefill_takes(cx, &h) {
-        return plain(cx, &h, q, cache, out, Some([k, v]));
-    }
+}
+
+/// Puts keys and values into the cache.
+fn append(cx: &mut Context<'_>, h: &Heads, k: Ref, v: Ref, cache: &Ref) {
     let defines = cx
         .defines(h.dtype)
         .def("LATHE_HKV", h.hkv)
@@ -162,17 +128,16 @@ fn split(cx: &mut Context<'_>, spec: AttnSpec) -> Result<(), CudaError> {
         Arg::Ptr(cache.clone()),
         Arg::I32(cx.options.max_pages as i32),
     ];
-    let label = format!("h{}_d{}_{}", h.hkv, h.d, h.dtype);
     let rows = cx.sizes.t;
-    let launch = cx.launch(
-        Body::KvAppend,
-        &label,
+    cx.call(Call {
+        body: Body::KvAppend,
+        label: &format!("h{}_d{}_{}", h.hkv, h.d, h.dtype),
         defines,
-        Geometry::new([rows, 1, 1], 256, 0),
+        geometry: Geometry::new([rows, 1, 1], 256, 0),
         args,
-    );
-    launch.work = h.copied(rows, 2 * h.hkv);
-    attend(cx, &h, q, cache, out)
+        work: Some(h.copied(rows, 2 * h.hkv)),
+        library: None,
+    });
 }
 
 fn check_causal(cx: &Context<'_>, h: &Heads) -> Result<(), CudaError> {
@@ -183,14 +148,12 @@ fn check_causal(cx: &Context<'_>, h: &Heads) -> Result<(), CudaError> {
 }
 
 /// A packed projection: head norms, RoPE, append and attention.
-fn packed(cx: &mut Context<'_>, spec: &AttnQkv) -> Result<(), CudaError> {
-    let h = Heads {
-        spec: spec.attn,
-        hq: spec.heads as usize,
-        hkv: spec.kv_heads as usize,
-        d: spec.head_dim as usize,
-        dtype: cx.tensor(attn_qkv::QKV)?.dtype,
-    };
+fn packed(
+    cx: &mut Context<'_>,
+    h: &Heads,
+    fusion: &AttentionFusion,
+    spec: &AttnQkv,
+) -> Result<(), CudaError> {
     let blocks = h.d / 16;
     if !h.d.is_multiple_of(16)
         || (spec.head_norm.is_some() && !blocks.is_power_of_two())
@@ -213,8 +176,7 @@ fn packed(cx: &mut Context<'_>, spec: &AttnQkv) -> Result<(), CudaError> {
     };
     let qkv = cx.operand(attn_qkv::QKV)?;
     let (cache, out) = (cx.operand(attn_qkv::CACHE)?, cx.result(0)?);
-    let is_decode = cx.program.kind == ProgramKind::Decode;
-    if is_decode && spec.rope.is_some() && decode_takes(cx, &h) {
+    if fusion.append.is_made() {
         let [qnorm, knorm] = norms;
         let extra = Decode {
             fused: true,
@@ -229,7 +191,7 @@ fn packed(cx: &mut Context<'_>, spec: &AttnQkv) -> Result<(), CudaError> {
                 ""
             },
         };
-        decode(cx, &h, qkv, cache, out, extra);
+        decode(cx, h, qkv, cache, out, extra);
         return Ok(());
     }
     let rows = cx.sizes.t;
@@ -259,13 +221,27 @@ fn packed(cx: &mut Context<'_>, spec: &AttnQkv) -> Result<(), CudaError> {
     let threads = (h.hq + 2 * h.hkv) * blocks.next_power_of_two();
     let label = format!("q{}_kv{}_d{}_{}", h.hq, h.hkv, h.d, h.dtype);
     let geometry = Geometry::new([rows, threads.div_ceil(256), 1], 256, 0);
-    let launch = cx.launch(Body::RopeAppend, &label, defines, geometry, args);
-    launch.work = h.copied(rows, h.hq + 2 * h.hkv);
-    attend(cx, &h, q, cache, out)
+    cx.call(Call {
+        body: Body::RopeAppend,
+        label: &label,
+        defines,
+        geometry,
+        args,
+        work: Some(h.copied(rows, h.hq + 2 * h.hkv)),
+        library: None,
+    });
+    attend(cx, h, fusion, q, cache, out)
 }
 
-/// Attention of roped queries.
-fn attend(cx: &mut Context<'_>, h: &Heads, q: Ref, cache: Ref, out: Ref) -> Result<(), CudaError> {
+/// Attention of roped queries over keys that are in the cache.
+fn attend(
+    cx: &mut Context<'_>,
+    h: &Heads,
+    fusion: &AttentionFusion,
+    q: Ref,
+    cache: Ref,
+    out: Ref,
+) -> Result<(), CudaError> {
     check_causal(cx, h)?;
     let roped = |cx: &Context<'_>, ragged: bool| Decode {
         fused: false,
@@ -276,20 +252,22 @@ fn attend(cx: &mut Context<'_>, h: &Heads, q: Ref, cache: Ref, out: Ref) -> Resu
         name: if ragged { "_ragged" } else { "" },
         ragged,
     };
-    if cx.program.kind == ProgramKind::Decode && decode_takes(cx, h) {
-        let extra = roped(cx, false);
-        decode(cx, h, q, cache, out, extra);
-    } else if prefill_takes(cx, h) {
-        // Tiles of many rows waste their arithmetic on single ones; a second launch is worth it where
-        // there may be many.
-        let singles = cx.sizes.b >= RAGGED_SEQUENCES && decode_takes(cx, h);
-        if singles {
-            let extra = roped(cx, true);
-            decode(cx, h, q.clone(), cache.clone(), out.clone(), extra);
+    match fusion.kernel {
+        AttentionKernel::Decode => {
+            let extra = roped(cx, false);
+            decode(cx, h, q, cache, out, extra);
         }
-        prefill(cx, h, q, cache, out, if singles { 2 } else { 1 });
-    } else {
-        plain(cx, h, q, cache, out, None)?;
+        AttentionKernel::Prefill => {
+            let singles = fusion.decode_rows.as_ref().is_some_and(Verdict::is_made);
+            if singles {
+                let extra = roped(cx, true);
+                decode(cx, h, q.clone(), cache.clone(), out.clone(), extra);
+            }
+            let list_is_made = fusion.tiles.as_ref().is_some_and(Verdict::is_made);
+            let min_rows = if singles { 2 } else { 1 };
+            prefill(cx, h, [q, cache, out], min_rows, list_is_made);
+        }
+        AttentionKernel::Plain => plain(cx, h, q, cache, out, None)?,
     }
     Ok(())
 }
@@ -303,7 +281,7 @@ fn plain(
     out: Ref,
     fresh: Option<[Ref; 2]>,
 ) -> Result<(), CudaError> {
-    if h.d > 256 {
+    if h.d > HEAD_DIM {
         return Err(cx.refuse(format!("heads of {} features are too large", h.d)));
     }
     let mut defines = head_defines(cx, h, cx.defines(h.dtype));
@@ -326,8 +304,15 @@ fn plain(
     }
     let geometry = Geometry::new([cx.sizes.t, h.hq, 1], 128, 0);
     let read = h.hq + fresh_heads;
-    let launch = cx.launch(Body::AttnPlain, &label, defines, geometry, args);
-    launch.work = h.attended(read, AttnWork::ALL_ROWS);
+    cx.call(Call {
+        body: Body::AttnPlain,
+        label: &label,
+        defines,
+        geometry,
+        args,
+        work: Some(h.attended(read, AttnWork::ALL_ROWS)),
+        library: None,
+    });
     Ok(())
 }
 
@@ -367,14 +352,6 @@ struct Decode {
     ragged: bool,
 }
 
-fn decode_takes(cx: &Context<'_>, h: &Heads) -> bool {
-    let (group, d) = (h.hq / h.hkv.max(1), h.d);
-    let types = h.dtype == DType::BF16 || h.dtype == DType::F32;
-    // The plain form keeps a warp's outputs of all heads in registers.
-    let fits = h.dtype == DType::BF16 || group * d.div_ceil(32) <= 64;
-    types && fits && group <= 16 && d % 16 == 0 && d <= 256 && !cx.options.plain
-}
-
 /// Shared memory of the bf16 decode kernel, by the formula at the top of `attn_decode.cu`.
 fn decode_shared(group: usize, d: usize, nt: usize, stages: usize, cluster: usize) -> usize {
     let up = |b: usize| b.next_multiple_of(16);
@@ -400,7 +377,7 @@ fn decode(cx: &mut Context<'_>, h: &Heads, q: Ref, cache: Ref, out: Ref, extra: 
     let (cluster, stages) = (0..)
         .map(|halvings| (cluster >> halvings).max(1))
         .flat_map(|c| [(c, stages), (c, 2)])
-        .find(|&(c, s)| c == 1 && s == 2 || decode_shared(group, h.d, nt, s, c) <= SHARED)
+        .find(|&(c, s)| c == 1 && s == 2 || decode_shared(group, h.d, nt, s, c) <= SHARED_BYTES)
         .unwrap_or((1, 2));
     let mut defines = head_defines(cx, h, extra.defines);
     defines = defines
@@ -412,7 +389,7 @@ fn decode(cx: &mut Context<'_>, h: &Heads, q: Ref, cache: Ref, out: Ref, extra: 
             .def("LATHE_NT", nt)
             .def("LATHE_STAGES", stages)
             // The step state is written before the step, by copies that no kernel overtakes.
-            .def("LATHE_PREFETCH", u8::from(extra.fused && cx.pdl()));
+            .def("LATHE_PREFETCH", u8::from(extra.fused && cx.early));
         let shared = decode_shared(group, h.d, nt, stages, cluster);
         (items * cluster, shared)
     } else {
@@ -447,47 +424,40 @@ fn decode(cx: &mut Context<'_>, h: &Heads, q: Ref, cache: Ref, out: Ref, extra: 
     };
     let read = if extra.fused { h.hq + 2 * h.hkv } else { h.hq };
     // Cluster dimensions are in the source.
-    let launch = cx.launch(
-        Body::AttnDecode,
-        &label,
+    cx.call(Call {
+        body: Body::AttnDecode,
+        label: &label,
         defines,
-        Geometry::new([grid, 1, 1], 128, shared),
+        geometry: Geometry::new([grid, 1, 1], 128, shared),
         args,
-    );
-    launch.work = h.attended(read, rows);
+        work: Some(h.attended(read, rows)),
+        library: None,
+    });
 }
 
-/// Consumer warpgroups of the prefill kernel. Three leave too few registers for a soft cap.
-fn prefill_groups(h: &Heads) -> usize {
-    if h.d <= 64 && h.spec.softcap.is_none() {
-        3
-    } else {
-        2
-    }
-}
-
-fn prefill_takes(cx: &Context<'_>, h: &Heads) -> bool {
-    let page = cx.options.page_size;
-    let page_box = page.min(64);
-    let pages = matches!(page_box, 8 | 16 | 32 | 64) && page.is_multiple_of(page_box);
-    let heads = h.d.is_multiple_of(8) && h.d <= 256 && h.hq / h.hkv.max(1) <= 64;
-    h.dtype == DType::BF16 && pages && heads && !cx.options.plain
-}
-
-/// Attention of the sequences with at least `min_rows` new tokens.
-fn prefill(cx: &mut Context<'_>, h: &Heads, q: Ref, cache: Ref, out: Ref, min_rows: i32) {
+/// Attention of the sequences with at least `min_rows` new tokens: queries, cache and outputs.
+fn prefill(
+    cx: &mut Context<'_>,
+    h: &Heads,
+    [q, cache, out]: [Ref; 3],
+    min_rows: i32,
+    list_is_made: bool,
+) {
     let (t, b) = (cx.sizes.t, cx.sizes.b);
     let group = h.hq / h.hkv;
-    let nwg = prefill_groups(h);
+    let nwg = h.prefill_groups();
     let dp = [64, 128].into_iter().find(|&p| h.d <= p).unwrap_or(256);
     let (bn, q_stages) = if h.d > 128 { (64, 1) } else { (128, 2) };
     let kv_stages = 2;
-    let tq = 64 * nwg / group;
+    let tq = h.prefill_rows();
     let page = cx.options.page_size;
     let page_box = page.min(64);
     let window = h.spec.mask.window;
     let max_items = (t + b * (tq - 1)) / tq;
-    let (work, count) = work_list(cx, tq, min_rows, window, max_items);
+    let (work, count) = tile_list(cx, tq, window, max_items);
+    if !list_is_made {
+        launch_list(cx, [&work, &count], (tq, max_items), min_rows, window);
+    }
     let counter = cx.work("attn.counter", 16, Some(0));
     let defines = cx
         .defines(h.dtype)
@@ -539,46 +509,54 @@ fn prefill(cx: &mut Context<'_>, h: &Heads, q: Ref, cache: Ref, out: Ref, min_ro
     let windowed = if window.is_some() { "_window" } else { "" };
     let label = format!("d{}_g{group}{windowed}{cap}", h.d);
     let geometry = Geometry::new([grid, 1, 1], 128 * (nwg + 1), shared);
-    let launch = cx.launch(Body::AttnPrefill, &label, defines, geometry, args);
-    launch.work = h.attended(h.hq, (min_rows as usize, usize::MAX));
+    cx.call(Call {
+        body: Body::AttnPrefill,
+        label: &label,
+        defines,
+        geometry,
+        args,
+        work: Some(h.attended(h.hq, (min_rows as usize, usize::MAX))),
+        library: None,
+    });
 }
 
-/// The step's list of query tiles, made by the first attention that needs it.
-fn work_list(
+/// Where the list of query tiles is, and their number.
+fn tile_list(cx: &mut Context<'_>, tq: usize, window: Option<u32>, max_items: usize) -> (Ref, Ref) {
+    let name = format!("attn.tiles.{tq}.{}", window.unwrap_or(0));
+    let list = cx.work(&name, 32 * max_items, None);
+    (list, cx.work(&format!("{name}.count"), 16, None))
+}
+
+/// Makes the list of query tiles of the sequences with at least `min_rows` new tokens.
+fn launch_list(
     cx: &mut Context<'_>,
-    tq: usize,
+    [list, count]: [&Ref; 2],
+    (tq, max_items): (usize, usize),
     min_rows: i32,
     window: Option<u32>,
-    max_items: usize,
-) -> (Ref, Ref) {
-    let name = format!("attn.tiles.{tq}.{}", window.unwrap_or(0));
-    let is_new = cx.workspaces.iter().all(|w| w.name != name);
-    let work = cx.work(&name, 32 * max_items, None);
-    let count = cx.work(&format!("{name}.count"), 16, None);
-    if is_new {
-        let b = cx.sizes.b;
-        let args = vec![
-            meta(Meta::CuSeqlens),
-            meta(Meta::KvLens),
-            Arg::Ptr(work.clone()),
-            Arg::Ptr(count.clone()),
-            Arg::I32(b as i32),
-            Arg::I32(tq as i32),
-            Arg::I32(min_rows),
-            Arg::I32(1),
-            Arg::I32(window.unwrap_or(0) as i32),
-        ];
-        let shared = 4 * (b + 1 + max_items) + 128;
-        let defines = cx.defines(DType::BF16);
-        let launch = cx.launch(
-            Body::AttnPlan,
-            "",
-            defines,
-            Geometry::new([1, 1, 1], 1024, shared),
-            args,
-        );
-        let bytes = 4 * (2 * b + 1) + 32 * max_items;
-        launch.work = Work::rows(KernelClass::Attention, max_items, 8, bytes);
-    }
-    (work, count)
+) {
+    let b = cx.sizes.b;
+    let args = vec![
+        meta(Meta::CuSeqlens),
+        meta(Meta::KvLens),
+        Arg::Ptr(list.clone()),
+        Arg::Ptr(count.clone()),
+        Arg::I32(b as i32),
+        Arg::I32(tq as i32),
+        Arg::I32(min_rows),
+        Arg::I32(1),
+        Arg::I32(window.unwrap_or(0) as i32),
+    ];
+    let shared = 4 * (b + 1 + max_items) + 128;
+    let bytes = 4 * (2 * b + 1) + 32 * max_items;
+    let defines = cx.defines(DType::BF16);
+    cx.call(Call {
+        body: Body::AttnPlan,
+        label: "",
+        defines,
+        geometry: Geometry::new([1, 1, 1], 1024, shared),
+        args,
+        work: Some(Work::rows(KernelClass::Attention, max_items, 8, bytes)),
+        library: None,
+    });
 }
