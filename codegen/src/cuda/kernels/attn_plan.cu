@@ -5,8 +5,8 @@
 // Parameters
 //   const int* cu_seqlens   [B + 1], row ranges of the sequences
 //   const int* kv_lens      [B], keys of a sequence with this step's tokens
-//   int4* work              out: two int4 an entry: (sequence, first token of the tile inside the chunk, first row of the
-//                           chunk, its length), (keys of the sequence, 0, 0, 0)
+//   int4* work              out: two int4 an entry: (sequence, first token of the tile inside the chunk, first row of
+//                           the chunk, its length), (keys of the sequence, 0, 0, 0)
 //   int* count              out: [2] entries written, at most max_items; keys of their sequences
 //   int B                   sequences
 //   int TQ                  tokens of a tile
