@@ -39,7 +39,7 @@ pub struct DeviceModel {
 
 impl DeviceModel {
     /// NVIDIA H100 80GB HBM3. Measured ceilings: read stream 3.16 TB/s, bf16 GEMM 740 TFLOP/s,
-    /// 0.9 µs per kernel in a graph (BENCHMARKS.md).
+    /// 0.9 µs per kernel in a graph (docs/measurements.md).
     pub const H100: DeviceModel = DeviceModel {
         name: "h100",
         matrix_flops: 740e12,
