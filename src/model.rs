@@ -6,16 +6,14 @@ use crate::errors::{printable, usage_error};
 use crate::frontend::import_model;
 use crate::global_options::GlobalOptions;
 use crate::phases::{Phases, bytes};
-pub use crate::target::Target;
-use anyhow::Context;
+use crate::target::{Target, cost_model};
 use lathe_codegen::Plan;
 use lathe_ir::DType;
 use lathe_ir::import::ModelInfo;
 use lathe_passes::pipeline::{Compiled, compile};
-use lathe_runtime::device::cpu;
-use lathe_runtime::device::cuda::{self, CudaLoad};
-use lathe_runtime::device::load::{LoadOptions, Loadable, expected_tensors};
-use lathe_runtime::device::step::Executor;
+use lathe_runtime::device::Device;
+use lathe_runtime::device::executor::Executor;
+use lathe_runtime::device::load::{Backend, LoadOptions, Loadable, expected_tensors};
 use lathe_runtime::weights::{Checkpoint, RandomWeights, WeightSource, check};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -41,7 +39,7 @@ pub struct CompiledModel {
     /// Element type of weights and activations.
     pub dtype: DType,
     /// The device that it was compiled for.
-    pub target: Target,
+    pub device: Box<dyn Device>,
     /// The programs and how they came about.
     pub compiled: Compiled,
     /// What devices execute.
@@ -52,8 +50,6 @@ pub struct CompiledModel {
     pub graph_sizes: Option<Vec<usize>>,
     /// How GEMM kernels are chosen.
     pub tuning: GemmTuning,
-    /// Where compiled kernels lie.
-    pub kernel_cache: PathBuf,
     /// The number of layers was overridden: the checkpoint may have more.
     pub is_cut: bool,
     /// Phases with their times, in order.
@@ -75,19 +71,22 @@ impl CompiledModel {
         let task = Task::begin("compile");
         let start = Instant::now();
         let imported = import_model(global, run, &mut Phases::new())?;
-        let target = Target::resolve(global.device)?;
+        let device = Target::resolve(global.device, global.kernel_cache())?.into_device();
         let read = start.elapsed();
-        let compiled = compile(&imported.model.graph, &run.pass_config(target.cost_model()))?;
+        let compiled = compile(
+            &imported.model.graph,
+            &run.pass_config(cost_model(&*device)),
+        )?;
         let optimised = start.elapsed();
         let plan = imported.lower(&compiled)?;
         let lowered = start.elapsed();
-        task.end(&format!("{} for {}", imported.name, target.name()));
+        task.end(&format!("{} for {}", imported.name, device.name()));
         Ok(CompiledModel {
             folder: imported.folder,
             name: imported.name,
             info: imported.model.arch,
             dtype: imported.dtype,
-            target,
+            device,
             compiled,
             plan,
             backend: run.compile_backend.value,
@@ -97,7 +96,6 @@ impl CompiledModel {
                 .as_ref()
                 .map(|sizes| sizes.iter().map(|&n| n as usize).collect()),
             tuning: run.tuning(),
-            kernel_cache: global.kernel_cache(),
             is_cut: run
                 .overrides()
                 .any(|(key, _)| matches!(key, "num_hidden_layers" | "n_layer")),
@@ -111,7 +109,7 @@ impl CompiledModel {
 
     /// Settings that were given and change nothing in this run, for readers.
     pub fn remarks(&self, settings: &Resolved, run: Run) -> Vec<String> {
-        let on_cpu = self.target == Target::Cpu;
+        let on_cpu = !self.device.capabilities().compiles;
         let mut remarks = settings.without_effect(run, on_cpu);
         if on_cpu {
             remarks.extend(settings.backend_on_cpu());
@@ -177,22 +175,14 @@ impl CompiledModel {
             weights: &*weights,
             vocab: self.info.vocab as usize,
         };
-        let executor = match &self.target {
-            Target::Cpu => cpu::load(model, options).context("loading the model on the CPU")?,
-            Target::Cuda(ordinal, _) => {
-                let how = CudaLoad {
-                    ordinal: *ordinal as usize,
-                    graphs: self.backend.cuda_graphs(),
-                    autotune: self.tuning.timed,
-                    cublaslt: self.tuning.cublaslt,
-                    cache: Some(self.kernel_cache.clone()),
-                    per_op: !self.backend.fuses(),
-                    graph_sizes: self.graph_sizes.clone(),
-                    ..CudaLoad::default()
-                };
-                cuda::load(model, options, &how).context("loading the model on the GPU")?
-            }
+        let backend = Backend {
+            graphs: self.backend.cuda_graphs(),
+            graph_sizes: self.graph_sizes.clone(),
+            per_op: !self.backend.fuses(),
+            autotune: self.tuning.timed,
+            cublaslt: self.tuning.cublaslt,
         };
+        let executor = self.device.load(model, options, &backend)?;
         let size = bytes(self.plan.weight_bytes() as f64);
         let what = match choice {
             WeightChoice::Checkpoint => size,
@@ -207,8 +197,7 @@ impl CompiledModel {
     /// # Errors
     /// A kernel cannot be compiled.
     pub fn warm_up(&mut self, executor: &mut dyn Executor) -> anyhow::Result<()> {
-        // A CPU has nothing to prepare.
-        if self.target != Target::Cpu {
+        if self.device.capabilities().compiles {
             let task = Task::begin("compile kernels");
             executor.warm_up()?;
             self.phases.push(("compile kernels", task.end("")));

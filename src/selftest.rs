@@ -43,7 +43,7 @@ struct Variant {
     sizes: Sizes,
 }
 
-fn variants(cpu: bool, effort: Effort) -> Vec<Variant> {
+fn variants(slow: bool, effort: Effort) -> Vec<Variant> {
     let variant = |model, dtype, fused, sizes| Variant {
         model,
         dtype,
@@ -52,7 +52,7 @@ fn variants(cpu: bool, effort: Effort) -> Vec<Variant> {
     };
     let samples = families().iter().flat_map(|family| family.samples);
     let (f32, bf16) = (DType::F32, DType::BF16);
-    let few = if cpu { Sizes::Few } else { Sizes::Some };
+    let few = if slow { Sizes::Few } else { Sizes::Some };
     if effort == Effort::Quick {
         let quick = |model: &'static Sample| {
             Some(match model.name {
@@ -68,7 +68,7 @@ fn variants(cpu: bool, effort: Effort) -> Vec<Variant> {
     let mut all = Vec::new();
     for model in samples {
         let core = matches!(model.name, "llama-d64" | "llama-d128");
-        let most = if core && !cpu { Sizes::All } else { few };
+        let most = if core && !slow { Sizes::All } else { few };
         all.push(variant(model, bf16, true, most));
         all.push(variant(model, f32, true, few));
         all.push(variant(model, bf16, false, few));
@@ -169,18 +169,18 @@ fn plan(
     Ok((plan, weights, model.arch.vocab as usize))
 }
 
-/// The subjects for a device.
+/// The subjects for a device; fewer and smaller ones where the reference is slow.
 ///
 /// # Errors
 /// A built-in model does not compile.
 pub fn subjects(
     device: &DeviceModel,
-    cpu: bool,
+    slow: bool,
     effort: Effort,
     seed: u64,
 ) -> anyhow::Result<Vec<Subject>> {
     let mut subjects = Vec::new();
-    for variant in variants(cpu, effort) {
+    for variant in variants(slow, effort) {
         let fused = if variant.fused { "" } else { " unfused" };
         let name = format!("{} {}{fused}", variant.model.name, variant.dtype);
         let (plan, weights, vocab) =
@@ -200,7 +200,7 @@ pub fn subjects(
                 .enumerate()
                 .map(|(i, shape)| {
                     // Small greedy steps once with their logits; some draw their tokens.
-                    let (draws, logits) = (i % 3 == 1 && !cpu, i % 2 == 1);
+                    let (draws, logits) = (i % 3 == 1 && !slow, i % 2 == 1);
                     case(shape, draws, logits, vocab, &options, &mut rng)
                 })
                 .collect();

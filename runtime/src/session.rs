@@ -1,7 +1,8 @@
 //! A static batch: all prompts are prefilled, then all sequences decode together until the last
 //! one ends. This is the whole of `runtime: demollm`, and of `generate` and `verify`.
 
-use crate::device::step::{Executor, RowSampler, StepBatch, StepError};
+use crate::device::executor::Executor;
+use crate::device::step::{RowSampler, StepBatch, StepError};
 use crate::sampling::SamplingParams;
 use std::time::{Duration, Instant};
 

@@ -7,8 +7,9 @@ use lathe_codegen::ProgramKind;
 use lathe_codegen::cuda::{CudaProgram, Probe, Sampling, Sizes, lower_program, probe_kernel};
 use lathe_codegen::work::{KernelClass, Span, Work, WorkShape};
 use lathe_ir::DType;
+use lathe_runtime::device::cuda::compile::compile_all;
 use lathe_runtime::device::cuda::library::{self, Library};
-use lathe_runtime::device::cuda::nvrtc::{Source, compile_all};
+use lathe_runtime::device::cuda::nvrtc::Source;
 
 fn lowered(kind: ProgramKind, sizes: Sizes) -> CudaProgram {
     let plan = plan("configs/llama-3.1-8b", DType::BF16, &[]);

@@ -65,12 +65,6 @@ fn size(bytes: u64) -> String {
     crate::phases::bytes(bytes as f64)
 }
 
-/// Memory of a CPU that a cache may be taken from: what is available, and never more than a quarter
-/// of all, so that a laptop stays usable.
-pub fn cpu_free_bytes(available: u64, total: u64) -> u64 {
-    available.min(total / 4)
-}
-
 /// The pages of a cache for a dataset.
 ///
 /// # Errors
@@ -197,11 +191,5 @@ mod tests {
             "the longest request has 49 tokens and needs 48.00 MiB of KV cache; 64.00 KiB are free and 0.5 of it \
              may be used: 47.97 MiB are missing"
         );
-    }
-
-    #[test]
-    fn a_laptop_keeps_its_memory() {
-        assert_eq!(cpu_free_bytes(12 << 30, 16 << 30), 4 << 30);
-        assert_eq!(cpu_free_bytes(1 << 30, 16 << 30), 1 << 30);
     }
 }

@@ -2,7 +2,7 @@
 //! trtllm-bench's `--report_json` (keys, order and units), plus one section of our own; its text form is in
 //! `report_text`, the files of single requests and iterations in `report_json`.
 
-use lathe_runtime::device::step::Execution;
+use lathe_runtime::device::executor::Execution;
 use serde::Serialize;
 
 use super::dataset::DatasetStats;

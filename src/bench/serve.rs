@@ -6,7 +6,8 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use lathe_codegen::work::KernelClass;
-use lathe_runtime::device::step::{Capacity, Executor};
+use lathe_runtime::device::executor::Executor;
+use lathe_runtime::device::step::Capacity;
 use lathe_runtime::engine::{
     Clock, ConfigError, Engine, EngineConfig, EngineError, FinishReason, Finished, Policy,
     Progress, Request, StepGroup, StepStats, Totals,

@@ -3,6 +3,7 @@
 
 use super::dataset::DatasetStats;
 use super::tuning::{TuningError, TuningInput};
+use lathe_runtime::device::Capabilities;
 
 /// What the sizes are derived from.
 #[derive(Debug, Clone, Copy)]
@@ -17,8 +18,8 @@ pub struct SizingInput<'a> {
     pub concurrency: i64,
     /// What the heuristic needs to know.
     pub tuning: TuningInput,
-    /// Whether the model runs on a CPU.
-    pub on_cpu: bool,
+    /// What is known of the device.
+    pub capabilities: Capabilities,
 }
 
 /// Sizes of a run.
@@ -37,15 +38,13 @@ pub struct Sizes {
 /// # Errors
 /// The model, or one request of average length, does not fit into the memory.
 pub fn sizes(input: &SizingInput<'_>) -> Result<Sizes, TuningError> {
-    /// A CPU is compute-bound long before; more sequences would only cost memory.
-    const CPU_BATCH: usize = 64;
     let tuned = input.tuning.tune()?;
     let in_flight = usize::try_from(input.concurrency)
         .ok()
         .filter(|&limit| limit > 0)
         .unwrap_or(usize::MAX);
     let useful = input.dataset.num_requests.min(in_flight).max(1);
-    let cap = if input.on_cpu { CPU_BATCH } else { usize::MAX };
+    let cap = input.capabilities.useful_batch.unwrap_or(usize::MAX);
     let automatic = tuned.max_batch_size.min(useful).min(cap);
     let max_batch_size = match (input.max_batch_size, input.max_num_tokens) {
         (Some(given), _) => given,
@@ -61,11 +60,10 @@ pub fn sizes(input: &SizingInput<'_>) -> Result<Sizes, TuningError> {
     Ok(Sizes {
         max_batch_size,
         max_num_tokens,
-        // The heuristic's warnings are about the memory of GPUs.
-        warnings: if input.on_cpu {
-            Vec::new()
-        } else {
-            tuned.warnings
+        // The heuristic's warnings are about memory that nothing else uses.
+        warnings: match input.capabilities.has_own_memory {
+            true => tuned.warnings,
+            false => Vec::new(),
         },
     })
 }
@@ -74,6 +72,15 @@ pub fn sizes(input: &SizingInput<'_>) -> Result<Sizes, TuningError> {
 mod tests {
     use super::*;
     use crate::bench::dataset::{Dataset, Request};
+
+    const GPU: Capabilities = Capabilities {
+        is_asynchronous: true,
+        compiles: true,
+        has_known_rates: true,
+        has_own_memory: true,
+        useful_batch: None,
+        f32_error: 1e-4,
+    };
 
     const TUNING: TuningInput = TuningInput {
         layers: 32,
@@ -107,7 +114,7 @@ mod tests {
             max_num_tokens: None,
             concurrency: -1,
             tuning: TUNING,
-            on_cpu: false,
+            capabilities: GPU,
         };
         change(&mut input);
         let sizes = sizes(&input).unwrap();
@@ -120,7 +127,10 @@ mod tests {
         assert_eq!(sized(1000, |_| {}), (256, 2048));
         assert_eq!(sized(100, |_| {}), (100, 1000));
         assert_eq!(sized(1000, |input| input.concurrency = 8), (8, 80));
-        assert_eq!(sized(1000, |input| input.on_cpu = true), (64, 640));
+        assert_eq!(
+            sized(1000, |input| input.capabilities.useful_batch = Some(64)),
+            (64, 640)
+        );
     }
 
     #[test]

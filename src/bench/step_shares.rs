@@ -4,8 +4,9 @@
 use std::time::{Duration, Instant};
 
 use lathe_codegen::work::KernelClass;
+use lathe_runtime::device::executor::Executor;
 use lathe_runtime::device::profile::{ProfileOptions, sample_batch};
-use lathe_runtime::device::step::{Executor, StepError};
+use lathe_runtime::device::step::StepError;
 use lathe_runtime::engine::StepGroup;
 
 /// Samples of each kernel.
@@ -85,6 +86,7 @@ pub fn class_times(
 mod tests {
     use super::*;
     use lathe_codegen::work::Work;
+    use lathe_runtime::device::executor::Execution;
     use lathe_runtime::device::profile::{KernelTime, StepProfile};
     use lathe_runtime::device::step::{Capacity, StepBatch, StepKind, StepOutput};
 
@@ -104,6 +106,14 @@ mod tests {
                 pages: 64,
                 vocab: 10,
             }
+        }
+
+        fn warm_up(&mut self) -> Result<(), StepError> {
+            unreachable!("only profiles are asked for")
+        }
+
+        fn execution(&self) -> Option<Execution> {
+            unreachable!("only profiles are asked for")
         }
 
         fn step(&mut self, _: &StepBatch, _: bool) -> Result<StepOutput, StepError> {

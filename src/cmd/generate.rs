@@ -116,7 +116,7 @@ impl Generate {
 
     fn stream(
         &self,
-        executor: &mut dyn lathe_runtime::device::step::Executor,
+        executor: &mut dyn lathe_runtime::device::executor::Executor,
         requests: &[StaticRequest],
         tokenizer: &TextTokenizer,
     ) -> anyhow::Result<()> {
@@ -151,7 +151,7 @@ impl Generate {
 
     fn batch(
         &self,
-        executor: &mut dyn lathe_runtime::device::step::Executor,
+        executor: &mut dyn lathe_runtime::device::executor::Executor,
         requests: &[StaticRequest],
         tokenizer: &TextTokenizer,
     ) -> anyhow::Result<()> {

@@ -6,14 +6,11 @@ use std::path::PathBuf;
 use anyhow::Context;
 use clap::Args;
 use lathe_codegen::work::Span;
-use lathe_ir::DType;
 use lathe_passes::egraph::cost::{CostPoint, DeviceModel};
 use lathe_passes::predict::predict;
-use lathe_runtime::device::cuda::driver;
 use lathe_runtime::device::load::LoadOptions;
 use lathe_runtime::device::profile::{Ceilings, ProfileOptions, StepProfile, sample_batch};
 use lathe_runtime::device::step::StepKind;
-use lathe_runtime::device::{cpu, cuda};
 use lathe_runtime::weights::{Checkpoint, WeightsError};
 
 use super::config_file::ConfigFile;
@@ -22,7 +19,8 @@ use crate::bench::files::{check_writable, write_json};
 use crate::bench::kernels::{KernelsReport, Profiled, StepPoint};
 use crate::config::{Given, Options, Resolved, Run};
 use crate::global_options::GlobalOptions;
-use crate::model::{CompiledModel, Target, WeightChoice};
+use crate::model::{CompiledModel, WeightChoice};
+use crate::target::cost_model;
 
 /// Time each kernel of a compiled model: GB/s, TFLOP/s, per cent of the ceilings measured in the same run, and
 /// cuBLASLt beside each GEMM.
@@ -82,8 +80,8 @@ impl Kernels {
         let options = load_options(&points, resolved.attn_page_size.value as usize);
         let weights = weights(&resolved, &model)?;
         // Before the model takes its memory.
-        tracing::info!("measuring the ceilings of {}", model.target.name());
-        let ceilings = ceilings(&model)?;
+        tracing::info!("measuring the ceilings of {}", model.device.name());
+        let ceilings = model.device.ceilings(model.dtype)?;
         let mut executor = model.load(weights, options)?;
         // Autotuning, too: the kernels are those of a benchmark.
         model.warm_up(&mut *executor)?;
@@ -179,21 +177,6 @@ fn weights(resolved: &Resolved, model: &CompiledModel) -> anyhow::Result<WeightC
     }
 }
 
-fn ceilings(model: &CompiledModel) -> anyhow::Result<Ceilings> {
-    let mut ceilings = match &model.target {
-        Target::Cpu => cpu::ceilings(model.dtype),
-        Target::Cuda(ordinal, _) => {
-            cuda::ceilings(*ordinal as usize, Some(model.kernel_cache.clone()))
-                .context("measuring the GPU's ceilings")?
-        }
-    };
-    // cuBLASLt was measured in 16 bits.
-    if matches!(model.target, Target::Cuda(..)) && model.dtype == DType::F32 {
-        ceilings.matrix = None;
-    }
-    Ok(ceilings)
-}
-
 fn report(
     model: &CompiledModel,
     resolved: &Resolved,
@@ -212,7 +195,7 @@ fn report(
         ceilings.matrix = own;
         ceilings.matrix_source = "own kernels of this run";
     }
-    let device = measured(model.target.cost_model(), &ceilings);
+    let device = measured(cost_model(&*model.device), &ceilings);
     let profiled = points.iter().zip(profiles).map(|(point, profile)| {
         let (graph, at) = match point.kind {
             StepKind::Decode => (
@@ -235,14 +218,11 @@ fn report(
         }
     });
     let profiled: Vec<Profiled> = profiled.collect();
-    let gpu = match &model.target {
-        Target::Cpu => None,
-        Target::Cuda(ordinal, _) => driver::properties(*ordinal as usize).ok().map(|p| p.name),
-    };
+    let gpu = model.device.describe().map(|device| device.name);
     KernelsReport::new(
         &model.name,
         model.dtype.name(),
-        &model.target.name(),
+        &model.device.name(),
         gpu,
         weights == WeightChoice::Checkpoint,
         &resolved.compile_backend.value.to_string(),

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::path::Path;
 
-use lathe_runtime::device::cuda::driver;
+use lathe_runtime::device::Description;
 use lathe_runtime::text::TextTokenizer;
 
 use crate::bench::files::check_writable;
@@ -14,7 +14,7 @@ use crate::bench::report_json::{
     IterationStats, write_iteration_log, write_output_json, write_report_json, write_request_json,
 };
 use crate::errors::usage_error;
-use crate::model::{CompiledModel, Target};
+use crate::model::CompiledModel;
 
 /// Files to write.
 #[derive(Debug, Clone, Copy, Default)]
@@ -139,27 +139,21 @@ pub(super) fn engine(model: &CompiledModel) -> Engine {
     }
 }
 
-/// The report's description of a GPU.
-pub(super) fn machine(target: &Target) -> Option<Machine> {
-    let Target::Cuda(index, _) = target else {
-        return None;
-    };
-    let properties = driver::properties(*index as usize).ok()?;
-    Some(Machine {
-        memory_gib: properties.memory_bytes as f64 / f64::from(1u32 << 30),
-        memory_clock_ghz: Some(f64::from(properties.memory_clock_khz) * 1e-6),
-        name: properties.name,
-    })
+/// The report's description of the machine that a device is.
+pub(super) fn machine(device: Description) -> Machine {
+    Machine {
+        memory_gib: device.memory_bytes as f64 / f64::from(1u32 << 30),
+        memory_clock_ghz: Some(f64::from(device.memory_clock_khz) * 1e-6),
+        name: device.name,
+    }
 }
 
-/// Power and clocks of a GPU, as far as they are known.
-pub(super) fn gpu_state(target: &Target) -> GpuState {
-    match target {
-        Target::Cpu => GpuState::default(),
-        Target::Cuda(index, _) => driver::pci_address(*index as usize)
-            .map(|address| GpuState::read(&address))
-            .unwrap_or_default(),
-    }
+/// Power and clocks of a device, as far as they are known.
+pub(super) fn gpu_state(device: Option<&Description>) -> GpuState {
+    device
+        .and_then(|device| device.pci_address.as_deref())
+        .map(GpuState::read)
+        .unwrap_or_default()
 }
 
 /// The phases up to here, with the measurement as the last.

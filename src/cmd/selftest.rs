@@ -1,10 +1,7 @@
 //! `selftest`: every kernel family of this machine's device against another implementation.
 
 use clap::Args;
-use lathe_codegen::cuda::FAMILIES;
-use lathe_runtime::device::cuda::CudaLoad;
-use lathe_runtime::selftest::cuda::{CudaSelftest, check_steps};
-use lathe_runtime::selftest::{Report, Subject, cpu};
+use lathe_runtime::selftest::{Report, Subject, Tester};
 use serde_json::json;
 use std::io::Write;
 use std::path::PathBuf;
@@ -14,8 +11,8 @@ use crate::bench::files::{check_writable, write_json};
 use crate::bench::table::{Align, table};
 use crate::errors::usage_error;
 use crate::global_options::GlobalOptions;
-use crate::model::Target;
 use crate::selftest::{Effort, subjects};
+use crate::target::{Target, cost_model};
 
 /// Test every kernel family of this machine's device on random inputs: a GPU against the CPU, the CPU
 /// against the interpreter.
@@ -41,28 +38,29 @@ impl Selftest {
         if let Some(path) = &self.json {
             check_writable(path)?;
         }
-        let target = Target::resolve(global.device)?;
+        let target = Target::resolve(global.device, global.kernel_cache())?;
         let effort = match self.quick {
             true => Effort::Quick,
             false => Effort::Full,
         };
         let start = Instant::now();
-        let is_cpu = target == Target::Cpu;
-        let all = subjects(&target.cost_model(), is_cpu, effort, self.seed)?;
+        let mut tester = target.tester(self.filter.clone())?;
+        let device = target.into_device();
+        let slow = tester.has_slow_reference();
+        let all = subjects(&cost_model(&*device), slow, effort, self.seed)?;
         let mut report = Report::default();
-        match target {
-            Target::Cpu => self.on_cpu(&all, &mut report)?,
-            Target::Cuda(ordinal, _) => {
-                let cubins = global.kernel_cache();
-                self.on_cuda(ordinal as usize, cubins, &all, effort, &mut report)?;
-            }
-        }
+        self.compare(&mut *tester, &all, effort, &mut report)?;
         // A family without a case was not tested: only a full run promises them all.
-        let uncovered: Vec<&str> = match is_cpu || self.filter.is_some() {
-            true => Vec::new(),
-            false => FAMILIES.into_iter().filter(|f| !report.covers(f)).collect(),
+        let promised = match self.filter {
+            Some(_) => &[],
+            None => tester.families(),
         };
-        let name = target.name();
+        let uncovered: Vec<&str> = promised
+            .iter()
+            .copied()
+            .filter(|f| !report.covers(f))
+            .collect();
+        let name = device.name();
         let seconds = start.elapsed().as_secs_f64();
         if let Some(path) = &self.json {
             write_json(path, b"  ", &self.to_json(&name, &report, &uncovered))?;
@@ -89,32 +87,22 @@ impl Selftest {
         Ok(())
     }
 
-    fn on_cpu(&self, all: &[Subject], report: &mut Report) -> anyhow::Result<()> {
-        for subject in all {
-            tracing::info!("{}", subject.name);
-            cpu::check(subject, self.seed, self.filter.as_deref(), report)?;
-        }
-        Ok(())
-    }
-
-    fn on_cuda(
+    fn compare(
         &self,
-        ordinal: usize,
-        cubins: PathBuf,
+        tester: &mut dyn Tester,
         all: &[Subject],
         effort: Effort,
         report: &mut Report,
     ) -> anyhow::Result<()> {
         let start = Instant::now();
-        let mut device = CudaSelftest::open(ordinal, self.filter.clone(), Some(cubins.clone()))?;
-        let kernels = device.compile(all)?;
-        tracing::info!(
-            "{kernels} kernels in {:.1} s",
-            start.elapsed().as_secs_f64()
-        );
+        let kernels = tester.prepare(all)?;
+        if kernels > 0 {
+            let seconds = start.elapsed().as_secs_f64();
+            tracing::info!("{kernels} kernels in {seconds:.1} s");
+        }
         for subject in all {
             let (start, known) = (Instant::now(), report.failures.len());
-            device.check(subject, self.seed, report)?;
+            tester.check(subject, self.seed, report)?;
             for f in &report.failures[known..] {
                 tracing::warn!("{}: {}: {}", f.family, f.place, f.what);
             }
@@ -126,21 +114,15 @@ impl Selftest {
                 start.elapsed().as_secs_f64()
             );
         }
-        if self.filter.is_none() {
-            let how = CudaLoad {
-                ordinal,
-                cache: Some(cubins),
-                ..CudaLoad::default()
-            };
-            let steps = if effort == Effort::Quick { 50 } else { 300 };
-            // The first subject, and the first of another element type.
-            let first = all.first();
-            let other = all
-                .iter()
-                .find(|s| first.is_some_and(|f| f.plan.dtype != s.plan.dtype));
-            for subject in first.into_iter().chain(other) {
-                let start = Instant::now();
-                check_steps(subject, &how, steps, self.seed, report)?;
+        let steps = if effort == Effort::Quick { 50 } else { 300 };
+        // The first subject, and the first of another element type.
+        let first = all.first();
+        let other = all
+            .iter()
+            .find(|s| first.is_some_and(|f| f.plan.dtype != s.plan.dtype));
+        for subject in first.into_iter().chain(other) {
+            let start = Instant::now();
+            if tester.check_sessions(subject, steps, self.seed, report)? {
                 tracing::info!(
                     "{}, whole steps: {:.1} s",
                     subject.name,

@@ -5,7 +5,7 @@ use std::time::Duration;
 use lathe_codegen::Plan;
 use lathe_passes::egraph::cost::{CostPoint, DeviceModel};
 use lathe_passes::predict::predict;
-use lathe_runtime::device::cuda::driver::Device;
+use lathe_runtime::device::Memory;
 use lathe_runtime::device::load::LoadOptions;
 use lathe_runtime::engine::{EngineConfig, Policy};
 use lathe_runtime::interrupt::interrupt_flag;
@@ -13,7 +13,7 @@ use lathe_runtime::text::TextTokenizer;
 
 use super::outputs::{Outputs, engine, gpu_state, machine, phases};
 use crate::bench::dataset::{Dataset, DatasetStats};
-use crate::bench::kv_size::{KvLimits, cpu_free_bytes, kv_size};
+use crate::bench::kv_size::{KvLimits, kv_size};
 use crate::bench::metrics::RequestRecord;
 use crate::bench::report::{ExecutionInfo, LatheSection, Report, WorldInfo};
 use crate::bench::schedule::{Free, StepCost, choose};
@@ -24,7 +24,8 @@ use crate::bench::tuning::{TuningError, TuningInput};
 use crate::bench::warnings::{RunLimits, warnings};
 use crate::config::{Resolved, Run};
 use crate::console::Task;
-use crate::model::{CompiledModel, Target, WeightChoice};
+use crate::model::{CompiledModel, WeightChoice};
+use crate::target::cost_model;
 
 /// A run on the engine.
 pub(super) struct ServingJob<'a> {
@@ -96,14 +97,14 @@ impl ServingJob<'_> {
     fn limits(&self, model: &CompiledModel, stats: &DatasetStats) -> anyhow::Result<Limits> {
         let resolved = self.resolved;
         let plan = &model.plan;
-        let on_cpu = model.target == Target::Cpu;
+        let capabilities = model.device.capabilities();
         let weights = plan.weight_bytes() as u64;
-        let memory = free_bytes(&model.target)?;
-        if weights > memory {
+        let memory = model.device.memory()?;
+        let Some(free) = memory.free.checked_sub(weights) else {
+            let memory = memory.free;
             return Err(TuningError::WeightsDoNotFit { weights, memory }.into());
-        }
-        let free = memory - weights;
-        let (cacheable, reserve) = cache_memory(&model.target, free);
+        };
+        let (cacheable, reserve) = memory.for_cache(free);
         let cache = plan.caches.first();
         let (isl, osl) = self.targets;
         let fraction = resolved.free_mem_ratio.value;
@@ -132,15 +133,15 @@ impl ServingJob<'_> {
                 max_isl: stats.max_isl,
                 chunked_prefill: chunked,
             },
-            on_cpu,
+            capabilities,
         })?;
-        let (mut options, mut cached_sequences) = self.load_options(model, &sizes, free)?;
-        if !on_cpu && !self.latency {
+        let (mut options, mut cached_sequences) = self.load_options(model, &sizes, memory, free)?;
+        if capabilities.has_known_rates && !self.latency {
             let config = self.engine_config(model, &sizes, &options, chunked);
             if let Some((batch, tokens)) = self.better_sizes(model, config, &options) {
                 sizes.max_batch_size = batch;
                 sizes.max_num_tokens = tokens;
-                (options, cached_sequences) = self.load_options(model, &sizes, free)?;
+                (options, cached_sequences) = self.load_options(model, &sizes, memory, free)?;
             }
         }
         let config = self.engine_config(model, &sizes, &options, chunked);
@@ -158,6 +159,7 @@ impl ServingJob<'_> {
         &self,
         model: &CompiledModel,
         sizes: &Sizes,
+        memory: Memory,
         free: u64,
     ) -> anyhow::Result<(LoadOptions, usize)> {
         let plan = &model.plan;
@@ -170,15 +172,12 @@ impl ServingJob<'_> {
             pages: 0,
         };
         let left = free.saturating_sub(work_bytes(plan, &options));
-        let (free_bytes, reserve_bytes) = cache_memory(&model.target, left);
+        let (free_bytes, reserve_bytes) = memory.for_cache(left);
         let size = kv_size(
             self.dataset,
             &KvLimits {
                 page_size: options.page_size,
-                token_bytes: match model.target {
-                    Target::Cpu => lathe_runtime::device::cpu::token_bytes(plan),
-                    Target::Cuda(..) => plan.token_bytes(),
-                },
+                token_bytes: model.device.token_bytes(plan),
                 free_bytes,
                 reserve_bytes,
                 fraction: self.resolved.free_mem_ratio.value,
@@ -201,8 +200,7 @@ impl ServingJob<'_> {
         EngineConfig {
             policy: self.policy,
             chunked_prefill: chunked,
-            // The CPU computes inside `submit`.
-            overlap: model.target != Target::Cpu,
+            overlap: model.device.capabilities().is_asynchronous,
             log_steps: self.outputs.iteration_log.is_some(),
             max_batch_size: sizes.max_batch_size,
             ..if self.latency {
@@ -228,7 +226,7 @@ impl ServingJob<'_> {
         let elements = |w: &lathe_codegen::plan::WeightBuffer| w.recipe.rows * w.recipe.cols;
         let launches = plan.programs.iter().map(|p| p.steps.len()).max();
         let cost = StepCost::new(
-            &model.target.cost_model(),
+            &cost_model(&*model.device),
             plan.weight_bytes(),
             plan.weights.iter().map(elements).sum(),
             plan.token_bytes(),
@@ -258,15 +256,16 @@ impl ServingJob<'_> {
         execution: Option<ExecutionInfo>,
         seconds: f64,
     ) -> anyhow::Result<()> {
-        let machine = machine(&model.target);
-        let gpu = gpu_state(&model.target);
+        let device = model.device.describe();
+        let gpu = gpu_state(device.as_ref());
+        let machine = device.map(machine);
         let run = if self.latency {
             Run::Latency
         } else {
             Run::Serving
         };
         let mut section = LatheSection {
-            device: format!("{}{}", model.target.name(), gpu.describe()),
+            device: format!("{}{}", model.device.name(), gpu.describe()),
             roofline_percent: roofline_percent(model, served),
             phases: phases(model, seconds),
             warnings: model.remarks(self.resolved, run),
@@ -325,51 +324,14 @@ fn work_bytes(plan: &Plan, options: &LoadOptions) -> u64 {
     general.max(plan.activation_bytes(&options.decode_env())) as u64
 }
 
-/// Bytes that a cache may be taken from, of those that are free, and how many of them stay free.
-fn cache_memory(target: &Target, free: u64) -> (u64, u64) {
-    /// Kept for CUDA graphs, modules and libraries.
-    const GPU_RESERVE: u64 = 1 << 30;
-    match target {
-        Target::Cpu => {
-            let total = meminfo("MemTotal").unwrap_or(u64::MAX);
-            (cpu_free_bytes(free, total), 0)
-        }
-        Target::Cuda(..) => (free, GPU_RESERVE.min(free)),
-    }
-}
-
-/// Free memory of the device, before weights.
-fn free_bytes(target: &Target) -> anyhow::Result<u64> {
-    /// Where the system does not say.
-    const CPU_GUESS: u64 = 8 << 30;
-    Ok(match target {
-        Target::Cpu => meminfo("MemAvailable").unwrap_or(CPU_GUESS),
-        Target::Cuda(index, _) => Device::open(*index as usize)?.memory()?.0 as u64,
-    })
-}
-
-/// A value of /proc/meminfo in bytes.
-fn meminfo(key: &str) -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix(key))?;
-    let kib: u64 = line
-        .trim_start_matches(':')
-        .trim()
-        .trim_end_matches("kB")
-        .trim()
-        .parse()
-        .ok()?;
-    Some(kib * 1024)
-}
-
-/// The roofline's time of the mean decode step over the measured one, in per cent. Nothing on a CPU,
-/// whose rates are not known.
+/// The roofline's time of the mean decode step over the measured one, in per cent. Nothing where the
+/// device's rates are not known.
 fn roofline_percent(model: &CompiledModel, served: &Served) -> Option<f64> {
-    let Target::Cuda(_, device) = &model.target else {
+    if !model.device.capabilities().has_known_rates {
         return None;
-    };
+    }
     let graph = model.compiled.steps.decode.as_ref()?;
-    let at = mean_decode_point(served, device.clone())?;
+    let at = mean_decode_point(served, cost_model(&*model.device))?;
     let predicted_ns = predict(graph, &at).total.picoseconds as f64 * 1e-3;
     let measured_ns = served.totals.decode_period_ns as f64 / served.totals.decode_steps as f64;
     (measured_ns > 0.0).then(|| 100.0 * predicted_ns / measured_ns)
@@ -400,18 +362,5 @@ mod tests {
         };
         let point = mean_decode_point(&served, DeviceModel::H100).unwrap();
         assert_eq!(point, CostPoint::decode(64, 100, DeviceModel::H100));
-    }
-
-    #[cfg(target_os = "linux")]
-    #[test]
-    fn memory_of_this_machine() {
-        let (total, available) = (
-            meminfo("MemTotal").unwrap(),
-            meminfo("MemAvailable").unwrap(),
-        );
-        assert!(available <= total && total > 1 << 27);
-        let (cacheable, reserve) = cache_memory(&Target::Cpu, available);
-        assert!(cacheable <= total / 4 && reserve == 0);
-        assert_eq!(meminfo("NoSuchKey"), None);
     }
 }

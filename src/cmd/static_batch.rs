@@ -4,8 +4,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use anyhow::Context;
+use lathe_runtime::device::executor::{Execution, Executor};
 use lathe_runtime::device::load::LoadOptions;
-use lathe_runtime::device::step::{Capacity, Executor, StepBatch, StepError, StepOutput};
+use lathe_runtime::device::profile::{ProfileOptions, StepProfile};
+use lathe_runtime::device::step::{Capacity, StepBatch, StepError, StepOutput};
 use lathe_runtime::interrupt::interrupt_flag;
 use lathe_runtime::sampling::SamplingParams;
 use lathe_runtime::session::{StaticRequest, run_static};
@@ -105,7 +107,7 @@ impl StaticJob<'_> {
         remarks.extend(self.idle.iter().cloned());
         remarks.extend(warnings(&stats, limits));
         let section = LatheSection {
-            device: model.target.name(),
+            device: model.device.name(),
             incomplete,
             phases: phases(model, seconds),
             warnings: remarks,
@@ -125,7 +127,7 @@ impl StaticJob<'_> {
         };
         let report = Report::new(
             engine(model),
-            machine(&model.target),
+            model.device.describe().map(machine),
             world,
             &records,
             self.streaming,
@@ -162,6 +164,14 @@ impl Executor for UntilInterrupted<'_> {
         self.executor.capacity()
     }
 
+    fn warm_up(&mut self) -> Result<(), StepError> {
+        self.executor.warm_up()
+    }
+
+    fn execution(&self) -> Option<Execution> {
+        self.executor.execution()
+    }
+
     fn step(&mut self, batch: &StepBatch, logits: bool) -> Result<StepOutput, StepError> {
         if self.interrupted.load(Ordering::Relaxed) {
             return Err(StepError::Device("interrupted".into()));
@@ -175,6 +185,14 @@ impl Executor for UntilInterrupted<'_> {
 
     fn collect(&mut self) -> Result<StepOutput, StepError> {
         self.executor.collect()
+    }
+
+    fn profile(
+        &mut self,
+        batch: &StepBatch,
+        options: ProfileOptions,
+    ) -> Result<Option<StepProfile>, StepError> {
+        self.executor.profile(batch, options)
     }
 }
 

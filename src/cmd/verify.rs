@@ -3,8 +3,9 @@
 use anyhow::Context;
 use clap::Args;
 use lathe_ir::relative_error;
+use lathe_runtime::device::executor::Executor;
 use lathe_runtime::device::load::{LoadOptions, Loadable};
-use lathe_runtime::device::step::{Executor, StepBatch};
+use lathe_runtime::device::step::StepBatch;
 use lathe_runtime::sampling::SamplingParams;
 use lathe_runtime::session::{StaticRequest, run_static};
 use safetensors::SafeTensors;
@@ -15,7 +16,7 @@ use super::config_file::ConfigFile;
 use crate::config::{Given, Options, Resolved, Run, Source, Switch};
 use crate::errors::printable;
 use crate::global_options::GlobalOptions;
-use crate::model::{CompiledModel, Target, WeightChoice};
+use crate::model::{CompiledModel, WeightChoice};
 
 /// Compare with reference logits and greedy tokens.
 #[derive(Debug, Args)]
@@ -149,10 +150,6 @@ fn greedy(
 
 /// Without a cache: whole sequences again for every token.
 fn recomputed(model: &CompiledModel, g: &Golden) -> anyhow::Result<(Vec<f32>, Option<Vec<u32>>)> {
-    anyhow::ensure!(
-        model.target == Target::Cpu,
-        "full recompute runs on the CPU only; use --device cpu"
-    );
     if let Some(reason) = &model.compiled.no_step {
         eprintln!("no KV cache, whole sequences are recomputed: {reason}");
     }
@@ -164,8 +161,7 @@ fn recomputed(model: &CompiledModel, g: &Golden) -> anyhow::Result<(Vec<f32>, Op
     };
     let run = |tokens: &[u32]| -> anyhow::Result<Vec<f32>> {
         let tokens: Vec<i32> = tokens.iter().map(|&t| t as i32).collect();
-        lathe_runtime::device::cpu::run_full(loadable, &tokens, g.batch)
-            .map_err(|e| anyhow::anyhow!("{e}"))
+        Ok(model.device.run_full(loadable, &tokens, g.batch)?)
     };
     let logits = run(&g.input_ids)?;
     let Some((_, n)) = g.generated else {
@@ -238,10 +234,9 @@ fn report(
     let float32 = model.dtype == lathe_ir::DType::F32;
     let error = relative_error(logits, &g.logits);
     let own = g.bf16.as_ref().map(|b| relative_error(b, &g.logits));
-    let limit = rtol.unwrap_or(match (float32, &model.target) {
-        (true, Target::Cpu) => 5e-6,
-        (true, Target::Cuda(..)) => 1e-4,
-        (false, _) => own.map_or(0.05, |o| 1.5 * o),
+    let limit = rtol.unwrap_or_else(|| match float32 {
+        true => model.device.capabilities().f32_error,
+        false => own.map_or(0.05, |o| 1.5 * o),
     });
     let max_abs = logits
         .iter()
@@ -260,7 +255,7 @@ fn report(
         "model               {} ({}, {})",
         model.name,
         model.dtype,
-        model.target.name()
+        model.device.name()
     )?;
     writeln!(out, "max abs error       {max_abs:.3e}")?;
     writeln!(out, "relative error      {error:.3e}  (limit {limit:.3e})")?;

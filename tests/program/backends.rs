@@ -6,8 +6,9 @@ use crate::common::{compiled, goldens};
 use lathe::config::CompileBackend;
 use lathe::model::WeightChoice;
 use lathe_ir::relative_error;
+use lathe_runtime::device::executor::Executor;
 use lathe_runtime::device::load::LoadOptions;
-use lathe_runtime::device::step::{Executor, RowSampler, StepBatch};
+use lathe_runtime::device::step::{RowSampler, StepBatch};
 use lathe_runtime::sampling::SamplingParams;
 
 const BACKENDS: [&str; 4] = [

@@ -70,6 +70,21 @@ impl LoadOptions {
     }
 }
 
+/// How kernels are made and launched, on devices that compile them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Backend {
+    /// Decode steps are captured and launched as one graph.
+    pub graphs: bool,
+    /// Rows of decode steps that are captured; none: all.
+    pub graph_sizes: Option<Vec<usize>>,
+    /// Every operation of the plan is one launch.
+    pub per_op: bool,
+    /// GEMM kernels are chosen by timing.
+    pub autotune: bool,
+    /// Timing may choose the vendor's GEMM kernels.
+    pub cublaslt: bool,
+}
+
 /// The tensors that a plan reads, with the shapes that the checkpoint must have.
 pub fn expected_tensors(weights: &[lathe_ir::WeightRef]) -> Vec<(String, Vec<usize>)> {
     weights

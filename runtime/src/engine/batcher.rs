@@ -3,13 +3,13 @@
 
 use std::collections::VecDeque;
 
+use super::config::EngineConfig;
 use super::forecast::{Forecast, Life};
 use super::pages::{PagePool, pages_for};
 use super::policy::{Policy, has_room};
 use super::request::{FinishReason, Finished, Request};
 use super::sequence::{Handle, Sequence, Sequences};
 use super::stats::StepStats;
-use super::step_loop::EngineConfig;
 use crate::device::step::{Capacity, RowSampler, StepBatch};
 
 /// The requests, their queue and the pages. It plans steps and takes results, but runs nothing.

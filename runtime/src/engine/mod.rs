@@ -1,4 +1,4 @@
-//! Continuous batching over an [`Executor`](crate::device::step::Executor): requests come and go between
+//! Continuous batching over an [`Executor`](crate::device::executor::Executor): requests come and go between
 //! steps, their keys and values live in pages of one cache, prompts are computed in chunks beside
 //! the running sequences, and the next step is launched before the last one's tokens are read.
 //!
@@ -6,6 +6,7 @@
 //! of the simulated one ([`sim`]) test what a GPU runs under.
 
 mod batcher;
+mod config;
 mod forecast;
 mod groups;
 mod null;
@@ -20,10 +21,11 @@ mod step_loop;
 #[cfg(test)]
 mod tests;
 
+pub use config::{ConfigError, EngineConfig};
 pub use groups::{StepGroup, StepGroups};
 pub use null::NullDevice;
 pub use pages::{PagePool, pages_for};
 pub use policy::Policy;
 pub use request::{FinishReason, Finished, Request, RequestError, TokenEvent};
 pub use stats::{Clock, StepStats, Totals};
-pub use step_loop::{ConfigError, Engine, EngineConfig, EngineError, Progress};
+pub use step_loop::{Engine, EngineError, Progress};

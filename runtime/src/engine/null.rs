@@ -1,6 +1,8 @@
 //! A device that computes nothing, for what schedules alone.
 
-use crate::device::step::{Capacity, Executor, StepBatch, StepError, StepOutput};
+use crate::device::executor::{Execution, Executor};
+use crate::device::profile::{ProfileOptions, StepProfile};
+use crate::device::step::{Capacity, StepBatch, StepError, StepOutput};
 use std::collections::VecDeque;
 use std::fmt;
 
@@ -37,6 +39,14 @@ impl<F: FnMut(&StepBatch)> Executor for NullDevice<F> {
         self.capacity
     }
 
+    fn warm_up(&mut self) -> Result<(), StepError> {
+        Ok(())
+    }
+
+    fn execution(&self) -> Option<Execution> {
+        None
+    }
+
     fn step(&mut self, batch: &StepBatch, _logits: bool) -> Result<StepOutput, StepError> {
         self.submit(batch)?;
         self.collect()
@@ -54,5 +64,13 @@ impl<F: FnMut(&StepBatch)> Executor for NullDevice<F> {
             next: vec![0; rows],
             ..StepOutput::default()
         })
+    }
+
+    fn profile(
+        &mut self,
+        _batch: &StepBatch,
+        _options: ProfileOptions,
+    ) -> Result<Option<StepProfile>, StepError> {
+        Ok(None)
     }
 }

@@ -3,8 +3,8 @@
 use crate::device::step::Capacity;
 use crate::sampling::{SamplingError, SamplingParams};
 
+use super::config::EngineConfig;
 use super::pages::pages_for;
-use super::step_loop::EngineConfig;
 
 /// What is asked of the engine.
 #[derive(Clone, Debug, PartialEq)]

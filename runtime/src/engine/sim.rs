@@ -9,9 +9,9 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use super::request::Request;
-use crate::device::step::{
-    Capacity, Executor, RowSampler, StepBatch, StepError, StepOutput, StepTime,
-};
+use crate::device::executor::{Execution, Executor};
+use crate::device::profile::{ProfileOptions, StepProfile};
+use crate::device::step::{Capacity, RowSampler, StepBatch, StepError, StepOutput, StepTime};
 
 /// The simulated device.
 #[derive(Debug)]
@@ -151,6 +151,14 @@ impl Executor for SimDevice {
         self.capacity
     }
 
+    fn warm_up(&mut self) -> Result<(), StepError> {
+        Ok(())
+    }
+
+    fn execution(&self) -> Option<Execution> {
+        None
+    }
+
     fn step(&mut self, batch: &StepBatch, _logits: bool) -> Result<StepOutput, StepError> {
         self.submit(batch)?;
         self.collect()
@@ -188,6 +196,14 @@ impl Executor for SimDevice {
                 device: start.elapsed().as_secs_f64(),
             },
         })
+    }
+
+    fn profile(
+        &mut self,
+        _batch: &StepBatch,
+        _options: ProfileOptions,
+    ) -> Result<Option<StepProfile>, StepError> {
+        Ok(None)
     }
 }
 

@@ -293,7 +293,7 @@ mod tests {
             let general = Shape::General(vec![(0, 1), (5, 7), (70, 130), (0, 700), (33, 1)]);
             for shape in [Shape::Decode(1), Shape::Decode(200), general] {
                 let c = case(&shape, true, true, 97, &o, &mut rng);
-                crate::device::cpu::check_batch(&c.batch, &o, 97).unwrap();
+                crate::device::cpu::executor::check_batch(&c.batch, &o, 97).unwrap();
                 let mut seen = BTreeSet::new();
                 for (b, &len) in c.batch.kv_lens.iter().enumerate() {
                     let row = &c.batch.block_table[b * c.batch.max_pages..];

@@ -2,8 +2,8 @@
 
 use super::cases::{Rng, each_vector, fill_cache};
 use super::compare::{Reference, Tolerance, compare, numbers, rms, tolerance};
+use super::twin::{Snapshot, Twin, load_twin};
 use super::{Case, Outcome, Report, SelftestError, Subject, extents};
-use crate::device::cpu::{Snapshot, Twin, load_twin};
 use crate::device::load::Loadable;
 use crate::sampling::sample;
 use lathe_codegen::plan::CacheSpec;

@@ -4,11 +4,11 @@
 //! device runs each batch step by step ([`crate::device::cpu`]); what a step read and wrote is then the case of
 //! a comparison:
 //!
-//! - on a GPU ([`cuda::CudaSelftest`]) the operands are uploaded, everything else is filled with
+//! - on a GPU ([`cuda::CudaTester`]) the operands are uploaded, everything else is filled with
 //!   [`POISON`], the launches of the step run, and the whole memory is compared: results within
 //!   [`compare::tolerance`], every element written, nothing else touched, and a second run bit for bit
 //!   the same;
-//! - on the CPU ([`cpu::check`]) the interpreter evaluates the operation in f64.
+//! - on the CPU ([`CpuTester`]) the interpreter evaluates the operation in f64.
 //!
 //! As every step starts from the CPU's operands, errors do not add up along the model and each kernel
 //! is judged on its own.
@@ -19,10 +19,13 @@ pub mod cpu;
 pub mod cuda;
 mod region;
 mod report;
+mod tester;
+mod twin;
 
 pub use cases::{Case, Shape};
 pub(crate) use region::{extents, gather, spread};
 pub use report::{Failure, Outcome, Report, Row};
+pub use tester::{CpuTester, Tester};
 
 use crate::device::cpu::CpuLoadError;
 use crate::device::cuda::CudaError;

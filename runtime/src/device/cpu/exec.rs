@@ -27,15 +27,15 @@ pub(super) struct Inputs<'a> {
 }
 
 /// One run of a program.
-pub(super) struct Run<'a, E> {
+pub(crate) struct Run<'a, E> {
     pub(super) model: &'a CpuExecutor<E>,
-    pub(super) program: &'a Program,
+    pub(crate) program: &'a Program,
     pub(super) layout: &'a Layout,
     /// Start of the activations. Slots of values alive at the same time are disjoint.
     pub(super) base: *mut u8,
     pub(super) env: SymEnv,
     pub(super) inputs: &'a Inputs<'a>,
-    pub(super) caches: &'a mut [PageBuffer<E>],
+    pub(crate) caches: &'a mut [PageBuffer<E>],
     pub(super) scratch: &'a mut Vec<E>,
 }
 
@@ -69,7 +69,7 @@ impl<'a, E: Elem> Run<'a, E> {
         Ok(out)
     }
 
-    pub(super) fn step(&mut self, step: &Step) -> Result<(), String> {
+    pub(crate) fn step(&mut self, step: &Step) -> Result<(), String> {
         let fail = |e: KernelError| e.to_string();
         match &step.op {
             // The kernels take one element type; Gemma's norms are in f32 whatever the model is.
@@ -430,14 +430,14 @@ impl<'a, E: Elem> Run<'a, E> {
     }
 
     /// The bytes of a value.
-    pub(super) fn bytes(&self, v: ValueId) -> &[u8] {
+    pub(crate) fn bytes(&self, v: ValueId) -> &[u8] {
         let n = self.program.values[v.0 as usize].0.bytes(&self.env);
         // SAFETY: as in `read`.
         unsafe { std::slice::from_raw_parts(self.place(v), n) }
     }
 
     /// The bytes of a result, for writing.
-    pub(super) fn bytes_mut(&mut self, v: ValueId) -> &mut [u8] {
+    pub(crate) fn bytes_mut(&mut self, v: ValueId) -> &mut [u8] {
         let n = self.program.values[v.0 as usize].0.bytes(&self.env);
         // SAFETY: as in `write`.
         unsafe { std::slice::from_raw_parts_mut(self.place(v), n) }

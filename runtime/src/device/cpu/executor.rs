@@ -3,13 +3,12 @@
 use super::exec::{Inputs, Run};
 use super::kernels::Elem;
 use super::kernels::pool::{SharedMut, parallel_for};
-use super::memory::{Arena, Layout, padded_head, token_bytes};
+use super::memory::{Arena, Layout, meminfo, padded_head, token_bytes};
 use super::pages::PageBuffer;
+use crate::device::executor::{Execution, Executor};
 use crate::device::load::{LoadOptions, Loadable, RopeTables, rope_tables};
 use crate::device::profile::{ProfileOptions, StepProfile};
-use crate::device::step::{
-    Capacity, Executor, StepBatch, StepError, StepKind, StepOutput, StepTime,
-};
+use crate::device::step::{Capacity, StepBatch, StepError, StepKind, StepOutput, StepTime};
 use crate::progress::{self, Unit};
 use crate::weights::{WeightsError, pack::Packer};
 use half::bf16;
@@ -73,7 +72,7 @@ pub fn run_full(
     model: Loadable<'_>,
     tokens: &[i32],
     batch: usize,
-) -> Result<Vec<f32>, Box<dyn std::error::Error>> {
+) -> Result<Vec<f32>, Box<dyn std::error::Error + Send + Sync>> {
     let len = tokens.len() / batch.max(1);
     let options = LoadOptions::contiguous(batch, len, tokens.len());
     Ok(match model.plan.dtype {
@@ -84,14 +83,14 @@ pub fn run_full(
 }
 
 /// A plan in memory, with activations and KV caches in element type `E`.
-pub(super) struct CpuExecutor<E> {
+pub(crate) struct CpuExecutor<E> {
     pub(super) plan: Plan,
-    pub(super) options: LoadOptions,
-    pub(super) weights: Vec<PageBuffer<E>>,
+    pub(crate) options: LoadOptions,
+    pub(crate) weights: Vec<PageBuffer<E>>,
     /// Cosines and sines `[max_pos, D/2]` by table and scaling.
-    pub(super) rope: RopeTables,
-    pub(super) caches: Vec<PageBuffer<E>>,
-    pub(super) vocab: usize,
+    pub(crate) rope: RopeTables,
+    pub(crate) caches: Vec<PageBuffer<E>>,
+    pub(crate) vocab: usize,
     arena: Arena,
     layouts: Vec<Layout>,
     scratch: Vec<E>,
@@ -100,7 +99,7 @@ pub(super) struct CpuExecutor<E> {
 }
 
 impl<E: Elem> CpuExecutor<E> {
-    pub(super) fn new(
+    pub(crate) fn new(
         model: Loadable<'_>,
         options: LoadOptions,
     ) -> Result<CpuExecutor<E>, CpuLoadError> {
@@ -265,7 +264,7 @@ impl<E: Elem> CpuExecutor<E> {
     }
 
     /// A step program on a batch, ready to be run by `f`.
-    pub(super) fn with_run<R, X: From<StepError>>(
+    pub(crate) fn with_run<R, X: From<StepError>>(
         &mut self,
         kind: ProgramKind,
         batch: &StepBatch,
@@ -379,6 +378,15 @@ impl<E: Elem> Executor for CpuExecutor<E> {
         self.options.capacity(self.vocab)
     }
 
+    /// Kernels were compiled with the program.
+    fn warm_up(&mut self) -> Result<(), StepError> {
+        Ok(())
+    }
+
+    fn execution(&self) -> Option<Execution> {
+        None
+    }
+
     fn step(&mut self, batch: &StepBatch, logits: bool) -> Result<StepOutput, StepError> {
         self.execute(batch, logits, None)
     }
@@ -467,18 +475,11 @@ fn buffer<E: Elem>(len: usize) -> Result<PageBuffer<E>, CpuLoadError> {
 
 /// Compares with the memory that the system says is available, where it says so.
 fn check_memory(needed: usize) -> Result<(), CpuLoadError> {
-    let Ok(text) = std::fs::read_to_string("/proc/meminfo") else {
-        return Ok(());
-    };
-    let available = text
-        .lines()
-        .find_map(|l| l.strip_prefix("MemAvailable:"))
-        .and_then(|l| l.trim().trim_end_matches("kB").trim().parse::<usize>().ok());
-    match available {
-        Some(kb) if needed > kb * 1024 => Err(CpuLoadError::Memory {
+    match meminfo("MemAvailable") {
+        Some(available) if needed as u64 > available => Err(CpuLoadError::Memory {
             what: "weights, KV cache and activations",
             needed: needed as f64 / 1e9,
-            available: kb as f64 * 1024.0 / 1e9,
+            available: available as f64 / 1e9,
         }),
         _ => Ok(()),
     }

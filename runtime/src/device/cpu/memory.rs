@@ -45,6 +45,14 @@ impl Layout {
     }
 }
 
+/// A value of /proc/meminfo in bytes; nothing where the system does not say.
+pub(super) fn meminfo(key: &str) -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(key))?;
+    let kib = line.trim_start_matches(':').trim().trim_end_matches("kB");
+    Some(kib.trim().parse::<u64>().ok()? * 1024)
+}
+
 /// Features of a head in memory: the kernels take heads in blocks of 16, so that others are filled up
 /// with zeros.
 pub(super) fn padded_head(head_dim: usize) -> usize {
@@ -52,9 +60,20 @@ pub(super) fn padded_head(head_dim: usize) -> usize {
 }
 
 /// Bytes of one token in all caches of a plan, as this device stores them.
-pub fn token_bytes(plan: &Plan) -> usize {
+pub(super) fn token_bytes(plan: &Plan) -> usize {
     let cache = |c: &lathe_codegen::plan::CacheSpec| {
         2 * c.kv_heads as usize * padded_head(c.head_dim as usize) * c.dtype.size()
     };
     plan.caches.iter().map(cache).sum()
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_system_says_what_it_has() {
+        assert!(meminfo("MemTotal").is_some_and(|total| total > 1 << 27));
+        assert_eq!(meminfo("NoSuchKey"), None);
+    }
 }

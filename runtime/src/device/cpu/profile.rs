@@ -84,7 +84,7 @@ const SAMPLES: usize = 32;
 
 /// Rates of this machine with all threads of the kernels' pool; the matrix rate is that of our own product in an
 /// element type.
-pub fn ceilings(dtype: DType) -> Ceilings {
+pub(super) fn ceilings(dtype: DType) -> Ceilings {
     let (read, copy) = streams();
     let matrix = match dtype {
         DType::BF16 => matrix_rate::<bf16>(),

@@ -33,7 +33,7 @@ const WEIGHTS: usize = 4;
 ///
 /// # Errors
 /// No device, no NVRTC, or not enough memory.
-pub fn ceilings(ordinal: usize, cache: Option<PathBuf>) -> Result<Ceilings, CudaError> {
+pub(super) fn ceilings(ordinal: usize, cache: Option<PathBuf>) -> Result<Ceilings, CudaError> {
     let device = Device::open(ordinal)?;
     let stream = device.stream()?;
     let bytes = (device.memory()?.0 / 4).min(STREAM) / 512 * 512;

@@ -12,7 +12,6 @@ use serde::{Deserialize, Serialize};
 
 use super::CudaError;
 use super::disk::{TEMPORARY, fingerprint, replace};
-use super::driver::{Device, Function};
 use super::nvrtc::{self, ARCH, Compiled, KernelResources, Source};
 
 /// Bytes that the folder may hold by default.
@@ -239,25 +238,6 @@ fn checksum(bytes: &[u8]) -> u64 {
     });
     rest.iter()
         .fold(step(h, bytes.len() as u64), |h, &b| step(h, u64::from(b)))
-}
-
-/// The kernel of a module that has the module's name, out of the cache if there is one.
-///
-/// # Errors
-/// The source does not compile, or the driver does not load it.
-pub(super) fn load_kernel(
-    device: &Device,
-    source: &Source,
-    cache: Option<&CubinCache>,
-) -> Result<Function, CudaError> {
-    let failed = nvrtc::failed_dir(cache);
-    let compiled = match cache {
-        Some(cache) => cache.get_or_compile(source, &failed)?,
-        None => nvrtc::compile(source, &failed)?,
-    };
-    device
-        .load_module(&source.name, &compiled.cubin)?
-        .function(&source.name, 0)
 }
 
 #[cfg(test)]

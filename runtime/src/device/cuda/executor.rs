@@ -18,11 +18,10 @@ use super::state::{MetaLayout, check};
 use super::timing::Samples;
 use super::tuner::{Loaded, Tuner};
 use super::{CudaError, DevicePtr, buckets};
+use crate::device::executor::{Execution, Executor};
 use crate::device::load::{LoadOptions, Loadable};
 use crate::device::profile::{ProfileOptions, StepProfile};
-use crate::device::step::{
-    Capacity, Execution, Executor, StepBatch, StepError, StepKind, StepOutput, StepTime,
-};
+use crate::device::step::{Capacity, StepBatch, StepError, StepKind, StepOutput, StepTime};
 use half::{bf16, f16};
 use lathe_codegen::cuda::{Choices, CudaOptions, Meta, Sampling, Sizes, tokens_kernel};
 use lathe_codegen::{Plan, ProgramKind};

@@ -6,7 +6,7 @@
 //! | module | job |
 //! |---|---|
 //! | [`library`] | finds and loads the shared libraries |
-//! | [`nvrtc`], [`cubin_cache`] | CUDA C to cubins, in parallel, once |
+//! | [`nvrtc`], [`cubin_cache`], [`compile`] | CUDA C to cubins, in parallel, once |
 //! | [`driver`] | device, streams, events, modules |
 //! | [`launch`] | kernel launches with clusters and programmatic dependent launch |
 //! | [`memory`] | arenas checked before they are allocated, pinned host memory |
@@ -23,8 +23,10 @@ mod autotune;
 mod autotune_bench;
 pub(crate) mod buckets;
 mod ceilings;
+pub mod compile;
 pub mod cubin_cache;
 pub mod cublaslt;
+mod device;
 mod disk;
 pub mod driver;
 mod error;
@@ -52,8 +54,8 @@ mod yardstick;
 
 pub use autotune::Tuned;
 pub use buckets::DecodeBuckets;
-pub use ceilings::ceilings;
 pub use cudarc::driver::sys::CUdeviceptr as DevicePtr;
+pub use device::CudaDevice;
 pub use error::{CompileFailure, CudaError};
 pub use executor::{CudaExecutor, CudaLoad, load};
 pub use programs::steps;

@@ -1,6 +1,7 @@
 //! What depends on weights alone: computed on the device while a model is loaded.
 
-use super::cubin_cache::{CubinCache, load_kernel};
+use super::compile::load_kernel;
+use super::cubin_cache::CubinCache;
 use super::driver::Stream;
 use super::launch::{Args, LaunchConfig, launch};
 use super::nvrtc::Source;

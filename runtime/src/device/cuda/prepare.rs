@@ -232,10 +232,10 @@ impl Modules {
             }
         }
         let threads = std::thread::available_parallelism().map_or(4, |n| n.get());
-        let failed = super::nvrtc::failed_dir(cache);
+        let failed = super::compile::failed_dir(cache);
         let total = wanted.len() as u64;
         let tell = |n: usize| progress::advance("compile kernels", Unit::Items, n as u64, total);
-        let compiled = super::nvrtc::compile_all(&wanted, cache, &failed, threads, &tell);
+        let compiled = super::compile::compile_all(&wanted, cache, &failed, threads, &tell);
         for (source, outcome) in wanted.into_iter().zip(compiled) {
             let module = device.load_module(&source.name, &outcome?.cubin)?;
             self.0.insert(source.text, module);

@@ -15,7 +15,8 @@ use lathe_codegen::pack::{PackRecipe, RowPerm, Segment};
 
 use rayon::prelude::*;
 
-use super::cubin_cache::{CubinCache, load_kernel};
+use super::compile::load_kernel;
+use super::cubin_cache::CubinCache;
 use super::driver::{Device, Event, Function, Stream};
 use super::launch::{Args, LaunchConfig, launch};
 use super::memory::Pinned;

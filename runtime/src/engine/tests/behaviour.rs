@@ -1,6 +1,8 @@
 //! Single properties by small cases.
 
 use super::*;
+use crate::device::executor::Execution;
+use crate::device::profile::{ProfileOptions, StepProfile};
 use crate::device::step::{StepBatch, StepError, StepKind, StepOutput};
 use crate::engine::sim::{SimDevice, expected_tokens};
 use crate::engine::{ConfigError, FinishReason, Policy};
@@ -27,6 +29,14 @@ impl Executor for Recorder {
         self.device.capacity()
     }
 
+    fn warm_up(&mut self) -> Result<(), StepError> {
+        self.device.warm_up()
+    }
+
+    fn execution(&self) -> Option<Execution> {
+        self.device.execution()
+    }
+
     fn step(&mut self, batch: &StepBatch, logits: bool) -> Result<StepOutput, StepError> {
         self.device.step(batch, logits)
     }
@@ -40,6 +50,14 @@ impl Executor for Recorder {
     fn collect(&mut self) -> Result<StepOutput, StepError> {
         self.calls.push("collect");
         self.device.collect()
+    }
+
+    fn profile(
+        &mut self,
+        batch: &StepBatch,
+        options: ProfileOptions,
+    ) -> Result<Option<StepProfile>, StepError> {
+        self.device.profile(batch, options)
     }
 }
 

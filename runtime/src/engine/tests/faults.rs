@@ -1,6 +1,8 @@
 //! Requests that cannot be run and devices that fail.
 
 use super::*;
+use crate::device::executor::Execution;
+use crate::device::profile::{ProfileOptions, StepProfile};
 use crate::device::step::{StepBatch, StepError, StepOutput};
 use crate::engine::sim::{SimDevice, expected_tokens};
 use crate::engine::{EngineError, FinishReason, RequestError};
@@ -163,6 +165,14 @@ impl Executor for Broken {
         self.device.capacity()
     }
 
+    fn warm_up(&mut self) -> Result<(), StepError> {
+        self.device.warm_up()
+    }
+
+    fn execution(&self) -> Option<Execution> {
+        self.device.execution()
+    }
+
     fn step(&mut self, batch: &StepBatch, logits: bool) -> Result<StepOutput, StepError> {
         self.device.step(batch, logits)
     }
@@ -175,6 +185,14 @@ impl Executor for Broken {
         let mut output = self.device.collect()?;
         (self.change)(&mut output.next);
         Ok(output)
+    }
+
+    fn profile(
+        &mut self,
+        batch: &StepBatch,
+        options: ProfileOptions,
+    ) -> Result<Option<StepProfile>, StepError> {
+        self.device.profile(batch, options)
     }
 }
 

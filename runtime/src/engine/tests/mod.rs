@@ -10,7 +10,8 @@ use super::batcher::Batcher;
 use super::{
     Clock, Engine, EngineConfig, Finished, Progress, Request, TokenEvent, Totals, pages_for,
 };
-use crate::device::step::{Capacity, Executor};
+use crate::device::executor::Executor;
+use crate::device::step::Capacity;
 use crate::sampling::SamplingParams;
 
 /// A small device.

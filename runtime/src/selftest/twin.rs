@@ -1,11 +1,12 @@
 //! The CPU device step by step: every value of a program on the way, for the self-test.
 
-use super::executor::CpuExecutor;
-use super::kernels::Elem;
-use super::{CpuLoadError, exec::Run};
+use super::{POISON, SelftestError};
+use crate::device::cpu::CpuLoadError;
+use crate::device::cpu::exec::Run;
+use crate::device::cpu::executor::{CpuExecutor, check_batch};
+use crate::device::cpu::kernels::Elem;
 use crate::device::load::{LoadOptions, Loadable, RopeTables};
 use crate::device::step::StepBatch;
-use crate::selftest::{POISON, SelftestError};
 use half::bf16;
 use lathe_codegen::{ProgramKind, ValueId};
 use lathe_ir::DType;
@@ -42,7 +43,7 @@ pub(crate) trait Twin {
 /// Loads a plan.
 ///
 /// # Errors
-/// As [`super::load`].
+/// As [`crate::device::cpu::load`].
 pub(crate) fn load_twin(
     model: Loadable<'_>,
     options: LoadOptions,
@@ -85,7 +86,7 @@ impl<E: Elem> Twin for CpuExecutor<E> {
         batch: &StepBatch,
         each: &mut EachStep<'_>,
     ) -> Result<(), SelftestError> {
-        super::executor::check_batch(batch, &self.options, self.vocab)?;
+        check_batch(batch, &self.options, self.vocab)?;
         self.with_run(kind, batch, |run| {
             for (at, step) in run.program.steps.iter().enumerate() {
                 for v in step.results.iter().copied().flatten() {

@@ -3,8 +3,9 @@
 //! device draws the tokens that the host's sampler draws.
 
 use crate::device::cuda::executor::{CudaExecutor, CudaLoad};
+use crate::device::executor::Executor;
 use crate::device::load::Loadable;
-use crate::device::step::{Executor, RowSampler, StepBatch};
+use crate::device::step::{RowSampler, StepBatch};
 use crate::sampling::{SamplingParams, argmax, sample};
 use crate::selftest::cases::Rng;
 use crate::selftest::cpu::load;
@@ -21,7 +22,7 @@ const EVERY: usize = 25;
 ///
 /// # Errors
 /// The subject cannot be loaded, or the device fails.
-pub fn check_steps(
+pub(super) fn check_sessions(
     subject: &Subject,
     how: &CudaLoad,
     steps: usize,
