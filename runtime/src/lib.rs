@@ -6,6 +6,5 @@ pub mod interrupt;
 pub mod progress;
 pub mod sampling;
 pub mod selftest;
-pub mod session;
 pub mod text;
 pub mod weights;

@@ -10,6 +10,7 @@ pub mod prepare;
 pub mod report;
 pub mod report_json;
 mod report_text;
+pub mod run_plan;
 pub mod schedule;
 pub mod serve;
 pub mod sizing;

@@ -116,6 +116,8 @@ pub struct Choice {
     pub seconds: f64,
     /// Predicted seconds with the sizes that came in.
     pub before: f64,
+    /// The sizes that came in: sequences and token rows.
+    pub instead_of: (usize, usize),
 }
 
 /// Which sizes may be changed.
@@ -153,6 +155,7 @@ pub fn choose(
         return None;
     }
     let before = predicted_seconds(dataset, config, capacity, concurrency, cost)?;
+    let instead_of = (config.max_batch_size, config.max_num_tokens);
     let n = dataset.requests.len();
     let rounds = n.div_ceil(config.max_batch_size);
     let even = n.div_ceil(rounds).next_multiple_of(64);
@@ -180,6 +183,7 @@ pub fn choose(
                     max_num_tokens,
                     seconds,
                     before,
+                    instead_of,
                 });
             }
         }

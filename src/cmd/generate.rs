@@ -2,9 +2,10 @@
 
 use anyhow::Context;
 use clap::Args;
+use lathe_runtime::device::executor::Executor;
 use lathe_runtime::device::load::LoadOptions;
+use lathe_runtime::engine::{Request, complete};
 use lathe_runtime::sampling::SamplingParams;
-use lathe_runtime::session::{StaticRequest, run_static};
 use lathe_runtime::text::{ChatMessage, ChatTemplate, TextTokenizer, eos_token_ids};
 use std::io::Write;
 
@@ -82,12 +83,13 @@ impl Generate {
             if ids.is_empty() {
                 return Err(usage_error(format!("prompt {} has no tokens", i + 1)));
             }
-            requests.push(StaticRequest {
+            requests.push(Request {
                 id: i as u64,
-                prompt: ids,
+                prompt: as_tokens(&ids),
                 max_new: self.max_tokens,
-                stop: stop.clone(),
+                stop: as_tokens(&stop),
                 params,
+                arrival_ns: 0,
             });
         }
         let longest = requests
@@ -116,16 +118,22 @@ impl Generate {
 
     fn stream(
         &self,
-        executor: &mut dyn lathe_runtime::device::executor::Executor,
-        requests: &[StaticRequest],
+        executor: &mut dyn Executor,
+        requests: &[Request],
         tokenizer: &TextTokenizer,
     ) -> anyhow::Result<()> {
         let mut decoder = tokenizer.stream(true);
         let mut failed = None;
         let mut out = std::io::stdout();
-        let (outputs, times) = run_static(executor, requests, |event| {
-            let text = decoder.push(event.token).map_err(anyhow::Error::from);
-            let written = text.and_then(|t| {
+        let (mut prefilled_ns, mut ended_ns) = (0, 0);
+        let outputs = complete(executor, requests, |event| {
+            if event.index == 0 {
+                prefilled_ns = event.at_ns;
+            }
+            ended_ns = event.at_ns;
+            // The engine hands out tokens of the vocabulary only.
+            let text = decoder.push(event.token as u32);
+            let written = text.map_err(anyhow::Error::from).and_then(|t| {
                 out.write_all(t.as_bytes())?;
                 Ok(out.flush()?)
             });
@@ -139,28 +147,38 @@ impl Generate {
         out.write_all(decoder.finish()?.as_bytes())?;
         writeln!(out)?;
         let decoded = outputs[0].len().saturating_sub(1);
+        let seconds = |ns: u64| ns as f64 * 1e-9;
         tracing::info!(
             "prefill {} tokens in {:.3} s; decode {} tokens, {:.1} tokens/s",
             requests[0].prompt.len(),
-            times.prefill.as_secs_f64(),
+            seconds(prefilled_ns),
             decoded,
-            decoded as f64 / times.decode.as_secs_f64().max(1e-9)
+            decoded as f64 / seconds(ended_ns - prefilled_ns).max(1e-9)
         );
         Ok(())
     }
 
     fn batch(
         &self,
-        executor: &mut dyn lathe_runtime::device::executor::Executor,
-        requests: &[StaticRequest],
+        executor: &mut dyn Executor,
+        requests: &[Request],
         tokenizer: &TextTokenizer,
     ) -> anyhow::Result<()> {
-        let (outputs, _) = run_static(executor, requests, |_| {})?;
+        let outputs = complete(executor, requests, |_| {})?;
         let mut out = std::io::stdout().lock();
         for (i, ids) in outputs.iter().enumerate() {
-            let text = tokenizer.decode(ids, true).context("decoding the output")?;
+            let ids: Vec<u32> = ids.iter().map(|&id| id as u32).collect();
+            let text = tokenizer
+                .decode(&ids, true)
+                .context("decoding the output")?;
             writeln!(out, "--- {}\n{text}", i + 1)?;
         }
         Ok(())
     }
+}
+
+/// Token ids as the engine has them. One beyond `i32` is beyond every vocabulary, too; the engine refuses it.
+pub(super) fn as_tokens(ids: &[u32]) -> Vec<i32> {
+    let token = |&id: &u32| i32::try_from(id).unwrap_or(i32::MAX);
+    ids.iter().map(token).collect()
 }

@@ -8,6 +8,7 @@ use super::bench_args::BenchArgs;
 use super::outputs::Outputs;
 use super::serving::ServingJob;
 use super::throughput::{read_dataset, weight_choice};
+use crate::bench::run_plan::RunKind;
 use crate::bench::serve::Load;
 use crate::config::RuntimeKind;
 use crate::errors::usage_error;
@@ -59,6 +60,7 @@ impl Latency {
             tokenizer.as_ref(),
         )?;
         let job = ServingJob {
+            kind: RunKind::Latency,
             resolved: &resolved,
             dataset: &dataset,
             tokenizer: tokenizer.as_ref(),
@@ -69,10 +71,10 @@ impl Latency {
                 ..Load::latency()
             },
             policy: Policy::GuaranteedNoEvict,
-            latency: true,
             targets: (None, None),
             max_seq_len,
             weights: weight_choice(&resolved),
+            idle: Vec::new(),
             outputs,
         };
         job.run(&mut model)

@@ -23,7 +23,6 @@ mod passes;
 mod prepare_dataset;
 mod selftest;
 mod serving;
-mod static_batch;
 mod throughput;
 mod verify;
 

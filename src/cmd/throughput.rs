@@ -9,8 +9,8 @@ use lathe_runtime::text::TextTokenizer;
 use super::bench_args::{BenchArgs, stop_tokens};
 use super::outputs::Outputs;
 use super::serving::ServingJob;
-use super::static_batch::StaticJob;
 use crate::bench::dataset::{Dataset, ReadOptions};
+use crate::bench::run_plan::RunKind;
 use crate::bench::serve::Load;
 use crate::config::{Given, Options, Resolved, RuntimeKind, Source};
 use crate::errors::usage_error;
@@ -116,24 +116,11 @@ impl Throughput {
             &resolved,
             tokenizer.as_ref(),
         )?;
-        let weights = weight_choice(&resolved);
-        if !serving {
-            let job = StaticJob {
-                resolved: &resolved,
-                dataset: &dataset,
-                tokenizer: tokenizer.as_ref(),
-                warmup: bench.warmup,
-                stop,
-                params,
-                streaming: self.streaming,
-                max_seq_len,
-                weights,
-                idle: self.without_effect(),
-                outputs,
-            };
-            return job.run(&mut model);
-        }
         let job = ServingJob {
+            kind: match serving {
+                true => RunKind::Serving,
+                false => RunKind::StaticBatches,
+            },
             resolved: &resolved,
             dataset: &dataset,
             tokenizer: tokenizer.as_ref(),
@@ -145,10 +132,13 @@ impl Throughput {
                 params,
             },
             policy: self.scheduler_policy,
-            latency: false,
             targets: (self.target_input_len, self.target_output_len),
             max_seq_len,
-            weights,
+            weights: weight_choice(&resolved),
+            idle: match serving {
+                true => Vec::new(),
+                false => self.without_effect(),
+            },
             outputs,
         };
         job.run(&mut model)

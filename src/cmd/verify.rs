@@ -6,13 +6,14 @@ use lathe_ir::relative_error;
 use lathe_runtime::device::executor::Executor;
 use lathe_runtime::device::load::{LoadOptions, Loadable};
 use lathe_runtime::device::step::StepBatch;
+use lathe_runtime::engine::{Request, complete};
 use lathe_runtime::sampling::SamplingParams;
-use lathe_runtime::session::{StaticRequest, run_static};
 use safetensors::SafeTensors;
 use std::io::Write;
 use std::path::PathBuf;
 
 use super::config_file::ConfigFile;
+use super::generate::as_tokens;
 use crate::config::{Given, Options, Resolved, Run, Source, Switch};
 use crate::errors::printable;
 use crate::global_options::GlobalOptions;
@@ -131,21 +132,24 @@ fn greedy(
     tokens: &[u32],
     n: usize,
 ) -> anyhow::Result<Vec<u32>> {
-    let requests: Vec<StaticRequest> = (0..g.batch)
-        .map(|b| StaticRequest {
+    let prompt = |b: usize| &tokens[b * n..][..g.len];
+    let requests: Vec<Request> = (0..g.batch)
+        .map(|b| Request {
             id: b as u64,
-            prompt: tokens[b * n..][..g.len].to_vec(),
+            prompt: as_tokens(prompt(b)),
             max_new: n - g.len,
             stop: Vec::new(),
             params: SamplingParams::default(),
+            arrival_ns: 0,
         })
         .collect();
-    let (outputs, _) = run_static(executor, &requests, |_| {})?;
-    Ok(requests
-        .iter()
-        .zip(outputs)
-        .flat_map(|(r, o)| r.prompt.iter().copied().chain(o).collect::<Vec<_>>())
-        .collect())
+    let outputs = complete(executor, &requests, |_| {})?;
+    let mut all = Vec::with_capacity(g.batch * n);
+    for (b, output) in outputs.iter().enumerate() {
+        all.extend_from_slice(prompt(b));
+        all.extend(output.iter().map(|&token| token as u32));
+    }
+    Ok(all)
 }
 
 /// Without a cache: whole sequences again for every token.

@@ -1,5 +1,6 @@
 //! Decides what the next step computes: decoding sequences first, then prompts in chunks, then new
-//! requests, as far as tokens, sequences and pages allow.
+//! requests, as far as tokens, sequences and pages allow. In static batches prompts come first, and no
+//! request joins those that decode.
 
 use std::collections::VecDeque;
 
@@ -33,6 +34,10 @@ pub(crate) struct Batcher {
     prefills: Vec<u32>,
     /// What the running sequences will hold; only used inside `admit`.
     forecast: Forecast,
+    /// Requests that have joined the static batch.
+    joined: usize,
+    /// Whether the static batch decodes, so that no request joins it.
+    is_closed: bool,
 }
 
 impl Batcher {
@@ -52,6 +57,8 @@ impl Batcher {
             samples: Vec::new(),
             prefills: Vec::new(),
             forecast: Forecast::new(capacity.page_size),
+            joined: 0,
+            is_closed: false,
         }
     }
 
@@ -96,12 +103,9 @@ impl Batcher {
         self.batch.clear();
         self.samples.clear();
         self.prefills.clear();
-        self.plan_decodes(&mut stats);
-        stats.decodes = self.batch.sequences();
-        self.plan_prefills();
-        // What was pre-empted in this step is not admitted in it: its last token may be in flight.
-        if stats.preempted == 0 {
-            self.admit();
+        match self.config.policy {
+            Policy::Static => self.plan_static(&mut stats),
+            Policy::GuaranteedNoEvict | Policy::MaxUtilization => self.plan_continuous(&mut stats),
         }
         stats.sequences = self.batch.sequences();
         stats.tokens = self.batch.tokens_len();
@@ -111,6 +115,35 @@ impl Batcher {
         stats.running = self.running.len();
         stats.waiting = self.waiting.len();
         stats
+    }
+
+    fn plan_continuous(&mut self, stats: &mut StepStats) {
+        self.plan_decodes(stats);
+        stats.decodes = self.batch.sequences();
+        self.plan_prefills();
+        // What was pre-empted in this step is not admitted in it: its last token may be in flight.
+        if stats.preempted == 0 {
+            self.admit();
+        }
+    }
+
+    /// The prompts of a static batch as long as there are any, then its decoding sequences.
+    fn plan_static(&mut self, stats: &mut StepStats) {
+        if self.running.is_empty() {
+            (self.joined, self.is_closed) = (0, false);
+        }
+        if !self.is_closed {
+            let sequences = &self.sequences;
+            let prompts = |slot: &&u32| !sequences.get(**slot).decodes();
+            self.prefills.extend(self.running.iter().filter(prompts));
+            self.plan_prefills();
+            self.admit();
+            self.is_closed = self.batch.tokens.is_empty();
+        }
+        if self.is_closed {
+            self.plan_decodes(stats);
+            stats.decodes = self.batch.sequences();
+        }
     }
 
     /// One row for each decoding sequence, oldest first; the newest give way when pages run out.
@@ -186,7 +219,11 @@ impl Batcher {
         let mut foreseen = false;
         while let Some(&slot) = self.waiting.front() {
             let budget = self.config.max_num_tokens - self.batch.tokens_len();
-            if self.running.len() >= self.config.max_batch_size {
+            let members = match self.config.policy {
+                Policy::Static => self.joined,
+                Policy::GuaranteedNoEvict | Policy::MaxUtilization => self.running.len(),
+            };
+            if members >= self.config.max_batch_size {
                 break;
             }
             let sequence = self.sequences.get(slot);
@@ -204,6 +241,7 @@ impl Batcher {
                         || self.fits_over_time(slot, rows, &mut foreseen)
                 }
                 Policy::MaxUtilization => has_room(&self.pool, pages, *growth),
+                Policy::Static => self.pool.free() >= pages + *growth + later,
             };
             if !fits {
                 break;
@@ -214,6 +252,7 @@ impl Batcher {
             debug_assert!(allocated, "invariant: the pages are free");
             self.waiting.pop_front();
             self.running.push(slot);
+            self.joined += 1;
             self.push_chunk(slot, rows);
             // What was admitted decodes from the next step on, or is the last to be admitted in this one.
             if foreseen {

@@ -2,10 +2,13 @@
 //! steps, their keys and values live in pages of one cache, prompts are computed in chunks beside
 //! the running sequences, and the next step is launched before the last one's tokens are read.
 //!
+//! A static batch is a policy of the same engine: [`complete`] runs one.
+//!
 //! Everything here is host bookkeeping; it knows no device, so that the tests of the CPU device and
 //! of the simulated one ([`sim`]) test what a GPU runs under.
 
 mod batcher;
+mod complete;
 mod config;
 mod forecast;
 mod groups;
@@ -21,6 +24,7 @@ mod step_loop;
 #[cfg(test)]
 mod tests;
 
+pub use complete::{CompleteError, complete};
 pub use config::{ConfigError, EngineConfig};
 pub use groups::{StepGroup, StepGroups};
 pub use null::NullDevice;

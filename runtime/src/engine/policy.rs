@@ -5,8 +5,8 @@ use std::str::FromStr;
 
 use super::pages::PagePool;
 
-/// How cache pages are promised to requests. In both policies requests are admitted in the order of
-/// their arrival, so that none is passed over for ever.
+/// How requests come together in steps and how cache pages are promised to them. In all policies they
+/// are admitted in the order of their arrival, so that none is passed over for ever.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Policy {
     /// A request is admitted when its longest possible life fits beside the others' in every step to
@@ -16,12 +16,17 @@ pub enum Policy {
     /// A request is admitted when its known tokens fit. When the pages run out, the newest sequence
     /// gives up its own and is computed again later.
     MaxUtilization,
+    /// Static batches: requests join until the batch is full, all their prompts are computed, then all
+    /// of them decode together until the last one ends. Every request holds the pages of its whole
+    /// life. No user asks for it by name: it is what `runtime: demollm` means.
+    Static,
 }
 
 impl Policy {
-    /// trtllm-bench's name of it.
+    /// Its name in reports; trtllm-bench's, where that has the policy.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Static => "static",
             Self::GuaranteedNoEvict => "guaranteed_no_evict",
             Self::MaxUtilization => "max_utilization",
         }
@@ -69,6 +74,7 @@ mod tests {
             Policy::default().to_string().parse(),
             Ok(Policy::GuaranteedNoEvict)
         );
+        assert!("static".parse::<Policy>().is_err(), "a runtime, no choice");
         let error = "fifo".parse::<Policy>().unwrap_err();
         assert!(error.contains("fifo"), "{error}");
     }

@@ -26,7 +26,11 @@ prop_compose! {
         // The cache in sequences of full length, from one third to many.
         fill in 1usize..24,
         vocab in 2usize..60,
-        max_utilization in any::<bool>(),
+        policy in prop::sample::select(vec![
+            Policy::GuaranteedNoEvict,
+            Policy::MaxUtilization,
+            Policy::Static,
+        ]),
         chunked_prefill in any::<bool>(),
     ) -> (Capacity, EngineConfig) {
         let capacity = Capacity {
@@ -38,7 +42,7 @@ prop_compose! {
             vocab,
         };
         let config = EngineConfig {
-            policy: if max_utilization { Policy::MaxUtilization } else { Policy::GuaranteedNoEvict },
+            policy,
             chunked_prefill,
             stream: true,
             log_steps: true,
@@ -143,6 +147,9 @@ fn simulate(workload: &Workload, overlap: bool) -> (BTreeMap<u64, RequestError>,
                 step.sequences <= config.max_batch_size && step.tokens <= config.max_num_tokens
             );
             assert!(step.pages_used <= workload.capacity.pages);
+            // A static batch has all its prompts before its first decode.
+            let mixes = step.decodes > 0 && step.prefill_tokens > 0;
+            assert!(config.policy != Policy::Static || !mixes);
         }
         iteration += 1;
         if progress == Progress::Idle && iteration > last_arrival {
@@ -211,7 +218,7 @@ fn check_outcome(workload: &Workload, refused: &BTreeMap<u64, RequestError>, out
             assert_eq!(events.last().map(|e| e.at_ns), Some(finished.end_ns));
         }
     }
-    if workload.config.policy == Policy::GuaranteedNoEvict {
+    if workload.config.policy != Policy::MaxUtilization {
         assert_eq!(outcome.totals.preemptions, 0);
     }
     let per_request: u64 = outcome
@@ -257,7 +264,7 @@ fn workloads_cover_the_cases() {
         mut cancelled,
         mut stopped,
     ] = [0; 6];
-    for _ in 0..300 {
+    for _ in 0..500 {
         let workload = workload(true).new_tree(&mut runner).unwrap().current();
         let (refusals, outcome) = simulate(&workload, true);
         let reasons = |reason| {
