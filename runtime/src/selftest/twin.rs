@@ -2,9 +2,9 @@
 
 use super::{POISON, SelftestError};
 use crate::device::cpu::CpuLoadError;
-use crate::device::cpu::exec::Run;
 use crate::device::cpu::executor::{CpuExecutor, check_batch};
 use crate::device::cpu::kernels::Elem;
+use crate::device::cpu::run::Run;
 use crate::device::load::{LoadOptions, Loadable, RopeTables};
 use crate::device::step::StepBatch;
 use half::bf16;

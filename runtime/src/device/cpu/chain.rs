@@ -1,8 +1,8 @@
 //! Chains on the values of the arena.
 
-use super::exec::Run;
 use super::kernels::Elem;
 use super::kernels::chain::{Floats, FloatsMut, chain};
+use super::run::Run;
 use half::bf16;
 use lathe_codegen::chain::RowProgram;
 use lathe_codegen::{Operand, Step};
@@ -15,7 +15,7 @@ pub(super) fn step<E: Elem>(run: &Run<'_, E>, step: &Step) -> Result<(), String>
         .tensors()
         .map(|(o, _)| match o {
             Operand::Table(t) => {
-                let data = run.model.plan.tables[*t].data.iter();
+                let data = run.plan.tables[*t].data.iter();
                 Some(data.map(|x| x.get() as f32).collect())
             }
             _ => None,

@@ -1,43 +1,24 @@
 //! Executing the steps of a program: dispatch from operations to kernels.
 
 use super::chain;
-use super::executor::CpuExecutor;
 use super::kernels::attention::{AttentionArgs, AttentionSpec, attention};
 use super::kernels::linear::{Epilogue, LinearArgs, LinearSpec, Prologue, linear};
 use super::kernels::norm::{add_rms_norm, rms_norm};
 use super::kernels::rope::{RopeAppend, rope_append};
 use super::kernels::rows::{argmax, embed};
 use super::kernels::{Elem, KernelError, StepMeta};
-use super::memory::{Layout, padded_head};
-use super::pages::PageBuffer;
+use super::memory::padded_head;
 use super::plain;
-use crate::device::step::{StepBatch, StepError, StepOutput};
+use super::run::{Run, is_elem};
+use crate::device::step::{StepError, StepOutput};
 use crate::sampling::sample;
-use lathe_codegen::{Operand, Program, Step, ValueId};
+use lathe_codegen::{Operand, Step};
 use lathe_ir::ops::gemm;
 use lathe_ir::ops::{AddRms, AttnQkv, AttnStep, Gemm, Linear, RmsNorm, Sample, Select};
 use lathe_ir::ops::{X, addrms, attn_qkv, attn_step, embedding, rmsnorm, select};
-use lathe_ir::{AttnSpec, DType, Op, SymEnv, TensorType};
+use lathe_ir::{AttnSpec, Op};
 use lathe_ir::{Output, Slot, StepInput};
 use std::time::Instant;
-
-/// What a program reads at run time.
-pub(super) struct Inputs<'a> {
-    pub(super) batch: &'a StepBatch,
-}
-
-/// One run of a program.
-pub(crate) struct Run<'a, E> {
-    pub(super) model: &'a CpuExecutor<E>,
-    pub(crate) program: &'a Program,
-    pub(super) layout: &'a Layout,
-    /// Start of the activations. Slots of values alive at the same time are disjoint.
-    pub(super) base: *mut u8,
-    pub(super) env: SymEnv,
-    pub(super) inputs: &'a Inputs<'a>,
-    pub(crate) caches: &'a mut [PageBuffer<E>],
-    pub(super) scratch: &'a mut Vec<E>,
-}
 
 impl<'a, E: Elem> Run<'a, E> {
     /// Runs all steps and reads the results. With `seconds`, the time of each step is added to it.
@@ -190,7 +171,7 @@ impl<'a, E: Elem> Run<'a, E> {
             kv_lens: &b.kv_lens,
             block_table: &b.block_table,
             max_pages: b.max_pages,
-            page_size: self.model.options.page_size,
+            page_size: self.options.page_size,
         }
     }
 
@@ -199,7 +180,7 @@ impl<'a, E: Elem> Run<'a, E> {
         let tables = match (spec.rope, step.get(attn_qkv::INV_FREQ)) {
             (Some(rope), Some(Operand::Table(t))) => {
                 let key = (*t, rope.scaling.get().to_bits());
-                self.model.rope.get(&key).map(|(c, s)| (&c[..], &s[..]))
+                self.rope.get(&key).map(|(c, s)| (&c[..], &s[..]))
             }
             _ => None,
         };
@@ -370,103 +351,6 @@ impl<'a, E: Elem> Run<'a, E> {
     fn in_elem(&self, step: &Step) -> bool {
         step.tensors().all(|(_, t)| is_elem::<E>(t.dtype))
     }
-
-    /// Elements of a tensor type at this run's sizes.
-    pub(super) fn len(&self, ty: &TensorType) -> usize {
-        ty.elements(&self.env)
-    }
-
-    fn last(&self, step: &Step, operand: Slot) -> usize {
-        let shape = step.tensor(operand).map(|t| &t.shape[..]);
-        shape
-            .and_then(<[_]>::last)
-            .map_or(1, |d| d.eval(&self.env) as usize)
-    }
-
-    fn rows(&self, step: &Step, operand: Slot) -> usize {
-        let shape = step.tensor(operand).map(|t| &t.shape[..]);
-        shape
-            .and_then(<[_]>::first)
-            .map_or(1, |d| d.eval(&self.env) as usize)
-    }
-
-    /// A float operand in the plan's element type.
-    fn floats(&self, step: &Step, operand: Slot) -> Result<&'a [E], String> {
-        let absent = || format!("operand '{}' is no tensor", operand.name());
-        let ty = step.tensor(operand).ok_or_else(absent)?;
-        match step.get(operand) {
-            Some(Operand::Weight(w)) if is_elem::<E>(ty.dtype) => Ok(self.weight(*w, ty)),
-            Some(Operand::Value(v)) if is_elem::<E>(ty.dtype) => Ok(self.read(*v, ty)),
-            other => {
-                let name = operand.name();
-                Err(format!("operand '{name}' is {other:?} of {}", ty.dtype))
-            }
-        }
-    }
-
-    /// As [`Run::floats`], of an operand that may be absent.
-    fn opt_floats(&self, step: &Step, operand: Slot) -> Result<Option<&'a [E]>, String> {
-        let present = step.get(operand);
-        present.map(|_| self.floats(step, operand)).transpose()
-    }
-
-    /// The memory of a value, for reading.
-    pub(super) fn read<T>(&self, v: ValueId, ty: &TensorType) -> &'a [T] {
-        let n = self.len(ty);
-        debug_assert_eq!(std::mem::size_of::<T>(), ty.dtype.size());
-        // SAFETY: the slot holds `n` elements of the value's type at the sizes that the arena was
-        // laid out for, offsets are multiples of 64, and every producer has written all of them.
-        unsafe { std::slice::from_raw_parts(self.place(v).cast::<T>(), n) }
-    }
-
-    /// The memory of a result, for writing.
-    #[allow(clippy::mut_from_ref)] // slots of live values are disjoint: see `liveness`
-    pub(super) fn write<T>(&self, v: ValueId, ty: &TensorType) -> &'a mut [T] {
-        let n = self.len(ty);
-        debug_assert_eq!(std::mem::size_of::<T>(), ty.dtype.size());
-        // SAFETY: as in `read`; the result's slot is disjoint from the slots of the step's
-        // operands and other results (liveness gives results their slots before operands end).
-        unsafe { std::slice::from_raw_parts_mut(self.place(v).cast::<T>(), n) }
-    }
-
-    /// The bytes of a value.
-    pub(crate) fn bytes(&self, v: ValueId) -> &[u8] {
-        let n = self.program.values[v.0 as usize].0.bytes(&self.env);
-        // SAFETY: as in `read`.
-        unsafe { std::slice::from_raw_parts(self.place(v), n) }
-    }
-
-    /// The bytes of a result, for writing.
-    pub(crate) fn bytes_mut(&mut self, v: ValueId) -> &mut [u8] {
-        let n = self.program.values[v.0 as usize].0.bytes(&self.env);
-        // SAFETY: as in `write`.
-        unsafe { std::slice::from_raw_parts_mut(self.place(v), n) }
-    }
-
-    /// A weight as elements of its type, which is `T`.
-    pub(super) fn weight<T: Elem>(&self, w: usize, ty: &TensorType) -> &'a [T] {
-        let data: &'a [E] = &self.model.weights[w];
-        let n = self.len(ty);
-        assert!(n * size_of::<T>() <= size_of_val(data) && ty.dtype.name() == T::NAME);
-        // SAFETY: the buffer is aligned to a page, has these bytes, and holds elements of the
-        // weight's type, of which any bytes are values.
-        unsafe { std::slice::from_raw_parts(data.as_ptr().cast::<T>(), n) }
-    }
-
-    fn place(&self, v: ValueId) -> *mut u8 {
-        let offset = self.layout.offsets[self.program.slot(v)];
-        // SAFETY: offsets lie inside the arena by construction of the layout.
-        unsafe { self.base.add(offset) }
-    }
-
-    /// The memory of a step's float result.
-    #[allow(clippy::mut_from_ref)] // as `write`
-    fn out(&self, step: &Step, i: usize) -> &'a mut [E] {
-        match (step.results[i], step.result_type(i)) {
-            (Some(v), Some(ty)) => self.write(v, ty),
-            _ => &mut [],
-        }
-    }
 }
 
 struct Heads {
@@ -501,9 +385,4 @@ struct Extra<'a, E> {
     k_norm: Option<&'a [E]>,
     eps: f32,
     tables: Option<(&'a [f32], &'a [f32])>,
-}
-
-/// Whether `E` stores this element type.
-pub(super) fn is_elem<E: Elem>(dtype: DType) -> bool {
-    dtype.name() == E::NAME
 }

@@ -1,10 +1,10 @@
 //! The CPU device: executes the same plan as the GPU, with the kernels of [`super::kernels`].
 
-use super::exec::{Inputs, Run};
 use super::kernels::Elem;
 use super::kernels::pool::{SharedMut, parallel_for};
 use super::memory::{Arena, Layout, meminfo, padded_head, token_bytes};
 use super::pages::PageBuffer;
+use super::run::{Inputs, Run};
 use crate::device::executor::{Execution, Executor};
 use crate::device::load::{LoadOptions, Loadable, RopeTables, rope_tables};
 use crate::device::profile::{ProfileOptions, StepProfile};
@@ -198,7 +198,10 @@ impl<E: Elem> CpuExecutor<E> {
         let mut arena = Arena::new(layout.bytes);
         let batch = StepBatch::default();
         let mut run = Run {
-            model: self,
+            plan: &self.plan,
+            options: &self.options,
+            weights: &self.weights,
+            rope: &self.rope,
             program: &once.program,
             layout: &layout,
             base: arena.base(),
@@ -288,7 +291,10 @@ impl<E: Elem> CpuExecutor<E> {
         let mut scratch = std::mem::take(&mut self.scratch);
         let base = self.arena.base();
         let mut run = Run {
-            model: self,
+            plan: &self.plan,
+            options: &self.options,
+            weights: &self.weights,
+            rope: &self.rope,
             program: &self.plan.programs[at],
             layout: &self.layouts[at],
             base,

@@ -2,13 +2,14 @@
 
 mod chain;
 mod device;
-pub(crate) mod exec;
+mod exec;
 pub(crate) mod executor;
 pub mod kernels;
 mod memory;
 pub mod pages;
 mod plain;
 mod profile;
+pub(crate) mod run;
 
 pub use device::CpuDevice;
 pub use executor::{CpuLoadError, load, run_full};

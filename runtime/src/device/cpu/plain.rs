@@ -3,8 +3,8 @@
 //! Unfused programs and operations without a kernel of their own run here: values are read as
 //! f32, computed by the oracle's code and rounded to their element type when written back.
 
-use super::exec::{Run, is_elem};
 use super::kernels::Elem;
+use super::run::{Run, is_elem};
 use half::{bf16, f16};
 use lathe_codegen::{Operand, Step};
 use lathe_ir::interp::{Interp, Tensor, Value, eval_op};
@@ -76,7 +76,7 @@ fn load<E: Elem>(
             d => return Err(format!("a weight of {d}")),
         },
         Operand::Table(t) => {
-            let data = run.model.plan.tables[*t].data.iter();
+            let data = run.plan.tables[*t].data.iter();
             Value::Float(Tensor::new(shape, data.map(|x| x.get() as f32).collect()))
         }
         Operand::Const { value, dtype } => match dtype {
