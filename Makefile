@@ -2,7 +2,7 @@
 # make test   what CI runs: format, lints, tests, documentation
 # make rules  the first part of it, what a change of a rule changes: samples, file tests and snapshots of all families
 # make bless  accepts that
-# make nits   format and lints
+# make nits   format, lints, and the limits of scripts/shape.py
 # make rest   the other tests, what `make rules` has not run
 # make soak   100,000 requests through the engine on the CPU: exact lengths, no page lost, flat memory; takes minutes
 # make nvrtc  CUDA's run-time compiler and disassembler from PyPI, so that `make test` compiles every generated
@@ -44,6 +44,7 @@ bless:
 nits:
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --quiet -- -D warnings
+	$(PYTHON) scripts/shape.py --check
 
 soak:
 	$(CARGO) test --release --test program -- --ignored --nocapture soak::

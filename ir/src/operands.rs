@@ -70,7 +70,7 @@ impl Slot {
 pub const X: Slot = Slot::value(0, "x");
 
 /// The operands of an operation: one a slot, some of them absent. Operations without named slots
-/// ([`Signature::VARIADIC`](crate::ops::Signature::VARIADIC)) have a list of present ones.
+/// ([`Signature::variadic`](crate::ops::Signature::variadic)) have a list of present ones.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Operands<T>(SmallVec<[Option<T>; 4]>);
 

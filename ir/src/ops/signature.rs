@@ -69,7 +69,7 @@ pub struct Signature {
     pub level: Level,
     /// What its time is counted as.
     pub class: Class,
-    /// Its operands in order; none for [`Signature::VARIADIC`].
+    /// Its operands in order; none for [`Signature::variadic`].
     pub slots: &'static [Slot],
     /// Whether it takes any number of operands.
     pub variadic: bool,
