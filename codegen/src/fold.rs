@@ -4,7 +4,7 @@ use crate::pack::{PackError, PackRecipe, RowPerm, Segment};
 use lathe_ir::Operands;
 use lathe_ir::ops::{Pack, Permute, Reshape, Slice, Weight};
 use lathe_ir::ops::{X, binary};
-use lathe_ir::{BinaryFn, Graph, NodeId, Op, TensorType, TypeError};
+use lathe_ir::{BinaryFn, Graph, Known, NodeId, Op, TypeError};
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -13,30 +13,14 @@ const MAX_SEGMENTS: usize = 4096;
 /// Most pieces on the way to a recipe.
 const MAX_RUNS: usize = 1 << 20;
 
-/// Which values depend on weights and constants alone and can be computed once: float tensors of
-/// known extents. Leaves count as such if they are weights.
+/// Which values are laid out or computed before the first step. Of the leaves these are the weights: constants and
+/// tables are operands as they are.
 pub(crate) fn fixed(graph: &Graph) -> Vec<bool> {
-    let mut fixed = vec![false; graph.nodes().len()];
-    for id in graph.ids() {
-        let node = graph.node(id);
-        fixed[id.index()] = match &node.op {
-            Op::Weight(_) => true,
-            Op::Win(_) | Op::Sdpa(_) | Op::Proj(_) | Op::Get(_) => false,
-            op if op.is_leaf() => false,
-            _ => {
-                let leaf = |i: &NodeId| {
-                    matches!(graph.node(*i).op, Op::Const(_) | Op::Table(_) | Op::Iota(_))
-                };
-                let known = |t: &TensorType| {
-                    t.dtype.is_float() && t.shape.iter().all(|d| d.known().is_some())
-                };
-                graph.tensor(id).is_some_and(known)
-                    && node.inputs.iter().all(|i| fixed[i.index()] || leaf(i))
-                    && !node.inputs.is_empty()
-            }
-        };
-    }
-    fixed
+    let known = Known::of_graph(graph).into_iter();
+    let fixed = known.zip(graph.nodes()).map(|(known, node)| {
+        known.before_steps() && (!node.op.is_leaf() || matches!(node.op, Op::Weight(_)))
+    });
+    fixed.collect()
 }
 
 /// The program that computes weights, under construction.

@@ -8,7 +8,7 @@
 use crate::pack::PackRecipe;
 pub use lathe_ir::ProgramKind;
 use lathe_ir::{
-    DType, Op, Operands, Prov, Real, Slot as Name, StepInput, SymEnv, TensorType, Type,
+    DType, Op, OpWork, Operands, Prov, Real, Slot as Name, StepInput, SymEnv, TensorType, Type,
 };
 
 /// Index of a value of a program.
@@ -146,6 +146,11 @@ impl Step {
     /// Whether a value is among the operands.
     pub fn reads(&self, value: ValueId) -> bool {
         self.operands.iter().any(|o| *o == Operand::Value(value))
+    }
+
+    /// What it has to compute and to move, as the program says it.
+    pub fn work(&self, env: &SymEnv) -> OpWork {
+        OpWork::of(&self.op, &self.types.map(|t| t), &self.ty, env)
     }
 
     /// The type of a result that is read: the type itself, or a tuple's element.

@@ -2,10 +2,7 @@
 //! (a multiply-add counts two) and bytes that must pass through memory once.
 
 use crate::plan::{Operand, Step};
-use lathe_ir::Class;
-use lathe_ir::ops::AttnStep;
-use lathe_ir::ops::{attn_qkv, attn_step, gemm, matmul};
-use lathe_ir::{Op, SymEnv, TensorType};
+use lathe_ir::{Class, Heads, Op, Product, SymEnv, TensorType};
 use serde::Serialize;
 use std::fmt;
 
@@ -62,19 +59,11 @@ pub struct Span {
     pub len: usize,
 }
 
-/// Sizes of an attention over the cache; its work depends on the lengths of the sequences.
+/// An attention over the cache in one launch; its work depends on the lengths of the sequences.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct AttnWork {
-    /// Query heads.
-    pub heads: u32,
-    /// Key and value heads.
-    pub kv_heads: u32,
-    /// Features of a head.
-    pub head_dim: u32,
-    /// Bytes of a cached element.
-    pub element: u32,
-    /// Keys that a row sees at most, its own among them.
-    pub window: Option<u32>,
+    /// Its sizes.
+    pub heads: Heads,
     /// Bytes of a row's queries and outputs; 0 where [`Work::bytes`] has them.
     pub row_bytes: u32,
     /// Fewest and most new rows of the sequences that the launch attends for; the others belong to another launch.
@@ -85,14 +74,10 @@ impl AttnWork {
     /// Sequences with any number of new rows.
     pub const ALL_ROWS: (usize, usize) = (1, usize::MAX);
 
-    /// Attention of all sequences; `heads` are query heads, KV heads and the features of a head.
-    fn new([heads, kv_heads, head_dim]: [u32; 3], element: u32, window: Option<u32>) -> AttnWork {
+    /// Attention of all sequences.
+    fn new(heads: Heads) -> AttnWork {
         AttnWork {
             heads,
-            kv_heads,
-            head_dim,
-            element,
-            window,
             row_bytes: 0,
             rows: AttnWork::ALL_ROWS,
         }
@@ -105,18 +90,13 @@ impl AttnWork {
             .filter(move |s| (least..=most).contains(&s.rows))
     }
 
-    fn seen(&self, keys: usize) -> usize {
-        self.window.map_or(keys, |w| keys.min(w as usize))
-    }
-
     /// Bytes of the keys and values that some row of the step sees, each counted once.
     pub fn live_bytes(&self, spans: &[Span]) -> f64 {
-        let token = 2 * self.kv_heads * self.head_dim * self.element;
-        let live = |s: &Span| match self.window {
+        let live = |s: &Span| match self.heads.window {
             Some(w) => s.len.min(w as usize + s.rows.saturating_sub(1)),
             None => s.len,
         };
-        f64::from(token) * self.mine(spans).map(live).sum::<usize>() as f64
+        self.heads.token_bytes() * self.mine(spans).map(live).sum::<usize>() as f64
     }
 
     /// Bytes of the queries and outputs of its rows.
@@ -124,14 +104,14 @@ impl AttnWork {
         f64::from(self.row_bytes) * self.mine(spans).map(|s| s.rows).sum::<usize>() as f64
     }
 
-    /// Operations of `Q·Kᵀ` and `P·V` under the causal mask: 4 · heads · head_dim for each key that a row sees.
+    /// Operations under the causal mask, over each key that a row sees.
     pub fn flops(&self, spans: &[Span]) -> f64 {
         let keys = |s: &Span| {
             let first = s.len - s.rows.min(s.len);
-            (first + 1..=s.len).map(|n| self.seen(n)).sum::<usize>()
+            let seen = (first + 1..=s.len).map(|n| self.heads.seen(n));
+            seen.sum::<usize>()
         };
-        let pairs = self.mine(spans).map(keys).sum::<usize>() as f64;
-        4.0 * f64::from(self.heads * self.head_dim) * pairs
+        self.heads.pair_flops() * self.mine(spans).map(keys).sum::<usize>() as f64
     }
 }
 
@@ -163,8 +143,9 @@ impl fmt::Display for WorkShape {
         match self {
             WorkShape::Gemm { m, n, k } => write!(f, "{m}x{n}x{k}"),
             WorkShape::Attention(a) => {
-                write!(f, "{}/{} heads of {}", a.heads, a.kv_heads, a.head_dim)?;
-                a.window.map_or(Ok(()), |w| write!(f, ", window {w}"))
+                let h = a.heads;
+                write!(f, "{}/{} heads of {}", h.heads, h.kv_heads, h.head_dim)?;
+                h.window.map_or(Ok(()), |w| write!(f, ", window {w}"))
             }
             WorkShape::Rows { rows, cols } => write!(f, "{rows}x{cols}"),
         }
@@ -187,52 +168,22 @@ pub struct Work {
 impl Work {
     /// The work of a step whose kernel does all of it, at given sizes.
     pub fn of_step(step: &Step, env: &SymEnv) -> Work {
-        let tensor = |slot| step.tensor(slot);
         let out = (0..step.results.len())
             .rev()
             .find_map(|i| step.result_type(i));
-        let (mut flops, mut shape) = (0.0, rows_of(out, env));
-        match &step.op {
-            // The two have their first operands in common.
-            Op::Linear(_) | Op::Gemm(_) => {
-                if let (Some(x), Some(w)) = (tensor(gemm::X), tensor(gemm::W)) {
-                    let k = last(w, env);
-                    let (m, n) = (x.elements(env) / k.max(1), w.elements(env) / k.max(1));
-                    flops = gemm_flops(m, n, k);
-                    shape = WorkShape::Gemm { m, n, k };
-                }
+        let told = step.work(env);
+        let shape = match (told.product, told.attention) {
+            (_, Some(heads)) => WorkShape::Attention(AttnWork::new(heads)),
+            (Some(Product { m, n, k }), None) if step.op.class() == Class::Gemm => {
+                WorkShape::Gemm { m, n, k }
             }
-            Op::Matmul(_) => {
-                let k = tensor(matmul::A).map_or(0, |a| last(a, env));
-                flops = 2.0 * out.map_or(0, |o| o.elements(env)) as f64 * k as f64;
-            }
-            Op::AttnQkv(s) => {
-                let element = tensor(attn_qkv::QKV).map_or(0, |t| t.dtype.size() as u32);
-                let heads = [s.heads, s.kv_heads, s.head_dim];
-                shape = WorkShape::Attention(AttnWork::new(heads, element, s.attn.mask.window));
-            }
-            Op::AttnStep(AttnStep(s)) => {
-                let extent = |slot, axis: usize| {
-                    let dim = tensor(slot).and_then(|t| t.shape.get(axis));
-                    dim.map_or(0, |d| d.eval(env) as u32)
-                };
-                let element = tensor(attn_step::Q).map_or(0, |t| t.dtype.size() as u32);
-                let (q, k) = (attn_step::Q, attn_step::K);
-                let heads = [extent(q, 1), extent(k, 1), extent(q, 2)];
-                shape = WorkShape::Attention(AttnWork::new(heads, element, s.mask.window));
-            }
-            _ => {}
-        }
-        let gathered = matches!(step.op, Op::Embedding(_) | Op::Select(_));
+            _ => rows_of(out, env),
+        };
         Work {
             class: KernelClass::of(&step.op),
             shape,
-            bytes: match (gathered, out) {
-                // Only the rows that are picked are read.
-                (true, Some(out)) => 2.0 * out.bytes(env) as f64,
-                _ => step_bytes(step, env),
-            },
-            flops,
+            bytes: told.bytes() - unread(step, env) - unwritten(step, env),
+            flops: told.matrix,
         }
     }
 
@@ -258,11 +209,6 @@ impl Work {
     }
 }
 
-/// Operations of `[M, K] · [N, K]ᵀ`.
-pub fn gemm_flops(m: usize, n: usize, k: usize) -> f64 {
-    2.0 * m as f64 * n as f64 * k as f64
-}
-
 fn last(t: &TensorType, env: &SymEnv) -> usize {
     t.shape.last().map_or(1, |d| d.eval(env)) as usize
 }
@@ -277,34 +223,41 @@ fn rows_of(t: Option<&TensorType>, env: &SymEnv) -> WorkShape {
     }
 }
 
-/// Bytes of the operands in memory and of the results that are stored.
-fn step_bytes(step: &Step, env: &SymEnv) -> f64 {
-    let read = step.tensors().map(|(o, t)| match o {
-        Operand::Const { .. } => 0,
+/// Bytes of operands that are nowhere in memory, or smaller there than in the program.
+fn unread(step: &Step, env: &SymEnv) -> f64 {
+    if matches!(step.op, Op::Embedding(_) | Op::Select(_)) {
+        return 0.0;
+    }
+    let less = step.tensors().map(|(o, t)| match o {
+        Operand::Const { .. } => t.bytes(env) as f64,
         // Inputs are 32-bit integers, whatever their type in the program.
-        Operand::Input(_) => 4 * t.elements(env),
-        _ => t.bytes(env),
+        Operand::Input(_) => t.bytes(env) as f64 - 4.0 * t.elements(env) as f64,
+        _ => 0.0,
     });
-    let written = step
-        .results
-        .iter()
-        .enumerate()
-        .filter(|(_, r)| r.is_some())
-        .filter_map(|(i, _)| step.result_type(i))
-        .map(|t| t.bytes(env));
-    read.chain(written).sum::<usize>() as f64
+    less.sum()
+}
+
+/// Bytes of results that are not stored.
+fn unwritten(step: &Step, env: &SymEnv) -> f64 {
+    let results = step.results.iter().enumerate();
+    let dropped = results.filter(|(_, r)| r.is_none());
+    let types = dropped.filter_map(|(i, _)| step.result_type(i));
+    types.map(|t| t.bytes(env)).sum::<usize>() as f64
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const ATTN: AttnWork = AttnWork {
+    const HEADS: Heads = Heads {
         heads: 4,
         kv_heads: 2,
         head_dim: 8,
         element: 2,
         window: None,
+    };
+    const ATTN: AttnWork = AttnWork {
+        heads: HEADS,
         row_bytes: 0,
         rows: AttnWork::ALL_ROWS,
     };
@@ -349,10 +302,10 @@ mod tests {
 
     #[test]
     fn windows_limit_both() {
-        let windowed = AttnWork {
+        let windowed = AttnWork::new(Heads {
             window: Some(3),
-            ..ATTN
-        };
+            ..HEADS
+        });
         // Rows 3 to 6 see 3 keys each; together they see tokens 1 to 6.
         let chunk = [Span { rows: 4, len: 7 }];
         assert_eq!(windowed.flops(&chunk), 12.0 * 128.0);

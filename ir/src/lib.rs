@@ -14,6 +14,8 @@ pub mod graph;
 pub mod import;
 pub mod infer;
 pub mod interp;
+mod kernel_limits;
+mod known;
 pub mod operands;
 pub mod ops;
 mod printable;
@@ -24,6 +26,7 @@ mod step_input;
 pub mod text;
 mod types;
 pub mod verify;
+mod work;
 
 pub use chain::{Chain, ChainArg, ChainOp};
 pub use dtype::DType;
@@ -31,6 +34,8 @@ pub use error_norm::relative_error;
 pub use functions::{BinaryFn, ReduceFn, UnaryFn};
 pub use graph::{Graph, Node, NodeId, Prov};
 pub use infer::{TypeError, infer};
+pub use kernel_limits::KernelLimits;
+pub use known::Known;
 pub use operands::{Operands, Slot};
 pub use ops::{
     AttnSpec, Class, Epilogue, Level, Mask, Op, Pack, Prologue, SdpaStage, WeightRef,
@@ -43,3 +48,4 @@ pub use shape::{Dim, Sym, SymEnv};
 pub use step_input::{Output, StepInput};
 pub use types::{TensorType, Type};
 pub use verify::{VerifyError, verify};
+pub use work::{Heads, OpWork, Product};

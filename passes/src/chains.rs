@@ -9,11 +9,10 @@
 //! and single operations) that stays topological: a path from the earlier to the later of two
 //! units can only lead through units between them.
 
-use crate::predict::weight_only;
 use lathe_ir::Operands;
 use lathe_ir::chain::{self, Access, ChainArg, ChainOp, MAX_STATEMENTS, Statement, access};
 use lathe_ir::ops::{Const, Get};
-use lathe_ir::{Chain, Dim, Graph, NodeId, Op, Prov, TypeError};
+use lathe_ir::{Chain, Dim, Graph, Known, NodeId, Op, Prov, TypeError};
 use std::collections::BTreeMap;
 
 /// The name under which chains are switched off.
@@ -63,12 +62,12 @@ struct Grouping<'a> {
 impl<'a> Grouping<'a> {
     fn new(graph: &'a Graph) -> Grouping<'a> {
         let n = graph.nodes().len();
-        let once = weight_only(graph);
+        let known = Known::of_graph(graph);
         let units = graph
             .ids()
             .map(|id| Unit {
                 members: vec![id],
-                domain: if once[id.index()] {
+                domain: if known[id.index()].before_steps() {
                     None
                 } else {
                     own_domain(graph, id)

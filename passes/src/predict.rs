@@ -3,10 +3,8 @@
 
 use crate::egraph::cost::{CostPoint, Work, picoseconds, work};
 use indexmap::IndexMap;
-use lathe_ir::ops::{Gemm, Select};
-use lathe_ir::ops::{X, gemm};
-use lathe_ir::{Class, Operands};
-use lathe_ir::{Graph, NodeId, Op, Prologue, Type};
+use lathe_ir::ops::{Gemm, gemm};
+use lathe_ir::{Class, Graph, Known, NodeId, Op, Operands, Prologue, Type};
 
 pub use lathe_ir::kernel_name;
 
@@ -47,12 +45,12 @@ pub struct Prediction {
 
 /// Predicts a program at a point.
 pub fn predict(graph: &Graph, at: &CostPoint) -> Prediction {
-    let weight_only = weight_only(graph);
+    let known = Known::of_graph(graph);
     let mut p = Prediction::default();
     for id in graph.ids() {
         let node = graph.node(id);
         let inputs = node.inputs.map(|&i| &graph.node(i).ty);
-        let kernels = match work(&node.op, &inputs, &node.ty, weight_only[id.index()], at) {
+        let kernels = match work(&node.op, &inputs, &node.ty, known[id.index()], at) {
             Some(w) => vec![(node.op.class(), w)],
             None => match split_prologue(&node.op, &inputs, &node.ty, at) {
                 Some([norm, gemm]) => vec![(Class::Norm, norm), (Class::Gemm, gemm)],
@@ -93,7 +91,7 @@ fn split_prologue(
         prologue: Prologue::None,
         ..*spec
     });
-    let gemm = work(&plain, inputs, output, false, at)?;
+    let gemm = work(&plain, inputs, output, Known::InStep, at)?;
     let x = inputs.get(gemm::X)?.as_tensor()?;
     // The GEMM's operands hold the gain, and a delta with its sum; what comes on top is x and what is written.
     let norm = Work {
@@ -105,41 +103,15 @@ fn split_prologue(
     Some([norm, gemm])
 }
 
-/// Which nodes depend on weights and constants only, so that they are computed once, while
-/// loading. The same rule as the e-graph's analysis.
-pub fn weight_only(graph: &Graph) -> Vec<bool> {
-    let mut only = vec![false; graph.nodes().len()];
-    let mut konst = vec![false; graph.nodes().len()];
-    for id in graph.ids() {
-        let node = graph.node(id);
-        let at = |i: &NodeId| only[i.index()];
-        only[id.index()] = match &node.op {
-            Op::Weight(_) | Op::Pack(_) => true,
-            op if op.is_leaf() => false,
-            Op::Get(_) | Op::Win(_) | Op::Select(Select) => false,
-            _ => {
-                node.inputs.iter().any(at) && node.inputs.iter().all(|i| at(i) || konst[i.index()])
-            }
-        };
-        konst[id.index()] = match &node.op {
-            Op::Const(_) => true,
-            Op::Cast(_) | Op::Reshape(_) | Op::Expand(_) => konst[node.inputs[X].index()],
-            Op::Unary(lathe_ir::UnaryFn::Neg) => konst[node.inputs[X].index()],
-            _ => false,
-        };
-    }
-    only
-}
-
 /// The kernels of each distinct layer, as `(layers, kernel names in order)`.
 pub fn kernels_by_layer(graph: &Graph, at: &CostPoint) -> Vec<(Vec<Option<u32>>, Vec<String>)> {
-    let weight_only = weight_only(graph);
+    let known = Known::of_graph(graph);
     let mut layers: IndexMap<Option<u32>, Vec<String>> = IndexMap::new();
     for id in graph.ids() {
         let node = graph.node(id);
         let inputs = node.inputs.map(|&i| &graph.node(i).ty);
-        let launches = work(&node.op, &inputs, &node.ty, weight_only[id.index()], at)
-            .map_or(1, |w| w.launches);
+        let launches =
+            work(&node.op, &inputs, &node.ty, known[id.index()], at).map_or(1, |w| w.launches);
         if launches > 0 {
             let name = kernel_name(&node.op);
             let name = if launches > 1 {

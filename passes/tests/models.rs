@@ -14,7 +14,6 @@ use lathe_ir::text::print;
 use lathe_ir::{BinaryFn, DType, Graph, Op, Type, WeightRef};
 use lathe_passes::egraph::cost::DeviceModel;
 use lathe_passes::pipeline::{CompileError, Compiled, PassConfig, compile};
-use lathe_passes::predict::weight_only;
 use lathe_passes::{Stage, chains, rules};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
@@ -106,11 +105,11 @@ fn check_programs(name: &str, model: &Graph) {
         assert_eq!(g.count("attn_step"), 0, "{at}");
         let mut kernels = vec![0; n];
         let mut packs: Vec<BTreeMap<String, usize>> = vec![BTreeMap::new(); n];
-        let fixed = weight_only(g);
-        for (node, fixed) in g.nodes().iter().zip(fixed) {
+        let known = lathe_ir::Known::of_graph(g);
+        for (node, known) in g.nodes().iter().zip(known) {
             let Some(l) = node.prov.layer else { continue };
             // The rows that are wanted are picked behind the last layer.
-            if is_kernel(&node.op) && !fixed && node.op != Op::Select(Select) {
+            if is_kernel(&node.op) && !known.before_steps() && node.op != Op::Select(Select) {
                 kernels[l as usize] += 1;
             }
             let Op::Gemm(_) = node.op else { continue };

@@ -3,11 +3,10 @@
 use anyhow::Context;
 use indexmap::IndexMap;
 use lathe_codegen::cuda::{
-    Capabilities, Choices, CudaOptions, CudaProgram, Fusions, Sampling, Sizes, fusions,
-    lower_program,
+    Choices, CudaOptions, CudaProgram, Fusions, Sampling, Sizes, fusions, lower_program,
 };
 use lathe_codegen::{Plan, ProgramKind};
-use lathe_ir::Sym;
+use lathe_ir::{KernelLimits, Sym};
 use lathe_passes::pipeline::PassConfig;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -17,7 +16,7 @@ pub fn kernel_options(page_size: u32, max_seq_len: u32, per_op: bool) -> CudaOpt
     let page_size = page_size as usize;
     CudaOptions {
         pdl: true,
-        sms: Capabilities::HOPPER.sms,
+        sms: KernelLimits::HOPPER.units,
         page_size,
         max_pages: (max_seq_len as usize).div_ceil(page_size),
         plain: false,

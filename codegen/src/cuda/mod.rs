@@ -7,7 +7,6 @@
 
 mod attention;
 mod bucket;
-mod capabilities;
 mod chain;
 mod context;
 mod elementwise;
@@ -16,6 +15,7 @@ mod fusion;
 mod gemm;
 mod geo;
 mod launch;
+mod limits;
 mod norm;
 mod plain;
 pub mod random_weights;
@@ -24,7 +24,6 @@ mod sample;
 pub mod scale_columns;
 mod source;
 
-pub use capabilities::Capabilities;
 pub use error::CudaError;
 pub use fusion::{
     AttentionFusion, AttentionKernel, FusionKind, Fusions, GemmFusion, NormFusion, OperandSums,

@@ -7,8 +7,8 @@ use super::mask::{self, Fact, Operand};
 use egg::{Analysis, DidMerge, Id};
 use lathe_ir::Operands;
 use lathe_ir::ops::X;
-use lathe_ir::ops::{Cast, Const, Select, Weight};
-use lathe_ir::{Dim, Graph, Op, Prov, Sym, Type, infer};
+use lathe_ir::ops::{Cast, Const, Weight};
+use lathe_ir::{Dim, Graph, Known, Op, Prov, Sym, Type, infer};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Facts about one e-class.
@@ -29,8 +29,8 @@ pub struct Value {
     pub ty: Type,
     /// The value of all its elements, if they are one known constant.
     pub konst: Option<f64>,
-    /// It depends on weights and constants only: computed once, at load.
-    pub weight_only: bool,
+    /// When it is known: what depends on weights and constants only is computed once, at load.
+    pub known: Known,
     /// It is made of a weight that other operations read as it is, such as a tied embedding.
     pub shared: bool,
     /// What is known of it as a mask or index.
@@ -42,6 +42,11 @@ pub struct Value {
 }
 
 impl Value {
+    /// Whether it is made of weights alone, so that it can be folded into another weight.
+    pub fn is_loaded(&self) -> bool {
+        self.known == Known::Loaded
+    }
+
     /// Where the value comes from, or else its operands.
     pub fn origin(&self) -> Option<&Prov> {
         self.prov.as_ref().or(self.near.as_ref())
@@ -154,25 +159,16 @@ impl Analysis<Lang> for TensorAnalysis {
         let ty = infer(&op, operands.map(|v| &v.ty))
             .unwrap_or_else(|e| panic!("invariant: rules add only well-typed terms: {e}"));
         let konst = constant(&op, &operands);
-        let weight_only = match &op {
-            Op::Weight(_) => true,
-            Op::Pack(_) => true,
-            op if op.is_leaf() => false,
-            Op::Get(_) | Op::Win(_) | Op::Select(Select) => false,
-            _ => {
-                operands.iter().any(|v| v.weight_only)
-                    && operands.iter().all(|v| v.weight_only || v.konst.is_some())
-            }
-        };
+        let known = Known::of(&op, operands.iter().map(|v| v.known), &ty);
         let shared = match &op {
             Op::Weight(Weight { weight, .. }) => egraph.analysis.shared.contains(&weight.name),
-            _ => weight_only && operands.iter().any(|v| v.shared),
+            _ => known == Known::Loaded && operands.iter().any(|v| v.shared),
         };
         let fact = fact(&op, &operands, &ty);
         // A projection is named after its weight, all else after its first operand in a layer.
         let near = operands
             .iter()
-            .filter(|v| v.weight_only)
+            .filter(|v| v.is_loaded())
             .find_map(|v| v.origin())
             .or_else(|| {
                 let mut origins = operands.iter().filter_map(|v| v.origin());
@@ -183,7 +179,7 @@ impl Analysis<Lang> for TensorAnalysis {
         Data::Value(Value {
             ty,
             konst,
-            weight_only,
+            known,
             shared,
             fact,
             prov: None,
@@ -205,18 +201,15 @@ impl Analysis<Lang> for TensorAnalysis {
                 let konst = merge_option(&mut x.konst, y.konst);
                 let fact = merge_option(&mut x.fact, y.fact);
                 let prov = merge_option(&mut x.prov, y.prov);
-                let weight = DidMerge(
-                    y.weight_only && !x.weight_only,
-                    x.weight_only && !y.weight_only,
-                );
-                x.weight_only |= y.weight_only;
+                let known = DidMerge(y.known > x.known, x.known > y.known);
+                x.known = x.known.max(y.known);
                 let shared = DidMerge(y.shared && !x.shared, x.shared && !y.shared);
                 x.shared |= y.shared;
                 // A stand-in is for readers only: no reason to look at the users again.
                 if x.near.is_none() {
                     x.near = y.near;
                 }
-                konst | fact | prov | weight | shared
+                konst | fact | prov | known | shared
             }
             (Data::Absent, Data::Absent) => DidMerge(false, false),
             _ => panic!("invariant: payload leaves are never united with values"),

@@ -6,11 +6,8 @@
 //! ([`lathe_ir::Op::Win`], [`lathe_ir::Op::Sdpa`]) cost [`INFINITE`]: an extraction that cannot
 //! avoid them fails and names them.
 
-use lathe_ir::ops::{
-    Attn, AttnStep, Gemm, attn, attn_qkv, attn_step, gemm as gemm_of, linear, matmul,
-};
-use lathe_ir::{DType, Epilogue, Op, Prologue, Sym, SymEnv, TensorType, Type};
-use lathe_ir::{Operands, Slot};
+use lathe_ir::ops::{Gemm, gemm};
+use lathe_ir::{DType, KernelLimits, Known, Op, OpWork, Operands, Prologue, Sym, SymEnv, Type};
 
 /// The cost of what cannot be executed. Sums saturate here.
 pub const INFINITE: u64 = u64::MAX / 4;
@@ -28,13 +25,10 @@ pub struct DeviceModel {
     pub bandwidth: f64,
     /// Bytes per second from the last-level cache, over all units.
     pub cache_bandwidth: f64,
-    /// Units that would each repeat a prologue.
-    pub units: f64,
     /// Seconds from the end of one kernel to the start of the next, inside a graph.
     pub launch: f64,
-    /// Most rows whose norm every unit repeats: with more, a GEMM takes a norm only if gamma is in its
-    /// weight, as one factor a row.
-    pub max_prologue_rows: i64,
+    /// What its kernels take.
+    pub limits: KernelLimits,
 }
 
 impl DeviceModel {
@@ -46,9 +40,8 @@ impl DeviceModel {
         vector_flops: 30e12,
         bandwidth: 3.16e12,
         cache_bandwidth: 5.5e12,
-        units: 132.0,
         launch: 1.2e-6,
-        max_prologue_rows: 4,
+        limits: KernelLimits::HOPPER,
     };
 
     /// NVIDIA H200: as an H100 with 4.28 TB/s.
@@ -65,9 +58,8 @@ impl DeviceModel {
         vector_flops: 20e9,
         bandwidth: 20e9,
         cache_bandwidth: 200e9,
-        units: 1.0,
         launch: 2e-6,
-        max_prologue_rows: i64::MAX,
+        limits: KernelLimits::CPU,
     };
 
     /// The model of a name, for `--target`.
@@ -119,7 +111,8 @@ impl CostPoint {
     }
 }
 
-/// Operations (multiply-add = 2) and bytes of memory traffic of one operation.
+/// What the kernel of one operation does at a point: [`OpWork`] with what depends on the device and on the lengths of
+/// the sequences. A multiply-add counts two.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Work {
     /// Operations on the matrix units.
@@ -139,10 +132,10 @@ pub fn op_cost(
     op: &Op,
     inputs: &Operands<&Type>,
     output: &Type,
-    weight_only: bool,
+    known: Known,
     at: &CostPoint,
 ) -> u64 {
-    match work(op, inputs, output, weight_only, at) {
+    match work(op, inputs, output, known, at) {
         Some(w) => picoseconds(&w, &at.device),
         None => INFINITE,
     }
@@ -161,143 +154,79 @@ pub fn work(
     op: &Op,
     inputs: &Operands<&Type>,
     output: &Type,
-    weight_only: bool,
+    known: Known,
     at: &CostPoint,
 ) -> Option<Work> {
-    let env = &at.env;
-    let bytes = |t: &Type| type_bytes(t, env);
-    let all_bytes = inputs.iter().map(|t| bytes(t)).sum::<f64>() + bytes(output);
-    let tensor = |slot: Slot| inputs.get(slot)?.as_tensor();
-    let elements = |t: &Type| t.as_tensor().map_or(0.0, |t| t.elements(env) as f64);
+    match op {
+        // A projection is a step towards the packed form, the others towards attention.
+        Op::Win(_) | Op::Sdpa(_) | Op::Proj(_) => return None,
+        // Laid out by the loader, or computed once by the program `once`.
+        _ if known.before_steps() => return Some(Work::default()),
+        Op::Select(_) if at.selects_all() => return Some(Work::default()),
+        _ => {}
+    }
+    let told = OpWork::of(op, inputs, output, &at.env);
+    if !told.kernel {
+        return Some(Work::default());
+    }
     let mut w = Work {
-        bytes: all_bytes,
-        vector: elements(output),
+        matrix: told.matrix,
+        vector: told.vector,
+        bytes: told.bytes(),
         launches: 1,
         ..Work::default()
     };
     match op {
-        Op::Win(_) | Op::Sdpa(_) => return None,
-        op if op.is_leaf() => return Some(Work::default()),
-        // Laid out by the loader, or computed once by the program `once`.
-        _ if weight_only => return Some(Work::default()),
-        Op::Reshape(_) | Op::Get(_) => return Some(Work::default()),
-        Op::Select(_) if at.selects_all() => return Some(Work::default()),
-        Op::Select(_) => w.bytes = 2.0 * bytes(output),
-        Op::Embedding(_) => w.bytes = 2.0 * bytes(output),
-        Op::Matmul(_) => {
-            let k = tensor(matmul::A)?.shape.last()?.eval(env) as f64;
-            w.matrix = 2.0 * elements(output) * k;
-            // At equal work the projection with a weight as it is stored is preferred.
-            w.bytes += 2048.0;
-        }
-        // A projection is a step towards the packed form: it has no kernel of its own.
-        Op::Proj(_) => return None,
-        Op::Linear(_) => {
-            let k = tensor(linear::W)?.shape.last()?.eval(env) as f64;
-            w.matrix = 2.0 * elements(output) * k;
-            // At equal work the form with prologue and epilogue is preferred.
-            w.bytes += 1024.0;
-        }
-        Op::Gemm(spec) => return gemm(spec, inputs, output, at, w),
-        Op::Attn(Attn(s)) => {
-            let q = tensor(attn::Q)?;
-            let keys = q.shape[2].eval(env) as f64;
-            let seen = if s.mask.causal { keys / 2.0 } else { keys };
-            w.matrix = 4.0 * q.elements(env) as f64 * seen;
-        }
-        Op::AttnStep(AttnStep(s)) => {
-            let (q, k) = (tensor(attn_step::Q)?, tensor(attn_step::K)?);
-            let row = k.shape[1].eval(env) as f64 * k.shape[2].eval(env) as f64;
-            cached_attention(&mut w, at, s.mask.window, q, row, q.elements(env) as f64);
-        }
-        Op::AttnQkv(s) => {
-            let qkv = tensor(attn_qkv::QKV)?;
-            let rows = qkv.shape[0].eval(env) as f64;
-            let kv_row = f64::from(s.kv_heads) * f64::from(s.head_dim);
-            let q = rows * f64::from(s.heads) * f64::from(s.head_dim);
-            cached_attention(&mut w, at, s.attn.mask.window, qkv, kv_row, q);
-            // Rows of a prefill are rotated and appended by a kernel of their own.
-            w.launches = if at.selects_all() { 1 } else { 2 };
-        }
-        Op::Chain(c) => {
-            let tensors = inputs.iter().filter_map(|t| t.as_tensor());
-            let domain = lathe_ir::chain::domain(tensors).ok()?;
-            let elements: f64 = domain.iter().map(|d| d.eval(env) as f64).product();
-            w.vector = elements * c.statements.len() as f64;
-        }
-        Op::RmsNorm(_) | Op::AddRms(_) | Op::Softmax(_) => w.vector *= 4.0,
+        // At equal work the projection with a weight as it is stored is preferred, and to that the form with prologue
+        // and epilogue.
+        Op::Matmul(_) => w.bytes += 2048.0,
+        Op::Linear(_) => w.bytes += 1024.0,
+        Op::Gemm(spec) => prologue(&mut w, spec, inputs, &told, at)?,
+        // Rows of a prefill are rotated and appended by a kernel of their own.
+        Op::AttnQkv(_) if !at.selects_all() => w.launches = 2,
         _ => {}
+    }
+    if let Some(heads) = told.attention {
+        let seen = heads.seen(at.context.max(0) as usize) as f64;
+        w.matrix += at.env.get(Sym::T) as f64 * seen * heads.pair_flops();
+        w.bytes += at.env.get(Sym::B) as f64 * seen * heads.token_bytes();
     }
     Some(w)
 }
 
-fn cached_attention(
+/// Adds what a GEMM's kernel does before the product; `None` if none takes so many rows with it.
+fn prologue(
     w: &mut Work,
-    at: &CostPoint,
-    window: Option<u32>,
-    rows: &TensorType,
-    kv_row: f64,
-    q_elements: f64,
-) {
-    let context = window.map_or(at.context, |n| at.context.min(i64::from(n))) as f64;
-    let sequences = at.env.get(Sym::B) as f64;
-    w.matrix = 4.0 * q_elements * context;
-    w.bytes += sequences * context * kv_row * 2.0 * rows.dtype.size() as f64;
-}
-
-fn gemm(
     spec: &Gemm,
     inputs: &Operands<&Type>,
-    output: &Type,
+    told: &OpWork,
     at: &CostPoint,
-    mut w: Work,
-) -> Option<Work> {
-    let tensor = |slot: Slot| inputs.get(slot)?.as_tensor();
-    let (x, weight) = (tensor(gemm_of::X)?, tensor(gemm_of::W)?);
-    let (n, k) = (
-        weight.shape[0].eval(&at.env) as f64,
-        weight.shape[1].eval(&at.env) as f64,
-    );
-    let rows = x.elements(&at.env) as f64 / k;
-    w.matrix = 2.0 * rows * n * k;
-    w.vector = if spec.epilogue == Epilogue::None {
-        0.0
-    } else {
-        rows * n
-    };
-    w.bytes =
-        inputs.iter().map(|t| type_bytes(t, &at.env)).sum::<f64>() + type_bytes(output, &at.env);
-    if spec.prologue != Prologue::None {
-        if rows > at.device.max_prologue_rows as f64 {
-            let factors = matches!(spec.prologue, Prologue::Rms { .. })
-                && inputs.get(gemm_of::GAMMA).is_none();
-            if !factors {
+) -> Option<()> {
+    let of = told.product?;
+    let limits = at.device.limits;
+    let units = f64::from(limits.units);
+    let rereads = match spec.prologue {
+        Prologue::None => return Some(()),
+        Prologue::Rms { .. } if of.m > limits.prologue_rows => {
+            if inputs.get(gemm::GAMMA).is_some() {
                 return None;
             }
             // A sum of squares a row, 8 bytes, written with the rows and read by every unit.
-            let sums = 8.0 * rows;
+            let sums = 8.0 * of.m as f64;
             w.bytes += sums;
-            w.cached = sums * at.device.units;
-            w.vector += rows * (2.0 * k + n);
-            return Some(w);
+            w.cached = sums * units;
+            w.vector += of.m as f64 * (2 * of.k + of.n) as f64;
+            return Some(());
         }
-        let rereads = if matches!(spec.prologue, Prologue::AddRms { .. }) {
-            2.0
-        } else {
-            1.0
-        };
-        w.cached = rereads * rows * k * x.dtype.size() as f64 * at.device.units;
-        w.vector += 4.0 * rows * k;
-    }
-    Some(w)
-}
-
-fn type_bytes(t: &Type, env: &SymEnv) -> f64 {
-    match t {
-        Type::Tensor(t) => t.bytes(env) as f64,
-        Type::Tuple(ts) => ts.iter().map(|t| type_bytes(t, env)).sum(),
-        Type::Cache => 0.0,
-    }
+        Prologue::AddRms { .. } if of.m > limits.prologue_rows => return None,
+        Prologue::Rms { .. } => 1.0,
+        Prologue::AddRms { .. } => 2.0,
+    };
+    let rows = (of.m * of.k) as f64;
+    let element = inputs.get(gemm::X)?.as_tensor()?.dtype.size() as f64;
+    w.cached = rereads * rows * element * units;
+    w.vector += 4.0 * rows;
+    Some(())
 }
 
 /// Bytes of one cached token of one layer.

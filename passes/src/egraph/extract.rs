@@ -51,7 +51,7 @@ pub fn node_cost(egraph: &EGraph, id: Id, node: &Lang, at: &CostPoint) -> u64 {
     let op = op_of(egraph, node);
     let inputs = operands_of(egraph, node).map(|&c| &egraph[c].data.value().ty);
     let value: &Value = egraph[id].data.value();
-    op_cost(&op, &inputs, &value.ty, value.weight_only, at)
+    op_cost(&op, &inputs, &value.ty, value.known, at)
 }
 
 struct Problem<'a> {

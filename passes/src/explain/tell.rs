@@ -5,11 +5,10 @@ use crate::egraph::analysis::{Applied, Data, op_of};
 use crate::egraph::extract::alternatives;
 use crate::egraph::{EGraph, Lang};
 use crate::pipeline::{Term, Terms};
-use crate::predict::weight_only;
 use crate::rules;
 use egg::Id;
 use lathe_ir::ops::X;
-use lathe_ir::{Both, NodeId, Op, text};
+use lathe_ir::{Both, Known, NodeId, Op, text};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// What a story is told from.
@@ -136,11 +135,11 @@ impl History<'_> {
             parts.entry(by).or_default().extend(part);
         }
         let mut ops = Vec::new();
-        let loaded = weight_only(program);
+        let known = Known::of_graph(program);
         let search = RuleSearch::new(self.terms, self.off);
         for (node, values) in parts {
             let op = &program.node(node).op;
-            if op.is_leaf() || loaded[node.index()] || matches!(op, Op::Permute(_)) {
+            if op.is_leaf() || known[node.index()].before_steps() || matches!(op, Op::Permute(_)) {
                 continue;
             }
             let imported: BTreeSet<NodeId> = values

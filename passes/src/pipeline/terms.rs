@@ -86,7 +86,7 @@ impl Terms {
 
     /// Whether a class is a weight in some layout.
     fn is_weight(&self, id: Id) -> bool {
-        matches!(&self.egraph[id].data, Data::Value(v) if v.weight_only)
+        matches!(&self.egraph[id].data, Data::Value(v) if v.is_loaded())
     }
 
     /// Weight-only classes that the chosen program reads from elsewhere: the layouts in memory.

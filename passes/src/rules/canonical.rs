@@ -38,7 +38,7 @@ const MUL_CONST_RIGHT: Rule = Rule {
     rhs: |a| {
         let fixed = |id| {
             let v = a.value(id);
-            v.weight_only || v.konst.is_some()
+            v.is_loaded() || v.konst.is_some()
         };
         let (w, x) = (a.id("?w"), a.id("?x"));
         if !fixed(w) || fixed(x) {
@@ -77,7 +77,7 @@ const LINEAR_STORED: Rule = Rule {
     rhs: |a| {
         let w = match a.op("?p") {
             op @ Op::Weight(_) => a.add(op, [])?,
-            op @ Op::Slice(_) if a.value(a.id("?w")).weight_only => {
+            op @ Op::Slice(_) if a.value(a.id("?w")).is_loaded() => {
                 let whole = a.id("?w");
                 a.add(op, [whole])?
             }

@@ -33,7 +33,7 @@ const GEMM_BIAS: Rule = Rule {
     lhs: &["(add (linear ?x ?w) ?b)"],
     rhs: |a| {
         let b = a.id("?b");
-        if a.ty("?x")?.rank() != 2 || a.ty("?b")?.rank() != 1 || !a.value(b).weight_only {
+        if a.ty("?x")?.rank() != 2 || a.ty("?b")?.rank() != 1 || !a.value(b).is_loaded() {
             return None;
         }
         let rows = Operands::from([a.id("?x"), a.id("?w")]);
@@ -54,7 +54,7 @@ const GEMM_RESIDUAL: Rule = Rule {
     ],
     rhs: |a| {
         let (spec, r) = (a.payload::<Gemm>("?p")?, a.id("?r"));
-        if spec.epilogue != Epilogue::None || a.value(r).weight_only {
+        if spec.epilogue != Epilogue::None || a.value(r).is_loaded() {
             return None;
         }
         let spec = Gemm {

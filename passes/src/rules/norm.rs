@@ -116,11 +116,11 @@ const GAMMA_INTO_WEIGHT: Rule = Rule {
     lhs: &["(gemm ?p ?x ?w bias=?b residual=?res gamma=?g)"],
     rhs: |a| {
         let (spec, w, g) = (a.payload::<Gemm>("?p")?, a.id("?w"), a.opt("?g")?);
-        let fixed = |v: &crate::egraph::analysis::Value| v.weight_only && !v.shared;
+        let fixed = |v: &crate::egraph::analysis::Value| v.is_loaded() && !v.shared;
         if !matches!(spec.prologue, Prologue::Rms { .. }) {
             return None;
         }
-        if !fixed(a.value(w)) || !a.value(g).weight_only {
+        if !fixed(a.value(w)) || !a.value(g).is_loaded() {
             return None;
         }
         let scaled = a.add(BinaryFn::Mul, [w, g])?;

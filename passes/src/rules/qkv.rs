@@ -28,7 +28,7 @@ const PROJ_BIAS: Rule = Rule {
     lhs: &["(reshape ?r (add (linear ?x ?w) ?b))"],
     rhs: |a| {
         let b = a.id("?b");
-        if !a.value(b).weight_only {
+        if !a.value(b).is_loaded() {
             return None;
         }
         project(a, Some(b))
@@ -127,7 +127,7 @@ const QKV_JOIN: Rule = Rule {
             interleave: pq.rope.is_some(),
         };
         let weights = [a.id("?wq"), a.id("?wk"), a.id("?wv")];
-        if !weights.iter().all(|&w| a.value(w).weight_only) {
+        if !weights.iter().all(|&w| a.value(w).is_loaded()) {
             return None;
         }
         let w = a.add(kind, weights)?;

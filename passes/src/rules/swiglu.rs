@@ -57,7 +57,7 @@ const GATE_UP_JOIN_BIAS: Rule = Rule {
     lhs: &["(swiglu (add (linear ?x ?wg) ?bg) (add (linear ?x ?wu) ?bu))"],
     rhs: |a| {
         let (bg, bu) = (a.id("?bg"), a.id("?bu"));
-        if a.ty("?bg")?.rank() != 1 || !a.value(bg).weight_only || !a.value(bu).weight_only {
+        if a.ty("?bg")?.rank() != 1 || !a.value(bg).is_loaded() || !a.value(bu).is_loaded() {
             return None;
         }
         join(a, Some([bg, bu]))
@@ -66,7 +66,7 @@ const GATE_UP_JOIN_BIAS: Rule = Rule {
 
 fn join(a: &mut Apply<'_>, biases: Option<[Id; 2]>) -> Option<Id> {
     let (x, wg, wu) = (a.id("?x"), a.id("?wg"), a.id("?wu"));
-    if !a.value(wg).weight_only || !a.value(wu).weight_only || a.same(wg, wu) {
+    if !a.value(wg).is_loaded() || !a.value(wu).is_loaded() || a.same(wg, wu) {
         return None;
     }
     let w = a.add(Pack::GateUp, [wg, wu])?;

@@ -1,7 +1,7 @@
 //! The heads of an attention step, and which kernels take them.
 
-use crate::cuda::capabilities::HEAD_DIM;
 use crate::cuda::launch::CudaOptions;
+use crate::cuda::limits::LIMITS;
 use crate::plan::Step;
 use crate::work::{AttnWork, KernelClass, Work, WorkShape};
 use lathe_ir::ops::{AttnStep, attn_qkv, attn_step};
@@ -62,7 +62,7 @@ impl Heads {
         let types = self.dtype == DType::BF16 || self.dtype == DType::F32;
         // The plain form keeps a warp's outputs of all heads in registers.
         let fits = self.dtype == DType::BF16 || group * d.div_ceil(32) <= 64;
-        types && fits && group <= 16 && d % 16 == 0 && d <= HEAD_DIM && !options.plain
+        types && fits && group <= 16 && d % 16 == 0 && d <= LIMITS.head_dim && !options.plain
     }
 
     /// Whether the tensor-core prefill takes them.
@@ -70,7 +70,7 @@ impl Heads {
         let page = options.page_size;
         let page_box = page.min(64);
         let pages = matches!(page_box, 8 | 16 | 32 | 64) && page.is_multiple_of(page_box);
-        let heads = self.d.is_multiple_of(8) && self.d <= HEAD_DIM && self.group() <= 64;
+        let heads = self.d.is_multiple_of(8) && self.d <= LIMITS.head_dim && self.group() <= 64;
         self.dtype == DType::BF16 && pages && heads && !options.plain
     }
 
@@ -102,11 +102,13 @@ impl Heads {
         Work {
             class: KernelClass::Attention,
             shape: WorkShape::Attention(AttnWork {
-                heads: self.hq as u32,
-                kv_heads: self.hkv as u32,
-                head_dim: self.d as u32,
-                element: element as u32,
-                window: self.spec.mask.window,
+                heads: lathe_ir::Heads {
+                    heads: self.hq as u32,
+                    kv_heads: self.hkv as u32,
+                    head_dim: self.d as u32,
+                    element: element as u32,
+                    window: self.spec.mask.window,
+                },
                 row_bytes: ((read + self.hq) * self.d * element) as u32,
                 rows,
             }),

@@ -3,12 +3,12 @@
 
 pub(super) mod heads;
 
-use super::capabilities::{HEAD_DIM, SHARED_BYTES};
 use super::context::{Call, Context, Geometry};
 use super::error::CudaError;
 use super::fusion::{AttentionFusion, AttentionKernel, Verdict};
 use super::launch::{Arg, MapArg, MapSwizzle, Meta, Ref};
 use super::source::{Body, Defines, literal};
+use crate::cuda::limits::LIMITS;
 use crate::work::{AttnWork, KernelClass, Work};
 use heads::Heads;
 use lathe_ir::ops::{AttnQkv, Rope, attn_qkv, attn_step, rope};
@@ -281,7 +281,7 @@ fn plain(
     out: Ref,
     fresh: Option<[Ref; 2]>,
 ) -> Result<(), CudaError> {
-    if h.d > HEAD_DIM {
+    if h.d > LIMITS.head_dim {
         return Err(cx.refuse(format!("heads of {} features are too large", h.d)));
     }
     let mut defines = head_defines(cx, h, cx.defines(h.dtype));
@@ -377,7 +377,9 @@ fn decode(cx: &mut Context<'_>, h: &Heads, q: Ref, cache: Ref, out: Ref, extra: 
     let (cluster, stages) = (0..)
         .map(|halvings| (cluster >> halvings).max(1))
         .flat_map(|c| [(c, stages), (c, 2)])
-        .find(|&(c, s)| c == 1 && s == 2 || decode_shared(group, h.d, nt, s, c) <= SHARED_BYTES)
+        .find(|&(c, s)| {
+            c == 1 && s == 2 || decode_shared(group, h.d, nt, s, c) <= LIMITS.shared_bytes
+        })
         .unwrap_or((1, 2));
     let mut defines = head_defines(cx, h, extra.defines);
     defines = defines

@@ -3,7 +3,6 @@
 use super::row_sums::{self, OperandSums, ResultSums, RowSums};
 use super::verdict::{Reason, Verdict};
 use crate::cuda::bucket::Bucket;
-use crate::cuda::capabilities::GEMV_ROWS;
 use crate::cuda::gemm::NormSupport;
 use crate::cuda::gemm::choices::Choices;
 use crate::cuda::gemm::kernel::GemmKernel;
@@ -11,6 +10,7 @@ use crate::cuda::gemm::key::{GemmKey, Problem};
 use crate::cuda::gemm::operands::{GemmStep, weight};
 use crate::cuda::gemm::variant::Variant;
 use crate::cuda::launch::Sampling;
+use crate::cuda::limits::LIMITS;
 use crate::plan::Operand;
 use lathe_ir::{Epilogue, Op, Prologue};
 
@@ -122,8 +122,8 @@ fn argmax(bucket: &Bucket<'_>, at: usize, g: &GemmStep<'_>) -> Option<Verdict<us
             "the kernel that picks the largest output takes no bias and no epilogue".into(),
         );
     }
-    if rows > GEMV_ROWS {
-        return not(format!("{rows} rows, and the GEMV takes {GEMV_ROWS}").into());
+    if rows > LIMITS.prologue_rows {
+        return not(format!("{rows} rows, and the GEMV takes {}", LIMITS.prologue_rows).into());
     }
     if bucket.options.plain {
         return not("plain kernels fuse nothing".into());

@@ -3,9 +3,9 @@
 use super::family::{Family, NormSupport};
 use super::key::{GemmKey, Problem, epilogue_name};
 use super::request::{NormArgs, Request};
-use crate::cuda::capabilities::{GEMV_ROWS, SHARED_BYTES};
 use crate::cuda::context::{Context, Geometry};
 use crate::cuda::launch::{Arg, Ref};
+use crate::cuda::limits::LIMITS;
 use crate::cuda::source::{Body, literal};
 use lathe_ir::Epilogue;
 
@@ -51,7 +51,7 @@ impl Family for Gemv {
         let epilogue = problem.key.epilogue;
         let vectors = (k * size).is_multiple_of(16);
         let takes_bias = epilogue == Epilogue::None && !problem.argmax;
-        if m > GEMV_ROWS || !vectors || (bias && !takes_bias) {
+        if m > LIMITS.prologue_rows || !vectors || (bias && !takes_bias) {
             return None;
         }
         let kc = 512 / size * 4;
@@ -79,7 +79,7 @@ impl Family for Gemv {
                 + up(WARPS * slots * 8)
                 + up(WARPS * m * 8)
         };
-        let slots = (2..=6).rev().find(|&s| bytes(s) <= SHARED_BYTES)?;
+        let slots = (2..=6).rev().find(|&s| bytes(s) <= LIMITS.shared_bytes)?;
         Some(Shape {
             grid,
             kc,

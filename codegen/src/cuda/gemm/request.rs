@@ -5,8 +5,8 @@ use crate::cuda::context::{Call, Context, Geometry};
 use crate::cuda::launch::{Arg, LibraryGemm, Ref};
 use crate::cuda::row_sums::SUM_BYTES;
 use crate::cuda::source::{Body, Defines, literal};
-use crate::work::{KernelClass, Work, WorkShape, gemm_flops};
-use lathe_ir::Epilogue;
+use crate::work::{KernelClass, Work, WorkShape};
+use lathe_ir::{Epilogue, Product};
 
 /// A GEMM with its operands found and its fusions decided.
 pub(in crate::cuda) struct Request {
@@ -79,7 +79,7 @@ impl Request {
             class: KernelClass::Gemm,
             shape: WorkShape::Gemm { m, n, k },
             bytes: (elements * self.problem.dtype.size() + sums) as f64,
-            flops: gemm_flops(m, n, k),
+            flops: Product { m, n, k }.flops(),
         }
     }
 

@@ -4,9 +4,9 @@
 use super::family::{Family, NormSupport};
 use super::key::{GemmKey, Problem};
 use super::request::Request;
-use crate::cuda::capabilities::{SHARED_BYTES, SKINNY_ROWS};
 use crate::cuda::context::{Context, Geometry, matrix_map};
 use crate::cuda::launch::{Arg, Ref};
+use crate::cuda::limits::LIMITS;
 use crate::cuda::source::Body;
 use lathe_ir::Epilogue;
 use std::fmt;
@@ -64,7 +64,7 @@ pub(in crate::cuda) struct Shape {
 
 /// Tokens of the smallest kernel that takes `m` rows.
 fn tokens(m: usize) -> Option<usize> {
-    [8, 16, 24, 32, 48, 64, 96, SKINNY_ROWS]
+    [8, 16, 24, 32, 48, 64, 96, LIMITS.streaming_rows]
         .into_iter()
         .find(|&nt| nt >= m)
 }
@@ -109,7 +109,7 @@ impl Family for Skinny {
         let staging = warpgroups * staged * (features + 4) * 4;
         let slot = panels * (rows + nt) * 128 + 16;
         let scale = if key.norm { warpgroups * 4 * nt } else { 0 };
-        let stages = ((SHARED_BYTES - staging - scale) / slot).min(10);
+        let stages = ((LIMITS.shared_bytes - staging - scale) / slot).min(10);
         let tiles = key.n.div_ceil(rows);
         let units = tiles * key.k.div_ceil(64 * panels);
         let grid = match even {
@@ -149,7 +149,7 @@ impl Family for Skinny {
     }
 
     fn candidates(problem: &Problem, _: usize) -> Vec<SkinnyForm> {
-        match problem.key.m <= SKINNY_ROWS {
+        match problem.key.m <= LIMITS.streaming_rows {
             true => Skinny::forms(),
             false => Vec::new(),
         }

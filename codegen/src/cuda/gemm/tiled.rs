@@ -4,9 +4,9 @@
 use super::family::{Family, NormSupport};
 use super::key::{GemmKey, Problem};
 use super::request::Request;
-use crate::cuda::capabilities::{SHARED_BYTES, SKINNY_ROWS};
 use crate::cuda::context::{Context, Geometry, matrix_map};
 use crate::cuda::launch::{Arg, Ref};
+use crate::cuda::limits::LIMITS;
 use crate::cuda::source::Body;
 use lathe_ir::Epilogue;
 use std::fmt;
@@ -141,7 +141,7 @@ impl Family for Tiled {
             .find(|&p| out_cols.is_multiple_of(p) && !(p == 64 && teams == 2))?;
         let fixed = rows / 64 * 2 * 128 * panel + 16;
         let slot = (rows + cols) * 128 + 16;
-        let stages = ((SHARED_BYTES - fixed) / slot).min(8);
+        let stages = ((LIMITS.shared_bytes - fixed) / slot).min(8);
         let blocks = tile.blocks();
         (stages >= 3).then_some(Shape {
             panel,
@@ -175,10 +175,11 @@ impl Family for Tiled {
         const START_US: f64 = 4.0;
         /// Most tiles, also where the skinny kernel has forms beside them.
         const MOST: usize = 8;
+        const STREAMING_ROWS: usize = LIMITS.streaming_rows;
         let key = &problem.key;
         let most = match key.m {
             0..=32 => 0,
-            33..=SKINNY_ROWS => MOST / 2,
+            33..=STREAMING_ROWS => MOST / 2,
             _ => MOST,
         };
         let mut all: Vec<(f64, Tile)> = Vec::new();

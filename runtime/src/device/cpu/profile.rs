@@ -4,7 +4,8 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use half::bf16;
-use lathe_codegen::work::{Work, gemm_flops};
+use lathe_codegen::work::Work;
+use lathe_ir::Product;
 use lathe_ir::{DType, SymEnv, kernel_name};
 
 use super::executor::CpuExecutor;
@@ -162,7 +163,7 @@ fn matrix_rate<E: Elem>() -> Option<f64> {
         epilogue: Epilogue::None,
     };
     let mut fine = true;
-    let rate = best(gemm_flops(m, n, k), SAMPLES, |_| {
+    let rate = best(Product { m, n, k }.flops(), SAMPLES, |_| {
         let args = LinearArgs {
             m,
             n,

@@ -1,7 +1,7 @@
 //! The best rates of a GPU, measured before what is compared with them.
 
 use lathe_codegen::cuda::{Probe, probe_kernel};
-use lathe_codegen::work::gemm_flops;
+use lathe_ir::Product;
 use std::path::PathBuf;
 
 use super::cubin_cache::CubinCache;
@@ -124,7 +124,7 @@ fn matrix_rate(stream: &Stream) -> Result<f64, CudaError> {
         let graphs = unsafe { yardstick.graphs(stream, shape, &weights, 2)? };
         let graphs: Vec<&Graph> = graphs.iter().collect();
         for micros in in_turn(stream, &graphs, SAMPLES)? {
-            best = best.max(gemm_flops(m, n, k) * (2 * WEIGHTS) as f64 / micros * 1e6);
+            best = best.max(Product { m, n, k }.flops() * (2 * WEIGHTS) as f64 / micros * 1e6);
         }
     }
     Ok(best)

@@ -6,10 +6,10 @@ use super::buckets::{self, DecodeBuckets};
 use crate::device::load::LoadOptions;
 use crate::device::step::StepBatch;
 use lathe_codegen::cuda::{
-    Capabilities, Choices, CudaOptions, CudaProgram, KernelSource, Sampling, Sizes, Workspace,
-    lower_tuned,
+    Choices, CudaOptions, CudaProgram, KernelSource, Sampling, Sizes, Workspace, lower_tuned,
 };
 use lathe_codegen::{Plan, Program, ProgramKind};
+use lathe_ir::KernelLimits;
 use rayon::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -17,7 +17,7 @@ use std::collections::{BTreeMap, BTreeSet};
 pub(crate) type Key = (ProgramKind, Sizes, Sampling);
 
 /// Most rows of a step that may keep its logits to itself.
-const FUSED_SAMPLING_ROWS: usize = Capabilities::HOPPER.prologue_rows;
+const FUSED_SAMPLING_ROWS: usize = KernelLimits::HOPPER.prologue_rows;
 
 /// The key of a step; steps of more rows keep their logits whatever is asked for.
 pub(crate) fn key(kind: ProgramKind, sizes: Sizes, sampling: Sampling) -> Key {
