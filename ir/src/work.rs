@@ -212,11 +212,7 @@ mod tests {
     fn a_gemm_by_hand() {
         let env = SymEnv::new(&[(Sym::T, 3)]);
         let (t, k, n) = (Dim::sym(Sym::T), Dim::new(8), Dim::new(5));
-        let (x, w, y) = (
-            tensor(&[t, k]),
-            tensor(&[n, k]),
-            tensor(&[t, n]),
-        );
+        let (x, w, y) = (tensor(&[t, k]), tensor(&[n, k]), tensor(&[t, n]));
         let operands = Operands::default().with(gemm::X, &x).with(gemm::W, &w);
         let work = OpWork::of(&Op::Gemm(Gemm::default()), &operands, &y, &env);
         let of = |m, n, k| Product { m, n, k };

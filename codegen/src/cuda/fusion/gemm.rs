@@ -12,6 +12,7 @@ use crate::cuda::gemm::variant::Variant;
 use crate::cuda::launch::Sampling;
 use crate::cuda::limits::LIMITS;
 use crate::plan::Operand;
+use lathe_ir::ops::gemm;
 use lathe_ir::{Epilogue, Op, Prologue};
 
 /// What is decided of a GEMM step. What is `None` there is no occasion for.
@@ -42,9 +43,9 @@ pub enum NormFusion {
     Factors(OperandSums),
 }
 
-/// The key by which the kernel of a GEMM is chosen; `None` if it has no choice.
+/// The key by which the kernel of a GEMM is chosen; `None` if it has no choice, or is more than the key says.
 pub(super) fn key(problem: &Problem, plain: bool) -> Option<GemmKey> {
-    (problem.is_tensor_core() && !plain).then_some(problem.key)
+    (problem.is_tensor_core() && problem.beside.is_within(&[]) && !plain).then_some(problem.key)
 }
 
 /// The GEMM of a step with the argmax that follows it.
@@ -173,7 +174,7 @@ fn norm(
     let Some(eps) = eps else {
         return no("a sum stands before the norm");
     };
-    if g.gamma.is_some() {
+    if g.get(gemm::GAMMA).is_some() {
         return no("gamma is not in the weight");
     }
     if !row_sums::fits(problem.key.k, problem.dtype) {
@@ -182,7 +183,7 @@ fn norm(
     if !row_sums::is_fine(eps) {
         return no("fixed-point sums are too coarse for so small an eps");
     }
-    let (from, why) = sums.of_operand(at, g.x, problem.key.m);
+    let (from, why) = sums.of_operand(at, g.get(gemm::X), problem.key.m);
     Some(Verdict::made(NormFusion::Factors(from), why))
 }
 

@@ -9,6 +9,7 @@
 use super::verdict::Verdict;
 use crate::cuda::gemm::operands::GemmStep;
 use crate::plan::{Operand, Program, ValueId};
+use lathe_ir::ops::gemm;
 use lathe_ir::{DType, Prologue, Real, SymEnv};
 
 /// Where the sums of squares of an operand's rows are.
@@ -80,8 +81,8 @@ impl RowSums {
         let takes_factors = |at: usize| {
             let g = GemmStep::of(&program.steps[at], env)?.ok()?;
             let fine = matches!(g.prologue, Prologue::Rms { eps } if is_fine(eps));
-            match g.x {
-                Operand::Value(v) if fine && g.gamma.is_none() => Some((at, *v)),
+            match g.get(gemm::X)? {
+                Operand::Value(v) if fine && g.get(gemm::GAMMA).is_none() => Some((at, *v)),
                 _ => None,
             }
         };
@@ -102,11 +103,11 @@ impl RowSums {
     pub(super) fn of_operand(
         &mut self,
         at: usize,
-        x: &Operand,
+        x: Option<&Operand>,
         rows: usize,
     ) -> (OperandSums, String) {
         let value = match x {
-            Operand::Value(v) => Some(*v),
+            Some(Operand::Value(v)) => Some(*v),
             _ => None,
         };
         // A view with other rows has other sums.

@@ -3,6 +3,7 @@
 use super::key::Problem;
 use super::request::Request;
 use crate::cuda::context::Context;
+use lathe_ir::Slot;
 
 /// A file of `kernels/` that multiplies `x[M, K] · w[N, K]ᵀ`, specialised in several forms.
 pub(in crate::cuda) trait Family {
@@ -10,6 +11,9 @@ pub(in crate::cuda) trait Family {
     type Form: Copy;
     /// Geometry of a launch.
     type Shape;
+
+    /// Operands beside the common ones (x, w, bias, residual, gamma, delta) that all of its kernels take.
+    const BESIDE: &'static [Slot] = &[];
 
     /// Every form, whether or not it computes a GEMM.
     fn forms() -> Vec<Self::Form>;

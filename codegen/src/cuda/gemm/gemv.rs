@@ -8,6 +8,7 @@ use crate::cuda::launch::{Arg, Ref};
 use crate::cuda::limits::LIMITS;
 use crate::cuda::source::{Body, literal};
 use lathe_ir::Epilogue;
+use lathe_ir::ops::gemm;
 
 const WARPS: usize = 8;
 /// Rows of a group.
@@ -116,7 +117,7 @@ impl Family for Gemv {
         };
         let epilogue = match (argmax, key.epilogue) {
             (true, _) => 4,
-            (_, Epilogue::None) => u8::from(g.bias.is_some()),
+            (_, Epilogue::None) => u8::from(g.has(gemm::BIAS)),
             (_, Epilogue::Residual) => 2,
             (_, Epilogue::SwiGlu) => 3,
         };
@@ -131,7 +132,7 @@ impl Family for Gemv {
             } else {
                 epilogue_name(key.epilogue)
             },
-            if g.bias.is_some() { "_bias" } else { "" },
+            if g.has(gemm::BIAS) { "_bias" } else { "" },
         );
         let mut defines = cx
             .defines(dtype)
@@ -170,10 +171,10 @@ impl Family for Gemv {
             }
             NormArgs::None | NormArgs::Factors { .. } => (Ref::Null, Ref::Null, Ref::Null),
         };
-        let addend = g.bias.clone().or_else(|| g.residual.clone());
+        let addend = g.get(gemm::BIAS).or_else(|| g.get(gemm::RESIDUAL));
         let args = vec![
-            Arg::Ptr(g.w.clone()),
-            Arg::Ptr(g.x.clone()),
+            Arg::Ptr(g.at(gemm::W)),
+            Arg::Ptr(g.at(gemm::X)),
             Arg::Ptr(delta),
             Arg::Ptr(gamma),
             Arg::Ptr(addend.unwrap_or(Ref::Null)),

@@ -38,9 +38,9 @@ impl GemmKernel {
     /// What the families choose without measurements: the first that takes the GEMM. The plain kernel is last and
     /// takes every one that others do not; `plain` leaves out those of the tensor cores.
     pub(in crate::cuda) fn heuristic(problem: &Problem, sms: usize, plain: bool) -> GemmKernel {
-        let gemv = || Gemv::heuristic(problem, sms).map(|()| GemmKernel::Gemv);
-        let skinny = || Skinny::heuristic(problem, sms).map(GemmKernel::Skinny);
-        let tiled = || Tiled::heuristic(problem, sms).map(GemmKernel::Tiled);
+        let gemv = || heuristic::<Gemv>(problem, sms).map(|()| GemmKernel::Gemv);
+        let skinny = || heuristic::<Skinny>(problem, sms).map(GemmKernel::Skinny);
+        let tiled = || heuristic::<Tiled>(problem, sms).map(GemmKernel::Tiled);
         let tensor_cores = || match plain {
             true => None,
             false => skinny().or_else(tiled),
@@ -66,10 +66,10 @@ impl GemmKernel {
     /// Whether it computes a GEMM on so many multiprocessors.
     pub(in crate::cuda) fn computes(self, problem: &Problem, sms: usize) -> bool {
         match self {
-            GemmKernel::Gemv => Gemv::shape(problem, (), sms).is_some(),
-            GemmKernel::Skinny(form) => Skinny::shape(problem, form, sms).is_some(),
-            GemmKernel::Tiled(tile) => Tiled::shape(problem, tile, sms).is_some(),
-            GemmKernel::Plain => Plain::shape(problem, (), sms).is_some(),
+            GemmKernel::Gemv => shape::<Gemv>(problem, (), sms).is_some(),
+            GemmKernel::Skinny(form) => shape::<Skinny>(problem, form, sms).is_some(),
+            GemmKernel::Tiled(tile) => shape::<Tiled>(problem, tile, sms).is_some(),
+            GemmKernel::Plain => shape::<Plain>(problem, (), sms).is_some(),
         }
     }
 
@@ -91,7 +91,7 @@ impl GemmKernel {
     /// Bytes that it brings into L2 of the weights that the next GEMM reads first; `None` if it does not.
     pub(in crate::cuda) fn prefetched(self, problem: &Problem, sms: usize) -> Option<usize> {
         match self {
-            GemmKernel::Gemv => Gemv::shape(problem, (), sms).map(|s| s.prefetched()),
+            GemmKernel::Gemv => shape::<Gemv>(problem, (), sms).map(|s| s.prefetched()),
             _ => None,
         }
     }
@@ -121,8 +121,19 @@ impl GemmKernel {
     }
 }
 
+/// The geometry of a form; `None` if it does not compute the GEMM, or does not take its operands.
+fn shape<F: Family>(problem: &Problem, form: F::Form, sms: usize) -> Option<F::Shape> {
+    let takes = problem.beside.is_within(F::BESIDE);
+    takes.then(|| F::shape(problem, form, sms)).flatten()
+}
+
+fn heuristic<F: Family>(problem: &Problem, sms: usize) -> Option<F::Form> {
+    let takes = problem.beside.is_within(F::BESIDE);
+    takes.then(|| F::heuristic(problem, sms)).flatten()
+}
+
 fn emit<F: Family>(cx: &mut Context<'_>, request: &Request, form: F::Form) -> Option<()> {
-    let shape = F::shape(&request.problem, form, cx.options.sms as usize)?;
+    let shape = shape::<F>(&request.problem, form, cx.options.sms as usize)?;
     F::emit(cx, request, form, &shape);
     Some(())
 }

@@ -1,6 +1,6 @@
 //! What the choice of a GEMM's kernel depends on.
 
-use lathe_ir::{DType, Epilogue};
+use lathe_ir::{DType, Epilogue, Slot};
 use std::fmt;
 
 /// A bf16 GEMM as far as the choice of its kernel depends on it: `[M, K] · [N, K]ᵀ`.
@@ -60,6 +60,36 @@ pub struct Problem {
     pub dtype: DType,
     /// Whether the result is the index of the largest output of each row rather than the outputs.
     pub argmax: bool,
+    /// Operands that a family takes only if it says so.
+    pub beside: Beside,
+}
+
+/// Operands beside those that every family of kernels takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Beside {
+    /// A bit a slot.
+    slots: u32,
+    /// Bytes of them.
+    bytes: usize,
+}
+
+impl Beside {
+    /// Adds an operand of so many bytes.
+    pub(in crate::cuda) fn add(&mut self, slot: Slot, bytes: usize) {
+        self.slots |= 1 << slot.index();
+        self.bytes += bytes;
+    }
+
+    /// Whether there are none but these.
+    pub(in crate::cuda) fn is_within(self, taken: &[Slot]) -> bool {
+        let taken = taken.iter().fold(0, |all, s| all | 1 << s.index());
+        self.slots & !taken == 0
+    }
+
+    /// Bytes of them all.
+    pub(in crate::cuda) fn bytes(self) -> usize {
+        self.bytes
+    }
 }
 
 impl Problem {
@@ -69,6 +99,7 @@ impl Problem {
             key: *key,
             dtype: DType::BF16,
             argmax: false,
+            beside: Beside::default(),
         }
     }
 

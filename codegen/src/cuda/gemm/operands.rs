@@ -1,21 +1,26 @@
 //! A GEMM step as the program has it: its sizes and what its operands are.
 
-use super::key::{GemmKey, Problem};
+use super::key::{Beside, GemmKey, Problem};
 use crate::plan::{Operand, Step, ValueId};
 use lathe_ir::ops::{Gemm, gemm};
-use lathe_ir::{Epilogue, Op, Prologue, Slot, SymEnv};
+use lathe_ir::{Epilogue, Op, Operands, Prologue, Slot, SymEnv};
+
+/// What every family of kernels takes.
+const COMMON: [Slot; 6] = [
+    gemm::X,
+    gemm::W,
+    gemm::BIAS,
+    gemm::RESIDUAL,
+    gemm::GAMMA,
+    gemm::DELTA,
+];
 
 /// A GEMM step taken apart.
 pub(in crate::cuda) struct GemmStep<'a> {
     /// The product as its kernels see it, without what follows it.
     pub(in crate::cuda) problem: Problem,
     pub(in crate::cuda) prologue: Prologue,
-    pub(in crate::cuda) x: &'a Operand,
-    pub(in crate::cuda) w: &'a Operand,
-    pub(in crate::cuda) bias: Option<&'a Operand>,
-    pub(in crate::cuda) residual: Option<&'a Operand>,
-    pub(in crate::cuda) gamma: Option<&'a Operand>,
-    pub(in crate::cuda) delta: Option<&'a Operand>,
+    operands: &'a Operands<Operand>,
     /// Where `x + delta` goes, if somebody reads it.
     pub(in crate::cuda) sum: Option<ValueId>,
     /// Where the outputs go, if somebody reads them.
@@ -37,10 +42,6 @@ impl<'a> GemmStep<'a> {
             let ty = step.tensor(operand);
             ty.ok_or_else(|| format!("operand '{}' is no tensor", operand.name()))
         };
-        let present = |operand: Slot| {
-            let found = step.get(operand);
-            found.ok_or_else(|| format!("operand '{}' is missing", operand.name()))
-        };
         let read = || {
             let (x, w) = (tensor(gemm::X)?, tensor(gemm::W)?);
             let k = x.shape.last().map_or(1, |d| d.eval(env)) as usize;
@@ -53,6 +54,12 @@ impl<'a> GemmStep<'a> {
                 epilogue: spec.epilogue,
                 bias: step.get(gemm::BIAS).is_some(),
             };
+            let mut beside = Beside::default();
+            for (i, ty) in step.types.enumerate() {
+                if !COMMON.iter().any(|common| common.index() == i) {
+                    beside.add(Slot::nth(i), ty.as_tensor().map_or(0, |t| t.bytes(env)));
+                }
+            }
             let added = matches!(spec.prologue, Prologue::AddRms { .. });
             let result = |i: usize| step.results.get(i).copied().flatten();
             Ok(GemmStep {
@@ -60,14 +67,10 @@ impl<'a> GemmStep<'a> {
                     key,
                     dtype: x.dtype,
                     argmax: false,
+                    beside,
                 },
                 prologue: spec.prologue,
-                x: present(gemm::X)?,
-                w: present(gemm::W)?,
-                bias: step.get(gemm::BIAS),
-                residual: step.get(gemm::RESIDUAL),
-                gamma: step.get(gemm::GAMMA),
-                delta: step.get(gemm::DELTA),
+                operands: &step.operands,
                 sum: if added { result(0) } else { None },
                 y: result(usize::from(added)),
             })
@@ -75,9 +78,19 @@ impl<'a> GemmStep<'a> {
         Some(read())
     }
 
+    /// All operands, by name.
+    pub(in crate::cuda) fn operands(&self) -> &'a Operands<Operand> {
+        self.operands
+    }
+
+    /// An operand, if it is present.
+    pub(in crate::cuda) fn get(&self, operand: Slot) -> Option<&'a Operand> {
+        self.operands.get_ref(operand)
+    }
+
     /// Whether the kernel computes nothing but products and, before them, a norm: what an argmax can follow.
     pub(in crate::cuda) fn is_bare(&self) -> bool {
-        self.problem.key.epilogue == Epilogue::None && self.bias.is_none()
+        self.problem.key.epilogue == Epilogue::None && self.get(gemm::BIAS).is_none()
     }
 }
 

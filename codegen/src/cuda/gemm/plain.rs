@@ -4,9 +4,10 @@ use super::family::{Family, NormSupport};
 use super::key::{Problem, epilogue_name};
 use super::request::Request;
 use crate::cuda::context::{Context, Geometry};
-use crate::cuda::launch::{Arg, Ref};
+use crate::cuda::launch::Arg;
 use crate::cuda::source::Body;
 use lathe_ir::Epilogue;
+use lathe_ir::ops::gemm;
 
 /// Rows and columns of a block.
 const TILE: usize = 64;
@@ -48,14 +49,14 @@ impl Family for Plain {
         let defines = cx
             .defines(dtype)
             .def("LATHE_EPI", epilogue)
-            .def("LATHE_BIAS", u8::from(g.bias.is_some()));
-        let bias = if g.bias.is_some() { "_bias" } else { "" };
+            .def("LATHE_BIAS", u8::from(g.has(gemm::BIAS)));
+        let bias = if g.has(gemm::BIAS) { "_bias" } else { "" };
         let label = format!("{}{bias}_{dtype}", epilogue_name(key.epilogue));
         let args = vec![
-            Arg::Ptr(g.x.clone()),
-            Arg::Ptr(g.w.clone()),
-            Arg::Ptr(g.bias.clone().unwrap_or(Ref::Null)),
-            Arg::Ptr(g.residual.clone().unwrap_or(Ref::Null)),
+            Arg::Ptr(g.at(gemm::X)),
+            Arg::Ptr(g.at(gemm::W)),
+            Arg::Ptr(g.at(gemm::BIAS)),
+            Arg::Ptr(g.at(gemm::RESIDUAL)),
             Arg::Ptr(g.y.clone()),
             Arg::I32(key.m as i32),
             Arg::I32(key.n as i32),

@@ -6,15 +6,14 @@ use crate::cuda::launch::{Arg, LibraryGemm, Ref};
 use crate::cuda::row_sums::SUM_BYTES;
 use crate::cuda::source::{Body, Defines, literal};
 use crate::work::{KernelClass, Work, WorkShape};
-use lathe_ir::{Epilogue, Product};
+use lathe_ir::ops::gemm;
+use lathe_ir::{Epilogue, Operands, Product, Slot};
 
 /// A GEMM with its operands found and its fusions decided.
 pub(in crate::cuda) struct Request {
     pub(in crate::cuda) problem: Problem,
-    pub(in crate::cuda) x: Ref,
-    pub(in crate::cuda) w: Ref,
-    pub(in crate::cuda) bias: Option<Ref>,
-    pub(in crate::cuda) residual: Option<Ref>,
+    /// What the step reads, by name, x as the kernel finds it.
+    pub(in crate::cuda) operands: Operands<Ref>,
     pub(in crate::cuda) y: Ref,
     /// The norm that the kernel takes with it.
     pub(in crate::cuda) norm: NormArgs,
@@ -54,6 +53,21 @@ pub(in crate::cuda) struct Sums {
 }
 
 impl Request {
+    /// An operand.
+    pub(in crate::cuda) fn at(&self, operand: Slot) -> Ref {
+        self.get(operand).unwrap_or(Ref::Null)
+    }
+
+    /// An operand, if it is present.
+    pub(in crate::cuda) fn get(&self, operand: Slot) -> Option<Ref> {
+        self.operands.get_ref(operand).cloned()
+    }
+
+    /// Whether an operand is present.
+    pub(in crate::cuda) fn has(&self, operand: Slot) -> bool {
+        self.operands.get_ref(operand).is_some()
+    }
+
     /// What the kernel moves, with the norm that is part of it; logits of a fused argmax are not written.
     fn work(&self) -> Work {
         let key = &self.problem.key;
@@ -67,8 +81,12 @@ impl Request {
             NormArgs::Whole { .. } => k,
             NormArgs::None | NormArgs::Factors { .. } => 0,
         };
-        let bias = if self.bias.is_some() { n } else { 0 };
-        let residual = if self.residual.is_some() { features } else { 0 };
+        let bias = if self.has(gemm::BIAS) { n } else { 0 };
+        let residual = if self.has(gemm::RESIDUAL) {
+            features
+        } else {
+            0
+        };
         let out = if self.problem.argmax { 0 } else { features };
         let elements = rows + n * k + norm + bias + residual + out;
         let sums = match &self.norm {
@@ -78,7 +96,8 @@ impl Request {
         Work {
             class: KernelClass::Gemm,
             shape: WorkShape::Gemm { m, n, k },
-            bytes: (elements * self.problem.dtype.size() + sums) as f64,
+            bytes: (elements * self.problem.dtype.size() + sums + self.problem.beside.bytes())
+                as f64,
             flops: Product { m, n, k }.flops(),
         }
     }
@@ -89,9 +108,9 @@ impl Request {
             m: key.m,
             n: key.n,
             k: key.k,
-            x: self.x.clone(),
-            w: self.w.clone(),
-            residual: self.residual.clone(),
+            x: self.at(gemm::X),
+            w: self.at(gemm::W),
+            residual: self.get(gemm::RESIDUAL),
             y: self.y.clone(),
             algorithm,
         })
@@ -120,7 +139,7 @@ impl Request {
 
     /// `EPI` of the tensor-core kernels.
     pub(in crate::cuda) fn epilogue_macro(&self) -> &'static str {
-        match (self.problem.key.epilogue, self.bias.is_some()) {
+        match (self.problem.key.epilogue, self.has(gemm::BIAS)) {
             (Epilogue::None, false) => "EPI_NONE",
             (Epilogue::None, true) => "EPI_BIAS",
             (Epilogue::Residual, false) => "EPI_RESIDUAL",

@@ -9,6 +9,7 @@ use crate::cuda::launch::{Arg, Ref};
 use crate::cuda::limits::LIMITS;
 use crate::cuda::source::Body;
 use lathe_ir::Epilogue;
+use lathe_ir::ops::gemm;
 use std::fmt;
 
 /// Warpgroups and panels of a slot that forms have.
@@ -179,11 +180,11 @@ impl Family for Skinny {
         let label = format!("t{}_w{warpgroups}p{panels}_{}", s.nt, g.label());
         let out = g.problem.features() as i32;
         let args = vec![
-            matrix_map(g.w.clone(), n, k, s.rows, 64),
-            matrix_map(g.x.clone(), m, k, m.next_multiple_of(8), 64),
+            matrix_map(g.at(gemm::W), n, k, s.rows, 64),
+            matrix_map(g.at(gemm::X), m, k, m.next_multiple_of(8), 64),
             Arg::Ptr(g.y.clone()),
-            Arg::Ptr(g.bias.clone().unwrap_or(Ref::Null)),
-            Arg::Ptr(g.residual.clone().unwrap_or(Ref::Null)),
+            Arg::Ptr(g.at(gemm::BIAS)),
+            Arg::Ptr(g.at(gemm::RESIDUAL)),
             Arg::Ptr(partial),
             Arg::Ptr(Ref::Null),
             row_sums,

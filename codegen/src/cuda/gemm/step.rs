@@ -9,9 +9,9 @@ use crate::cuda::fusion::{GemmFusion, NormFusion, OperandSums, Verdict};
 use crate::cuda::launch::Ref;
 use crate::cuda::norm::{self, Norm};
 use crate::cuda::row_sums;
-use crate::plan::Operand;
 use crate::work::{KernelClass, Work};
 use lathe_ir::Prologue;
+use lathe_ir::ops::gemm;
 
 /// Launches the kernels of a step as they were decided.
 ///
@@ -22,11 +22,10 @@ pub(in crate::cuda) fn step(cx: &mut Context<'_>, fusion: &GemmFusion) -> Result
         Some(step) => step.map_err(|reason| cx.refuse(reason))?,
         None => return Err(cx.refuse("it is no GEMM")),
     };
-    let optional = |o: Option<&Operand>| o.map(|o| cx.place(o)).transpose();
-    let (bias, residual) = (optional(step.bias)?, optional(step.residual)?);
-    let gamma = optional(step.gamma)?.unwrap_or(Ref::Null);
-    let delta = optional(step.delta)?;
-    let (x, w) = (cx.place(step.x)?, cx.place(step.w)?);
+    let operands = step.operands().try_map(|o| cx.place(o))?;
+    let gamma = operands.get_ref(gemm::GAMMA).cloned();
+    let gamma = gamma.unwrap_or(Ref::Null);
+    let delta = operands.get_ref(gemm::DELTA).cloned();
     let argmax = fusion.problem.argmax;
     let y = match step.y {
         _ if argmax => Ref::Sampled,
@@ -42,10 +41,7 @@ pub(in crate::cuda) fn step(cx: &mut Context<'_>, fusion: &GemmFusion) -> Result
     let added = delta.zip(added);
     let mut request = Request {
         problem: fusion.problem,
-        x,
-        w,
-        bias,
-        residual,
+        operands,
         y,
         norm: NormArgs::None,
         sums: None,
@@ -85,7 +81,14 @@ fn operand_sums(cx: &mut Context<'_>, g: &Request, from: OperandSums) -> Ref {
         OperandSums::Launched { buffer, clear } => {
             let sums = row_sums::buffer(cx, buffer, rows);
             let clear = clear.map(|c| row_sums::buffer(cx, c, rows));
-            row_sums::launch(cx, &g.x, &sums, clear, (rows, cols), g.problem.dtype);
+            row_sums::launch(
+                cx,
+                &g.at(gemm::X),
+                &sums,
+                clear,
+                (rows, cols),
+                g.problem.dtype,
+            );
             sums
         }
     }
@@ -108,7 +111,7 @@ fn launch_norm(
     let bytes = (tensors * rows + own_gamma) * cols * dtype.size();
     let (delta, sum) = added.unzip();
     let norm = Norm {
-        x: g.x.clone(),
+        x: g.at(gemm::X),
         delta,
         gamma,
         y: y.clone(),
@@ -120,6 +123,6 @@ fn launch_norm(
     };
     let work = Work::rows(KernelClass::Pointwise, rows, cols, bytes);
     norm::launch(cx, norm, work)?;
-    g.x = y;
+    g.operands.set(gemm::X, y);
     Ok(())
 }

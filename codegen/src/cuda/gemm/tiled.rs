@@ -9,6 +9,7 @@ use crate::cuda::launch::{Arg, Ref};
 use crate::cuda::limits::LIMITS;
 use crate::cuda::source::Body;
 use lathe_ir::Epilogue;
+use lathe_ir::ops::gemm;
 use std::fmt;
 
 /// Cluster rows walked together before the next columns.
@@ -233,17 +234,17 @@ impl Family for Tiled {
         let defines = g.define_norms(defines);
         let out = g.problem.features();
         let c = matrix_map(g.y.clone(), m, out, 64, s.panel);
-        let residual = match &g.residual {
-            Some(r) => matrix_map(r.clone(), m, out, rows, s.panel),
+        let residual = match g.get(gemm::RESIDUAL) {
+            Some(r) => matrix_map(r, m, out, rows, s.panel),
             None => c.clone(),
         };
         let args = vec![
-            matrix_map(g.x.clone(), m, k, a_box, 64),
-            matrix_map(g.w.clone(), n, k, w_box, 64),
+            matrix_map(g.at(gemm::X), m, k, a_box, 64),
+            matrix_map(g.at(gemm::W), n, k, w_box, 64),
             c,
             residual,
             Arg::Ptr(Ref::Null),
-            Arg::Ptr(g.bias.clone().unwrap_or(Ref::Null)),
+            Arg::Ptr(g.at(gemm::BIAS)),
             row_sums,
             out_sums,
             next_sums,
