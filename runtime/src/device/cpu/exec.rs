@@ -79,7 +79,7 @@ impl<'a, E: Elem> Run<'a, E> {
                 let k = self.last(step, rmsnorm::X);
                 let x = self.floats(step, rmsnorm::X)?;
                 let gamma = self.floats(step, rmsnorm::GAMMA)?;
-                rms_norm(x, Some(gamma), eps.get() as f32, 0.0, k, self.out(step, 0)).map_err(fail)
+                rms_norm(x, Some(gamma), eps.get() as f32, k, self.out(step, 0)).map_err(fail)
             }
             Op::AddRms(AddRms { eps }) => {
                 let k = self.last(step, addrms::X);
@@ -90,7 +90,7 @@ impl<'a, E: Elem> Run<'a, E> {
                 match (step.results[0], step.results[1]) {
                     (Some(_), Some(_)) => {
                         let (sum, h) = (self.out(step, 0), self.out(step, 1));
-                        add_rms_norm(r, d, gamma, eps, 0.0, k, sum, h).map_err(fail)
+                        add_rms_norm(r, d, gamma, eps, k, sum, h).map_err(fail)
                     }
                     _ => {
                         // One of the two is not read: it goes to scratch memory.
@@ -99,7 +99,7 @@ impl<'a, E: Elem> Run<'a, E> {
                             Some(_) => (self.out(step, 0), &mut spare[..]),
                             None => (&mut spare[..], self.out(step, 1)),
                         };
-                        add_rms_norm(r, d, gamma, eps, 0.0, k, sum, h).map_err(fail)
+                        add_rms_norm(r, d, gamma, eps, k, sum, h).map_err(fail)
                     }
                 }
             }
@@ -139,7 +139,6 @@ impl<'a, E: Elem> Run<'a, E> {
         };
         let spec = LinearSpec {
             prologue,
-            weight_offset: 0.0,
             epilogue: match spec.epilogue {
                 lathe_ir::Epilogue::None => Epilogue::None,
                 lathe_ir::Epilogue::Residual => Epilogue::Residual,
@@ -147,17 +146,17 @@ impl<'a, E: Elem> Run<'a, E> {
             },
         };
         let args = LinearArgs {
-            m,
-            n,
-            k,
-            x,
             delta: self.opt_floats(step, gemm::DELTA)?,
             sum,
             gamma: self.opt_floats(step, gemm::GAMMA)?,
-            w: self.floats(step, gemm::W)?,
             bias: self.opt_floats(step, gemm::BIAS)?,
             residual: self.opt_floats(step, gemm::RESIDUAL)?,
-            y: self.out(step, usize::from(tuple)),
+            ..LinearArgs::new(
+                [m, n, k],
+                x,
+                self.floats(step, gemm::W)?,
+                self.out(step, usize::from(tuple)),
+            )
         };
         linear(&spec, args).map_err(|e| e.to_string())
     }
@@ -280,7 +279,6 @@ impl<'a, E: Elem> Run<'a, E> {
             q_norm: extra.q_norm,
             k_norm: extra.k_norm,
             eps: extra.eps,
-            weight_offset: 0.0,
             tables: extra.tables,
             meta,
             q: &mut q,

@@ -159,24 +159,11 @@ fn matrix_rate<E: Elem>() -> Option<f64> {
     let mut y = vec![E::default(); m * n];
     let spec = LinearSpec {
         prologue: Prologue::None,
-        weight_offset: 0.0,
         epilogue: Epilogue::None,
     };
     let mut fine = true;
     let rate = best(Product { m, n, k }.flops(), SAMPLES, |_| {
-        let args = LinearArgs {
-            m,
-            n,
-            k,
-            x: &x,
-            delta: None,
-            sum: None,
-            gamma: None,
-            w: &w,
-            bias: None,
-            residual: None,
-            y: &mut y,
-        };
+        let args = LinearArgs::new([m, n, k], &x, &w, &mut y);
         fine &= linear(&spec, args).is_ok();
         black_box(&y);
     });

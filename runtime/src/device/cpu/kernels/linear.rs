@@ -45,8 +45,6 @@ pub enum Epilogue {
 pub struct LinearSpec {
     /// Applied to x.
     pub prologue: Prologue,
-    /// Added to gamma in the prologue: 0, or 1 for the Gemma family.
-    pub weight_offset: f32,
     /// Applied to the product.
     pub epilogue: Epilogue,
 }
@@ -76,6 +74,25 @@ pub struct LinearArgs<'a, E> {
     pub residual: Option<&'a [E]>,
     /// `[M, N]`, or `[M, N/2]` for `SwiGlu`; overwritten.
     pub y: &'a mut [E],
+}
+
+impl<'a, E> LinearArgs<'a, E> {
+    /// A product of these sizes, `[m, n, k]`, with nothing around it.
+    pub fn new([m, n, k]: [usize; 3], x: &'a [E], w: &'a [E], y: &'a mut [E]) -> Self {
+        LinearArgs {
+            m,
+            n,
+            k,
+            x,
+            delta: None,
+            sum: None,
+            gamma: None,
+            w,
+            bias: None,
+            residual: None,
+            y,
+        }
+    }
 }
 
 const NAME: &str = "linear";
@@ -133,22 +150,13 @@ pub fn linear<E: Elem>(spec: &LinearSpec, args: LinearArgs<'_, E>) -> Result<(),
     match spec.prologue {
         Prologue::None => product(m, n, k, x, w, &emit),
         Prologue::RmsNorm { eps } => norm::with_scratch(m * k, |h| {
-            norm::rms_norm(x, gamma, eps, spec.weight_offset, k, h)?;
+            norm::rms_norm(x, gamma, eps, k, h)?;
             product(m, n, k, h, w, &emit);
             Ok(())
         })?,
         Prologue::AddRmsNorm { eps } => norm::with_scratch(m * k, |h| {
             let (delta, sum) = (delta.unwrap_or(&[]), sum.unwrap_or(&mut []));
-            norm::add_rms_norm(
-                x,
-                delta,
-                gamma.unwrap_or(&[]),
-                eps,
-                spec.weight_offset,
-                k,
-                sum,
-                h,
-            )?;
+            norm::add_rms_norm(x, delta, gamma.unwrap_or(&[]), eps, k, sum, h)?;
             product(m, n, k, h, w, &emit);
             Ok(())
         })?,

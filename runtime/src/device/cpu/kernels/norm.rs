@@ -9,10 +9,10 @@ use super::{Elem, KernelError, check_len, whole_rows};
 /// Elements below which rows are not shared out over threads.
 const PARALLEL_ELEMENTS: usize = 32 << 10;
 
-/// h = x · rsqrt(mean(x²) + eps) · (gamma + offset), per row; without gamma that factor is 1.
+/// h = x · rsqrt(mean(x²) + eps) · gamma, per row; without gamma that factor is 1.
 ///
-/// Rounds as the Hugging Face modules do: with `offset` 0 (Llama) the normalised value is rounded to the storage
-/// type before it meets gamma; with another offset (Gemma) only the result is rounded.
+/// Rounds as the Hugging Face module of Llama does: the normalised value is rounded to the storage type before it
+/// meets gamma.
 /// `x`, `h`: `[M, K]` with `k` = K, `gamma`: `[K]`.
 ///
 /// # Errors
@@ -21,7 +21,6 @@ pub fn rms_norm<E: Elem>(
     x: &[E],
     gamma: Option<&[E]>,
     eps: f32,
-    offset: f32,
     k: usize,
     h: &mut [E],
 ) -> Result<(), KernelError> {
@@ -36,7 +35,6 @@ pub fn rms_norm<E: Elem>(
         delta: None,
         gamma,
         eps,
-        offset,
         k,
         sum: None,
         h: SharedMut::new(h),
@@ -48,13 +46,12 @@ pub fn rms_norm<E: Elem>(
 ///
 /// # Errors
 /// Lengths that do not match.
-#[allow(clippy::too_many_arguments)] // four tensors and the norm's three parameters
+#[allow(clippy::too_many_arguments)] // four tensors and the norm's two parameters
 pub fn add_rms_norm<E: Elem>(
     x: &[E],
     delta: &[E],
     gamma: &[E],
     eps: f32,
-    offset: f32,
     k: usize,
     sum: &mut [E],
     h: &mut [E],
@@ -71,7 +68,6 @@ pub fn add_rms_norm<E: Elem>(
         delta: Some(delta),
         gamma: Some(gamma),
         eps,
-        offset,
         k,
         sum,
         h,
@@ -123,7 +119,6 @@ struct Rows<'a, E> {
     delta: Option<&'a [E]>,
     gamma: Option<&'a [E]>,
     eps: f32,
-    offset: f32,
     k: usize,
     sum: Option<SharedMut<E>>,
     h: SharedMut<E>,
@@ -173,7 +168,6 @@ impl<E: Elem> Kernel for RmsRows<'_, '_, E> {
             delta,
             gamma,
             eps,
-            offset,
             k,
             ref sum,
             ref h,
@@ -225,25 +219,13 @@ impl<E: Elem> Kernel for RmsRows<'_, '_, E> {
                     }
                     continue;
                 };
-                if offset == 0.0 {
-                    for i in (0..whole).step_by(S::LANES) {
-                        let v = E::round::<S>(S::mul(E::load::<S>(source.add(i)), S::splat(rstd)));
-                        E::store::<S>(out.add(i), S::mul(v, E::load::<S>(gamma.as_ptr().add(i))));
-                    }
-                    for i in whole..k {
-                        let v = E::from_f32((*source.add(i)).to_f32() * rstd).to_f32();
-                        *out.add(i) = E::from_f32(v * gamma[i].to_f32());
-                    }
-                } else {
-                    for i in (0..whole).step_by(S::LANES) {
-                        let v = S::mul(E::load::<S>(source.add(i)), S::splat(rstd));
-                        let g = S::add(E::load::<S>(gamma.as_ptr().add(i)), S::splat(offset));
-                        E::store::<S>(out.add(i), S::mul(v, g));
-                    }
-                    for i in whole..k {
-                        let v = (*source.add(i)).to_f32() * rstd;
-                        *out.add(i) = E::from_f32(v * (gamma[i].to_f32() + offset));
-                    }
+                for i in (0..whole).step_by(S::LANES) {
+                    let v = E::round::<S>(S::mul(E::load::<S>(source.add(i)), S::splat(rstd)));
+                    E::store::<S>(out.add(i), S::mul(v, E::load::<S>(gamma.as_ptr().add(i))));
+                }
+                for i in whole..k {
+                    let v = E::from_f32((*source.add(i)).to_f32() * rstd).to_f32();
+                    *out.add(i) = E::from_f32(v * gamma[i].to_f32());
                 }
             }
         }

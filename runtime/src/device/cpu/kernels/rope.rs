@@ -27,8 +27,6 @@ pub struct RopeAppend<'a, E> {
     pub k_norm: Option<&'a [E]>,
     /// Added to the mean square in both norms.
     pub eps: f32,
-    /// Added to the gammas: 0, or 1 for the Gemma family.
-    pub weight_offset: f32,
     /// `[max_pos, D/2]` each, the cosines and sines of position · inv_freq; `None` for layers without positions.
     pub tables: Option<(&'a [f32], &'a [f32])>,
     /// The step.
@@ -101,7 +99,6 @@ pub fn rope_append<E: Elem>(args: RopeAppend<'_, E>) -> Result<(), KernelError> 
         q_norm: args.q_norm,
         k_norm: args.k_norm,
         eps: args.eps,
-        weight_offset: args.weight_offset,
         tables: args.tables,
         meta,
         shape,
@@ -148,7 +145,6 @@ struct Inputs<'a, E> {
     q_norm: Option<&'a [E]>,
     k_norm: Option<&'a [E]>,
     eps: f32,
-    weight_offset: f32,
     tables: Option<(&'a [f32], &'a [f32])>,
     meta: StepMeta<'a>,
     shape: CacheShape,
@@ -180,7 +176,6 @@ struct Projected<E> {
     bias: Option<*const E>,
     gamma: Option<*const E>,
     rstd: f32,
-    weight_offset: f32,
 }
 
 impl<E: Elem> Projected<E> {
@@ -195,7 +190,7 @@ impl<E: Elem> Projected<E> {
                 v = S::add(v, E::load::<S>(bias.add(j)));
             }
             if let Some(gamma) = self.gamma {
-                let g = S::add(E::load::<S>(gamma.add(j)), S::splat(self.weight_offset));
+                let g = E::load::<S>(gamma.add(j));
                 v = S::mul(S::mul(v, S::splat(self.rstd)), g);
             }
             v
@@ -228,13 +223,11 @@ fn one_head<S: Simd, E: Elem>(i: &Inputs<'_, E>, row: usize, head: usize) {
         S::LANES == HALF,
         "invariant rope-lanes: a vector holds half a block"
     );
-    let weight_offset = i.weight_offset;
     let mut projected = Projected {
         source,
         bias,
         gamma: None,
         rstd: 1.0,
-        weight_offset,
     };
     // SAFETY: blocks lie inside the head of d values. A task alone writes its heads of its rows of
     // q, or its (k or v, head) planes of the cache; `check` showed pages and positions to be inside.

@@ -7,7 +7,6 @@ use super::{assert_close, bits, each_isa, epsilon, poisoned, random, rng, wide};
 
 const PLAIN: LinearSpec = LinearSpec {
     prologue: Prologue::None,
-    weight_offset: 0.0,
     epilogue: Epilogue::None,
 };
 
@@ -32,19 +31,7 @@ fn product<E: Elem>(
 
 fn plain<E: Elem>(x: &[E], w: &[E], m: usize, n: usize, k: usize) -> Vec<E> {
     let mut y = poisoned(m * n);
-    let args = LinearArgs {
-        m,
-        n,
-        k,
-        x,
-        delta: None,
-        sum: None,
-        gamma: None,
-        w,
-        bias: None,
-        residual: None,
-        y: &mut y,
-    };
+    let args = LinearArgs::new([m, n, k], x, w, &mut y);
     linear(&PLAIN, args).unwrap();
     y
 }
@@ -120,17 +107,9 @@ fn shapes<E: Elem>() {
             ] {
                 let mut y = poisoned(m * n);
                 let args = LinearArgs {
-                    m,
-                    n,
-                    k,
-                    x: &x,
-                    delta: None,
-                    sum: None,
-                    gamma: None,
-                    w: &w,
                     bias: Some(&bias),
                     residual: Some(&residual),
-                    y: &mut y,
+                    ..LinearArgs::new([m, n, k], &x, &w, &mut y)
                 };
                 linear(&LinearSpec { epilogue, ..PLAIN }, args).unwrap();
                 let want: Vec<f64> = want
@@ -182,19 +161,7 @@ fn swiglu_pairs_rows_eight_apart() {
             }
             each_isa(|isa| {
                 let mut y = poisoned(m * n / 2);
-                let args = LinearArgs {
-                    m,
-                    n,
-                    k,
-                    x: &x,
-                    delta: None,
-                    sum: None,
-                    gamma: None,
-                    w: &w,
-                    bias: None,
-                    residual: None,
-                    y: &mut y,
-                };
+                let args = LinearArgs::new([m, n, k], &x, &w, &mut y);
                 linear(
                     &LinearSpec {
                         epilogue: Epilogue::SwiGlu,
@@ -216,63 +183,31 @@ fn swiglu_pairs_rows_eight_apart() {
 fn prologues_equal_the_separate_kernels() {
     fn check<E: Elem>() {
         let mut rng = rng(4);
-        for (m, n, k, offset) in [(1, 32, 72, 0.0), (5, 17, 33, 1.0), (9, 40, 128, 0.0)] {
+        for (m, n, k) in [(1, 32, 72), (5, 17, 33), (9, 40, 128)] {
             let (x, d) = (random::<E>(&mut rng, m * k), random::<E>(&mut rng, m * k));
             let (w, gamma) = (random::<E>(&mut rng, n * k), random::<E>(&mut rng, k));
             each_isa(|_| {
                 let (mut sum, mut h) = (poisoned(m * k), poisoned(m * k));
-                norm::add_rms_norm(&x, &d, &gamma, 1e-5, offset, k, &mut sum, &mut h).unwrap();
+                norm::add_rms_norm(&x, &d, &gamma, 1e-5, k, &mut sum, &mut h).unwrap();
                 let (mut fused_sum, mut y) = (poisoned(m * k), poisoned(m * n));
                 let prologue = Prologue::AddRmsNorm { eps: 1e-5 };
                 let args = LinearArgs {
-                    m,
-                    n,
-                    k,
-                    x: &x,
                     delta: Some(&d),
                     sum: Some(&mut fused_sum),
                     gamma: Some(&gamma),
-                    w: &w,
-                    bias: None,
-                    residual: None,
-                    y: &mut y,
+                    ..LinearArgs::new([m, n, k], &x, &w, &mut y)
                 };
-                linear(
-                    &LinearSpec {
-                        prologue,
-                        weight_offset: offset,
-                        ..PLAIN
-                    },
-                    args,
-                )
-                .unwrap();
+                linear(&LinearSpec { prologue, ..PLAIN }, args).unwrap();
                 assert_eq!(bits(&fused_sum), bits(&sum));
                 assert_eq!(bits(&y), bits(&plain(&h, &w, m, n, k)));
 
-                norm::rms_norm(&x, Some(&gamma), 1e-5, offset, k, &mut h).unwrap();
+                norm::rms_norm(&x, Some(&gamma), 1e-5, k, &mut h).unwrap();
                 let args = LinearArgs {
-                    m,
-                    n,
-                    k,
-                    x: &x,
-                    delta: None,
-                    sum: None,
                     gamma: Some(&gamma),
-                    w: &w,
-                    bias: None,
-                    residual: None,
-                    y: &mut y,
+                    ..LinearArgs::new([m, n, k], &x, &w, &mut y)
                 };
                 let prologue = Prologue::RmsNorm { eps: 1e-5 };
-                linear(
-                    &LinearSpec {
-                        prologue,
-                        weight_offset: offset,
-                        ..PLAIN
-                    },
-                    args,
-                )
-                .unwrap();
+                linear(&LinearSpec { prologue, ..PLAIN }, args).unwrap();
                 assert_eq!(bits(&y), bits(&plain(&h, &w, m, n, k)));
             });
         }
@@ -311,19 +246,7 @@ fn misfitting_operands_are_refused() {
     let (x, w) = ([0.0f32; 8], [0.0f32; 12]);
     let run = |epilogue, k| {
         let mut y = [0.0f32; 6];
-        let args = LinearArgs {
-            m: 2,
-            n: 3,
-            k,
-            x: &x,
-            delta: None,
-            sum: None,
-            gamma: None,
-            w: &w,
-            bias: None,
-            residual: None,
-            y: &mut y,
-        };
+        let args = LinearArgs::new([2, 3, k], &x, &w, &mut y);
         linear(&LinearSpec { epilogue, ..PLAIN }, args).unwrap_err()
     };
     let error = run(Epilogue::None, 5);

@@ -8,13 +8,7 @@ use super::{assert_close, each_isa, epsilon, poisoned, random, rng, wide};
 fn norms_match_the_reference() {
     fn check<E: Elem>() {
         let mut rng = rng(10);
-        for (m, k, offset) in [
-            (1, 1, 0.0),
-            (3, 33, 1.0),
-            (5, 64, 0.0),
-            (70, 576, 0.0),
-            (2, 4099, 1.0),
-        ] {
+        for (m, k) in [(1, 1), (3, 33), (5, 64), (70, 576), (2, 4099)] {
             let (x, d) = (random::<E>(&mut rng, m * k), random::<E>(&mut rng, m * k));
             let (gamma, beta) = (random::<E>(&mut rng, k), random::<E>(&mut rng, k));
             let rms = |x: &[f64]| -> Vec<f64> {
@@ -22,9 +16,9 @@ fn norms_match_the_reference() {
                     .flat_map(|row| {
                         let rstd =
                             1.0 / (row.iter().map(|v| v * v).sum::<f64>() / k as f64 + 1e-5).sqrt();
-                        row.iter().zip(&gamma).map(move |(v, g)| {
-                            v * rstd * (f64::from(g.to_f32()) + f64::from(offset))
-                        })
+                        row.iter()
+                            .zip(&gamma)
+                            .map(move |(v, g)| v * rstd * f64::from(g.to_f32()))
                     })
                     .collect()
             };
@@ -45,13 +39,13 @@ fn norms_match_the_reference() {
                 .collect();
             each_isa(|isa| {
                 let what = format!("{isa:?} {m}x{k}");
-                // Two roundings with offset 0.
+                // Two roundings.
                 let relative = 2.5 * epsilon::<E>();
                 let mut h = poisoned(m * k);
-                norm::rms_norm(&x, Some(&gamma), 1e-5, offset, k, &mut h).unwrap();
+                norm::rms_norm(&x, Some(&gamma), 1e-5, k, &mut h).unwrap();
                 assert_close(&what, &h, &rms(&wide(&x)), relative, 2e-6);
                 let (mut sum, mut h) = (poisoned(m * k), poisoned(m * k));
-                norm::add_rms_norm(&x, &d, &gamma, 1e-5, offset, k, &mut sum, &mut h).unwrap();
+                norm::add_rms_norm(&x, &d, &gamma, 1e-5, k, &mut sum, &mut h).unwrap();
                 let exact: Vec<f64> = wide(&x).iter().zip(wide(&d)).map(|(a, b)| a + b).collect();
                 assert_close(&what, &sum, &exact, epsilon::<E>(), 0.0);
                 assert_close(&what, &h, &rms(&wide(&sum)), relative, 4e-6);
@@ -74,7 +68,7 @@ fn llama_norm_rounds_twice() {
     let rstd = 1.0 / square.sqrt();
     each_isa(|_| {
         let mut h = poisoned::<bf16>(4);
-        norm::rms_norm(&x, Some(&gamma), 0.0, 0.0, 4, &mut h).unwrap();
+        norm::rms_norm(&x, Some(&gamma), 0.0, 4, &mut h).unwrap();
         for (h, x) in h.iter().zip(&x) {
             let want = bf16::from_f32(bf16::from_f32(x.to_f32() * rstd).to_f32() * 1.4921875);
             assert_eq!(*h, want);
@@ -176,7 +170,6 @@ fn rope_append_matches_rotate_half() {
                     q_norm: with_norm.then_some(&q_norm[..]),
                     k_norm: with_norm.then_some(&k_norm[..]),
                     eps: 1e-6,
-                    weight_offset: 0.0,
                     tables: Some((&cos, &sin)),
                     meta,
                     q: &mut q,
@@ -244,7 +237,6 @@ fn rope_append_refuses_what_lies_outside() {
             q_norm: None,
             k_norm: None,
             eps: 0.0,
-            weight_offset: 0.0,
             tables: Some((table, table)),
             meta,
             q: &mut q,
