@@ -384,8 +384,8 @@ fn operands_that_are_not_there_or_given_twice_are_refused() {
             "4:6: %2 (linear): expected 2 operands, found 1",
         ),
         (
-            "%2 = gemm x=%0",
-            "4:6: %2 (gemm): expected 2 to 6 operands, found 1",
+            "%2 = proj x=%0 {heads=1, head_dim=4}",
+            "4:6: %2 (proj): expected 2 to 6 operands, found 1",
         ),
         (
             "%2 = gemm w=%1, residual=%0 {epilogue=residual}",
