@@ -16,6 +16,9 @@ NVRTC := $(TARGET)/nvrtc
 # Snapshots that differ fail; `INSTA_UPDATE=always` takes them.
 export INSTA_UPDATE ?= no
 
+# Tests that need NVRTC are ignored unless it is there, or has to be; `make soak` runs the other one.
+WITH_NVRTC = $(if $(wildcard $(NVRTC)/installed-*)$(LATHE_REQUIRE_NVRTC),-- --include-ignored --skip soak::)
+
 # What `make rules` runs, and every other test program; no test program has to be named here.
 RULES := rules file_tests snapshots
 REST := $(filter-out $(RULES),$(sort $(basename $(notdir $(wildcard tests/*.rs */tests/*.rs))) \
@@ -36,7 +39,7 @@ rules:
 
 rest:
 	LD_LIBRARY_PATH="$(abspath $(NVRTC))/nvidia/cu13/lib$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH}" \
-		$(CARGO) test --workspace --no-fail-fast --lib $(REST:%=--test %)
+		$(CARGO) test --workspace --no-fail-fast --lib $(REST:%=--test %) $(WITH_NVRTC)
 
 bless:
 	LATHE_BLESS=1 INSTA_UPDATE=always $(MAKE) rules

@@ -1,7 +1,6 @@
 //! The command line: the commands with the options of all, and the spelling rules that hold for all.
 
 use std::ffi::OsString;
-use std::io::IsTerminal;
 
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches, Parser};
@@ -94,13 +93,16 @@ pub fn init_logging(level: LogLevel, format: LogFormat) {
     };
     let filter = tracing_subscriber::EnvFilter::try_from_env("LATHE_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(directive));
+    let text = format == LogFormat::Text;
     let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(|| LogWriter);
+        .with_writer(move || LogWriter { text })
+        // A line that cannot be written is lost, and no more than that.
+        .log_internal_errors(false);
     // A second initialisation happens only in tests and changes nothing.
     let _ = match format {
         LogFormat::Text => lines
-            .with_ansi(std::io::stderr().is_terminal())
+            .with_ansi(false)
             .without_time()
             .with_target(false)
             .try_init(),

@@ -1,6 +1,7 @@
 //! Progress on stderr: a bar for each long task and, when it ends, one line with its time. Nothing is
 //! drawn without a terminal, with JSON logs, or below the log level `info`.
 
+use crate::errors::printable;
 use crate::phases::{PHASE, duration};
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use lathe_runtime::progress::{Observer, Unit, observe};
@@ -54,18 +55,39 @@ impl Observer for Watch {
     }
 }
 
+/// Writes a line to stderr, above the bars.
+pub fn say(line: &str) {
+    put(format!("{}\n", printable(line)).as_bytes());
+}
+
+/// Writes to stderr, above the bars. A reader that went away or a full disk is no reason to stop: what is computed and
+/// what goes to stdout and into files does not depend on it.
+fn put(bytes: &[u8]) {
+    let write = || {
+        let _ = std::io::stderr().lock().write_all(bytes);
+    };
+    CONSOLE.get().map_or_else(write, |c| c.bars.suspend(write));
+}
+
 /// Writes log lines to stderr above the bars.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct LogWriter;
+#[derive(Clone, Copy, Debug)]
+pub struct LogWriter {
+    /// Lines are text for a person: what a file put into one stays on its line. JSON escapes by itself.
+    pub text: bool,
+}
 
 impl Write for LogWriter {
-    fn write(&mut self, line: &[u8]) -> std::io::Result<usize> {
-        let write = || std::io::stderr().lock().write(line);
-        CONSOLE.get().map_or_else(write, |c| c.bars.suspend(write))
+    /// Takes a whole event, which is how `tracing_subscriber` hands them over.
+    fn write(&mut self, event: &[u8]) -> std::io::Result<usize> {
+        match std::str::from_utf8(event) {
+            Ok(line) if self.text => say(line.strip_suffix('\n').unwrap_or(line)),
+            _ => put(event),
+        }
+        Ok(event.len())
     }
 
     fn flush(&mut self) -> std::io::Result<()> {
-        std::io::stderr().flush()
+        Ok(())
     }
 }
 

@@ -1,6 +1,7 @@
 //! The program's library: command line, benchmark driver, datasets, metrics and reports.
 //!
 //! The compiler and the engine live in the member crates; this crate ties them to the user.
+#![cfg_attr(not(test), warn(clippy::print_stdout, clippy::print_stderr))] // They panic where nothing can be written.
 #![forbid(unsafe_code)]
 
 pub mod bench;
@@ -12,6 +13,7 @@ pub mod dump;
 pub mod errors;
 pub mod frontend;
 pub mod global_options;
+pub mod golden;
 pub mod model;
 pub mod model_folder;
 pub mod phases;

@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use lathe_ir::foreign::{self, Kind};
+
 use crate::errors::usage_error;
 use crate::global_options::GlobalOptions;
 
@@ -67,7 +69,7 @@ fn snapshot(cache: &Path, id: &str) -> Option<PathBuf> {
     if !valid || !repository.is_dir() {
         return None;
     }
-    let commit = std::fs::read_to_string(repository.join("refs/main")).ok()?;
+    let commit = foreign::read_text(&repository.join("refs/main"), Kind::Reference).ok()?;
     Some(repository.join("snapshots").join(commit.trim()))
         .filter(|folder| folder.join("config.json").is_file())
 }

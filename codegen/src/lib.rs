@@ -1,5 +1,6 @@
 //! lathe's plans: device-neutral steps over buffers, packed weights and KV caches, and their
 //! lowering to CUDA C.
+#![cfg_attr(not(test), warn(clippy::print_stdout, clippy::print_stderr))] // They panic where nothing can be written.
 #![forbid(unsafe_code)]
 
 pub mod chain;

@@ -4,11 +4,13 @@
 //! Hugging Face configuration with primitive operations only; the e-graph passes rewrite it into
 //! composites and lowered operations; the code generator turns the result into a plan. This crate
 //! knows nothing of e-graphs, of CUDA, or of weights beyond their names and shapes.
+#![cfg_attr(not(test), warn(clippy::print_stdout, clippy::print_stderr))] // They panic where nothing can be written.
 #![forbid(unsafe_code)]
 
 pub mod chain;
 pub mod dtype;
 mod error_norm;
+pub mod foreign;
 pub mod functions;
 pub mod graph;
 pub mod import;

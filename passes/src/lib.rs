@@ -1,5 +1,6 @@
 //! lathe's passes: rewrites of the naive graph in one e-graph, stage by stage, and the extraction
 //! of step programs under a cost model.
+#![cfg_attr(not(test), warn(clippy::print_stdout, clippy::print_stderr))] // They panic where nothing can be written.
 #![forbid(unsafe_code)]
 
 pub mod chains;

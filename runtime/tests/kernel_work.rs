@@ -100,12 +100,10 @@ fn prefill_of_the_8b_by_hand() {
 }
 
 #[test]
+#[ignore = "NVRTC missing (make nvrtc)"]
 fn probes_compile() {
-    let required = std::env::var_os("LATHE_REQUIRE_NVRTC").is_some();
     if let Err(error) = library::ensure(Library::Nvrtc) {
-        assert!(!required, "{error}");
-        eprintln!("skipped: {error}");
-        return;
+        panic!("{error}");
     }
     let sources = [Probe::Empty, Probe::EmptyPdl, Probe::Read, Probe::Copy]
         .map(probe_kernel)

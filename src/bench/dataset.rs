@@ -1,13 +1,17 @@
 //! Benchmark datasets: JSON lines with `task_id`, `output_tokens` and token ids or a prompt.
 
-use std::io::{BufRead, Read};
+use std::io::BufRead;
 use std::path::Path;
 
+use lathe_ir::foreign::{self, Kind};
+use lathe_ir::printable;
 use lathe_runtime::text::TextTokenizer;
 use serde::{Deserialize, Serialize};
 
+use super::dataset_error::MAX_LISTED;
+pub use super::dataset_error::{DatasetError, LineProblem};
+use super::lines::{self, LONGEST, Lines};
 use super::metrics::PercentileStats;
-use crate::errors::printable;
 
 /// One request of a dataset.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,96 +44,6 @@ pub struct ReadOptions<'a> {
     pub tokenizer: Option<&'a TextTokenizer>,
 }
 
-/// A line that is no request.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LineProblem {
-    /// 1-based line number.
-    pub line: usize,
-    /// What is wrong with it.
-    pub reason: String,
-}
-
-/// Why a dataset cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum DatasetError {
-    /// The file could not be read.
-    #[error("{path}: {source}")]
-    Io {
-        /// The file.
-        path: String,
-        /// What the system said.
-        source: std::io::Error,
-    },
-    /// Lines that are no requests, or requests that do not fit.
-    #[error("{}", list_problems(path, problems, *n_more))]
-    Lines {
-        /// The file.
-        path: String,
-        /// The first bad lines.
-        problems: Vec<LineProblem>,
-        /// How many more there are.
-        n_more: usize,
-    },
-    /// Requests that no sequence can hold.
-    #[error("{}", list_too_long(path, limit, *max_seq_len, requests))]
-    TooLong {
-        /// The file.
-        path: String,
-        /// What sets the limit.
-        limit: &'static str,
-        /// The limit.
-        max_seq_len: usize,
-        /// Index, prompt tokens and output tokens of each.
-        requests: Vec<(usize, usize, usize)>,
-    },
-    /// No request at all.
-    #[error("{path}: no requests in this dataset")]
-    Empty {
-        /// The file.
-        path: String,
-    },
-}
-
-/// At most so many bad lines are printed; the rest is counted.
-const MAX_LISTED: usize = 10;
-
-/// Bytes that a line may have: enough for 2^24 token ids of any vocabulary.
-const MAX_LINE: usize = 256 << 20;
-
-fn list_problems(path: &str, problems: &[LineProblem], n_more: usize) -> String {
-    let mut lines: Vec<String> = problems
-        .iter()
-        .map(|problem| format!("{path}:{}: {}", problem.line, problem.reason))
-        .collect();
-    if n_more > 0 {
-        lines.push(format!("{path}: {n_more} more bad lines"));
-    }
-    lines.join("\n")
-}
-
-fn list_too_long(
-    path: &str,
-    limit: &str,
-    max_seq_len: usize,
-    requests: &[(usize, usize, usize)],
-) -> String {
-    let mut lines: Vec<String> = requests
-        .iter()
-        .take(MAX_LISTED)
-        .map(|(index, isl, osl)| {
-            let total = isl + osl;
-            format!("{path}: request {index}: {isl} input + {osl} output tokens are {total}, {limit} is {max_seq_len}")
-        })
-        .collect();
-    if requests.len() > MAX_LISTED {
-        lines.push(format!(
-            "{path}: {} more requests are too long",
-            requests.len() - MAX_LISTED
-        ));
-    }
-    lines.join("\n")
-}
-
 /// A line as it is written; which fields may go together is checked afterwards.
 #[derive(Deserialize)]
 struct Line {
@@ -155,12 +69,7 @@ impl Dataset {
             path: name.clone(),
             source,
         };
-        let file = std::fs::File::open(path).map_err(io_error)?;
-        if file.metadata().map_err(io_error)?.is_dir() {
-            return Err(io_error(std::io::Error::other(
-                "is a folder, expected a JSONL file",
-            )));
-        }
+        let file = foreign::open(path, Kind::Dataset).map_err(io_error)?;
         Self::from_reader(&name, std::io::BufReader::new(file), options)
     }
 
@@ -170,13 +79,13 @@ impl Dataset {
         reader: impl BufRead,
         options: ReadOptions<'_>,
     ) -> Result<Self, DatasetError> {
-        Self::from_lines(path, reader, options, MAX_LINE)
+        Self::from_lines(path, reader, options, LONGEST)
     }
 
     /// Reads lines of at most `max_line` bytes; a longer one ends the reading.
     fn from_lines(
         path: &str,
-        mut reader: impl BufRead,
+        reader: impl BufRead,
         options: ReadOptions<'_>,
         max_line: usize,
     ) -> Result<Self, DatasetError> {
@@ -184,17 +93,16 @@ impl Dataset {
         let mut problems = Vec::new();
         let mut n_more = 0;
         let mut bytes = Vec::new();
+        let mut lines = Lines::new(reader, max_line);
         for line in 1.. {
-            bytes.clear();
             let io_error = |source| DatasetError::Io {
                 path: path.into(),
                 source,
             };
-            let mut limited = reader.by_ref().take(max_line as u64 + 1);
-            if limited.read_until(b'\n', &mut bytes).map_err(io_error)? == 0 {
+            let Some(found) = lines.next_into(&mut bytes).map_err(io_error)? else {
                 break;
-            }
-            let too_long = bytes.strip_suffix(b"\n").unwrap_or(&bytes).len() > max_line;
+            };
+            let too_long = found == lines::Line::TooLong;
             if !too_long && bytes.trim_ascii().is_empty() {
                 continue;
             }
@@ -606,7 +514,7 @@ d.jsonl:11: input_ids: invalid type: string \"x\", expected a sequence";
         let whole = read(&mut first.as_bytes(), line.len()).unwrap();
         assert_eq!(whole.requests.len(), 1);
         assert!(read(&mut first.as_bytes(), line.len() - 1).is_err());
-        let endless = first.as_bytes().chain(std::io::repeat(b' '));
+        let endless = std::io::Read::chain(first.as_bytes(), std::io::repeat(b' '));
         let error = read(&mut std::io::BufReader::new(endless), 1 << 16).unwrap_err();
         assert_eq!(error.to_string(), "d.jsonl:2: longer than 65536 bytes");
     }

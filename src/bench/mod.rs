@@ -1,10 +1,13 @@
 //! The benchmark driver's parts that know no model: datasets, measurement and reports.
 
+pub mod comparison;
 pub mod dataset;
+mod dataset_error;
 pub mod files;
 pub mod gpu_state;
 pub mod kernels;
 pub mod kv_size;
+mod lines;
 pub mod metrics;
 pub mod prepare;
 pub mod report;

@@ -5,7 +5,6 @@
 
 use std::io::{BufRead, Write};
 
-use anyhow::Context;
 use lathe_runtime::sampling::philox4x32_10;
 use lathe_runtime::text::TextTokenizer;
 use rand::{Rng, RngCore};
@@ -14,7 +13,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::dataset::Request;
-use crate::errors::printable;
+use super::lines::{LONGEST, Line, Lines};
 
 /// How lengths are drawn.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -287,17 +286,27 @@ impl TextSource {
     ) -> anyhow::Result<TextRequests> {
         let limit = self.num_requests.unwrap_or(usize::MAX);
         let mut made = TextRequests::default();
-        for (index, line) in reader.lines().enumerate() {
+        let mut lines = Lines::new(reader, LONGEST);
+        let mut bytes = Vec::new();
+        for number in 1.. {
             if made.requests.len() >= limit {
                 break;
             }
-            let line = line.with_context(|| format!("{path}:{}", index + 1))?;
+            let located = |reason: String| anyhow::anyhow!("{path}:{number}: {reason}");
+            let line = match lines.next_into(&mut bytes) {
+                Ok(Some(Line::Whole)) => str::from_utf8(&bytes)
+                    .map_err(|_| located("not UTF-8".into()))?
+                    .trim_end_matches('\r'),
+                Ok(Some(Line::TooLong)) => {
+                    return Err(located(format!("longer than {LONGEST} bytes")));
+                }
+                Ok(None) => break,
+                Err(error) => return Err(located(error.to_string())),
+            };
             if line.trim().is_empty() {
                 continue;
             }
-            let located =
-                |reason: String| anyhow::anyhow!("{path}:{}: {}", index + 1, printable(&reason));
-            let (input, answer) = self.texts(&line).map_err(located)?;
+            let (input, answer) = self.texts(line).map_err(located)?;
             let input_ids = tokenizer
                 .encode(&input, false)
                 .map_err(|error| located(error.to_string()))?;

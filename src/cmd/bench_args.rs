@@ -3,15 +3,14 @@
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
 use clap::Args;
 use lathe_runtime::sampling::SamplingParams;
 use serde::Deserialize;
 
 use super::config_file::ConfigFile;
 use super::whole;
-use crate::config::{Given, Options, Resolved};
-use crate::errors::{printable, usage_error};
+use crate::config::{Given, Options, Resolved, read_as};
+use crate::errors::{Problems, usage_error};
 
 /// Shared flags.
 #[derive(Debug, Args)]
@@ -171,7 +170,7 @@ impl BenchArgs {
         if reasons.is_empty() {
             return Ok(());
         }
-        Err(usage_error(reasons.join("\n")))
+        Err(Problems::of_usage(reasons).into())
     }
 
     /// The dataset's path, `-` for stdin.
@@ -216,20 +215,19 @@ impl BenchArgs {
         let Some(path) = &self.sampler_options else {
             return Ok(SamplingParams::default());
         };
-        let name = path.display();
-        let text = std::fs::read_to_string(path).with_context(|| name.to_string())?;
-        let read = || -> anyhow::Result<SamplingParams> {
-            let options: SamplerOptions = serde_yaml::from_str(&text)?;
-            let params = SamplingParams {
-                temperature: options.temperature.unwrap_or(1.0),
-                top_k: options.top_k.unwrap_or(0),
-                top_p: options.top_p.unwrap_or(1.0),
-                seed: options.seed.unwrap_or(0),
-            };
-            params.validate()?;
-            Ok(params)
+        let options: SamplerOptions = read_as(path)
+            .map_err(|error| anyhow::Error::new(error).context("--sampler_options"))?;
+        let params = SamplingParams {
+            temperature: options.temperature.unwrap_or(1.0),
+            top_k: options.top_k.unwrap_or(0),
+            top_p: options.top_p.unwrap_or(1.0),
+            seed: options.seed.unwrap_or(0),
         };
-        read().map_err(|e| usage_error(printable(&format!("--sampler_options {name}: {e}"))))
+        let name = path.display();
+        params
+            .validate()
+            .map_err(|e| usage_error(format!("--sampler_options {name}: {e}")))?;
+        Ok(params)
     }
 }
 

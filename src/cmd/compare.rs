@@ -1,14 +1,13 @@
-//! `compare`: report files side by side. Reads reports of this program and of trtllm-bench alike: both are
-//! JSON objects of sections with numbers.
+//! `compare`: report files side by side.
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use clap::Args;
-use indexmap::IndexMap;
-use serde_json::Value;
+use lathe_ir::foreign::{self, Kind};
 
+use crate::bench::comparison::{Leaves, table};
 use crate::errors::printable;
 
 /// Put report files side by side, with ratios to the first.
@@ -19,214 +18,19 @@ pub struct Compare {
     reports: Vec<PathBuf>,
 }
 
-/// A report as a flat list of leaves, `section.key` → value.
-type Leaves = IndexMap<String, Value>;
-
-/// Sections whose numbers are compared, in the order of the table.
-const SECTIONS: [&str; 6] = [
-    "performance",
-    "streaming_metrics",
-    "request_info",
-    "world_info",
-    "decoding_stats",
-    "lathe",
-];
-/// What must agree for a comparison to mean something.
-const CONDITIONS: [&str; 9] = [
-    "engine.model",
-    "engine.dtype",
-    "engine.kv_cache_dtype",
-    "engine.quantization",
-    "machine.name",
-    "world_info.world_size",
-    "dataset.num_requests",
-    "dataset.avg_isl",
-    "dataset.avg_osl",
-];
-
 impl Compare {
     /// Runs the command.
     pub fn run(&self) -> anyhow::Result<()> {
-        let reports = self
-            .reports
-            .iter()
-            .map(|path| read(path))
-            .collect::<anyhow::Result<Vec<_>>>()?;
-        let names: Vec<String> = self
-            .reports
-            .iter()
-            .map(|path| printable(&path.display().to_string()))
-            .collect();
-        std::io::stdout()
-            .lock()
-            .write_all(table(&names, &reports).as_bytes())?;
+        let mut names = Vec::new();
+        let mut reports = Vec::new();
+        for path in &self.reports {
+            let name = path.display().to_string();
+            let text = foreign::read_text(path, Kind::Report).with_context(|| name.clone())?;
+            reports.push(Leaves::parse(&text).with_context(|| name.clone())?);
+            names.push(printable(&name));
+        }
+        let text = table(&names, &reports);
+        std::io::stdout().lock().write_all(text.as_bytes())?;
         Ok(())
-    }
-}
-
-fn read(path: &Path) -> anyhow::Result<Leaves> {
-    let name = path.display();
-    let text = std::fs::read_to_string(path).with_context(|| name.to_string())?;
-    let value: Value =
-        serde_json::from_str(&text).with_context(|| format!("{name}: not valid JSON"))?;
-    if !value.get("performance").is_some_and(Value::is_object) {
-        bail!("{name}: no section \"performance\"; expected a file written by --report_json");
-    }
-    let mut leaves = Leaves::new();
-    flatten(&value, "", &mut leaves);
-    Ok(leaves)
-}
-
-fn flatten(value: &Value, path: &str, leaves: &mut Leaves) {
-    match value {
-        Value::Object(map) => {
-            for (key, value) in map {
-                let key = printable(key);
-                let path = if path.is_empty() {
-                    key
-                } else {
-                    format!("{path}.{key}")
-                };
-                flatten(value, &path, leaves);
-            }
-        }
-        leaf => {
-            leaves.insert(path.to_owned(), leaf.clone());
-        }
-    }
-}
-
-/// The comparison as text: files, differing conditions, then one row a number.
-fn table(names: &[String], reports: &[Leaves]) -> String {
-    let mut out = String::new();
-    for (index, (name, report)) in names.iter().zip(reports).enumerate() {
-        let about = ["engine.model", "engine.backend", "engine.version"]
-            .map(|key| text_of(report.get(key)));
-        out += &format!("[{}] {name}: {}\n", index + 1, about.join(", "));
-    }
-    for key in CONDITIONS {
-        let values: Vec<String> = reports
-            .iter()
-            .map(|report| text_of(report.get(key)))
-            .collect();
-        if values.iter().any(|value| *value != values[0]) {
-            out += &format!("note: {key} differs: {}\n", values.join(" | "));
-        }
-    }
-    for (index, report) in reports.iter().enumerate() {
-        if let Some(reason) = report.get("lathe.incomplete.reason") {
-            out += &format!(
-                "note: [{}] is incomplete ({})\n",
-                index + 1,
-                text_of(Some(reason))
-            );
-        }
-    }
-    let rows = rows(reports);
-    let width = rows.iter().map(|(key, _)| key.len()).max().unwrap_or(0);
-    out += &format!("\n{:width$}", "");
-    for index in 1..=reports.len() {
-        out += &format!(" {:>16}", format!("[{index}]"));
-        if index > 1 {
-            out += &format!(" {:>9}", format!("[{index}]/[1]"));
-        }
-    }
-    out.push('\n');
-    for (key, values) in rows {
-        out += &format!("{key:width$}");
-        for (index, value) in values.iter().enumerate() {
-            out += &format!(" {:>16}", value.map_or_else(|| "-".into(), number));
-            if index > 0 {
-                let ratio = values[0]
-                    .zip(*value)
-                    .filter(|(base, _)| *base != 0.0)
-                    .map(|(base, value)| value / base);
-                out += &format!(
-                    " {:>9}",
-                    ratio.map_or_else(|| "-".into(), |ratio| format!("{ratio:.3}x"))
-                );
-            }
-        }
-        out.push('\n');
-    }
-    out
-}
-
-/// Every number of the compared sections with its value in each report.
-fn rows(reports: &[Leaves]) -> Vec<(String, Vec<Option<f64>>)> {
-    let mut rows = Vec::new();
-    for section in SECTIONS {
-        let mut keys: Vec<&String> = Vec::new();
-        for report in reports {
-            for (key, value) in report {
-                let in_section = key
-                    .strip_prefix(section)
-                    .is_some_and(|rest| rest.starts_with('.'));
-                if in_section && value.is_number() && !keys.contains(&key) {
-                    keys.push(key);
-                }
-            }
-        }
-        for key in keys {
-            let values = reports
-                .iter()
-                .map(|report| report.get(key).and_then(Value::as_f64))
-                .collect();
-            rows.push((key.clone(), values));
-        }
-    }
-    rows
-}
-
-fn number(value: f64) -> String {
-    if value.fract() == 0.0 && value.abs() < 1e15 {
-        format!("{value:.0}")
-    } else {
-        format!("{value:.4}")
-    }
-}
-
-fn text_of(value: Option<&Value>) -> String {
-    match value {
-        None | Some(Value::Null) => "none".into(),
-        Some(Value::String(text)) => printable(text),
-        Some(other) => other.to_string(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn leaves(text: &str) -> Leaves {
-        let mut leaves = Leaves::new();
-        flatten(&serde_json::from_str(text).unwrap(), "", &mut leaves);
-        leaves
-    }
-
-    #[test]
-    fn ratios_and_differing_conditions() {
-        let ours = leaves(
-            r#"{"engine": {"model": "m", "backend": "lathe", "version": "1"},
-                "performance": {"total_latency_ms": 50.5, "request_throughput_req_s": 3.0, "p": {"p50": 0.0}}}"#,
-        );
-        let theirs = leaves(
-            r#"{"engine": {"model": "n", "backend": "Pytorch", "version": "1.1"},
-                "performance": {"total_latency_ms": 101.0, "request_throughput_req_s": 1.5, "p": {"p50": 2.0}},
-                "streaming_metrics": {"avg_ttft_ms": 7}}"#,
-        );
-        let text = table(&["a.json".into(), "b.json".into()], &[ours, theirs]);
-        let expected = "\
-[1] a.json: m, lathe, 1
-[2] b.json: n, Pytorch, 1.1
-note: engine.model differs: m | n
-
-                                                  [1]              [2]   [2]/[1]
-performance.total_latency_ms                  50.5000              101    2.000x
-performance.request_throughput_req_s                3           1.5000    0.500x
-performance.p.p50                                   0                2         -
-streaming_metrics.avg_ttft_ms                       -                7         -
-";
-        assert_eq!(text, expected);
     }
 }

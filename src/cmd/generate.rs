@@ -6,7 +6,7 @@ use lathe_runtime::device::executor::Executor;
 use lathe_runtime::device::load::LoadOptions;
 use lathe_runtime::engine::{Request, complete};
 use lathe_runtime::sampling::SamplingParams;
-use lathe_runtime::text::{ChatMessage, ChatTemplate, TextTokenizer, eos_token_ids};
+use lathe_runtime::text::{ChatMessage, ChatTemplate, Sandbox, TextTokenizer, eos_token_ids};
 use std::io::Write;
 
 use super::config_file::ConfigFile;
@@ -66,7 +66,8 @@ impl Generate {
         let template = if self.raw {
             None
         } else {
-            ChatTemplate::load(&model.folder, tokenizer.special())?
+            let sandbox = Sandbox::this_program().context("the program's own file")?;
+            ChatTemplate::load(&model.folder, tokenizer.special(), &sandbox)?
         };
         let stop = if self.ignore_eos {
             Vec::new()

@@ -1,11 +1,12 @@
 //! `opt`: passes on a program in text form. The tool behind the file tests.
 
-use std::io::{Read as _, Write as _};
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use anyhow::{Context, anyhow};
+use anyhow::Context;
 use clap::Args;
+use lathe_ir::foreign::{self, Kind};
 use lathe_ir::{Graph, text, verify};
 use lathe_passes::egraph::cost::{CostPoint, DeviceModel};
 use lathe_passes::opt::{Goal, run};
@@ -13,7 +14,8 @@ use lathe_passes::pipeline::CompileError;
 use lathe_passes::{Stage, chains, rules};
 
 use crate::config::nearest;
-use crate::errors::usage_error;
+use crate::console::say;
+use crate::errors::{Problems, usage_error};
 use crate::target::named;
 
 /// Run passes on a program in text form and print the result
@@ -92,17 +94,14 @@ impl Opt {
     /// Runs the command.
     pub fn run(&self) -> anyhow::Result<()> {
         let (name, source) = if self.file.as_os_str() == "-" {
-            let mut source = String::new();
-            std::io::stdin()
-                .read_to_string(&mut source)
-                .context("standard input")?;
+            let source = foreign::read_text_from(std::io::stdin().lock(), Kind::Program);
             ("standard input".to_string(), source)
         } else {
-            let name = self.file.display().to_string();
-            let source = std::fs::read_to_string(&self.file).with_context(|| name.clone())?;
-            (name, source)
+            let source = foreign::read_text(&self.file, Kind::Program);
+            (self.file.display().to_string(), source)
         };
-        let graph = text::parse(&source).map_err(|e| anyhow!("{name}:{e}"))?;
+        let source = source.with_context(|| name.clone())?;
+        let graph = text::parse(&source).map_err(|e| Problems::of_program(&name, &e))?;
         if self.verify {
             check(&name, &graph)?;
         }
@@ -118,13 +117,13 @@ impl Opt {
                 .iter()
                 .map(|(r, n)| format!("{r} {n}"))
                 .collect();
-            eprintln!(
+            say(&format!(
                 "matches: {}; e-nodes {} in {} classes; cost {}",
                 matches.join(", "),
                 report.nodes,
                 report.classes,
                 report.cost
-            );
+            ));
         }
         let mut out = std::io::stdout().lock();
         out.write_all(text::print(&report.graph).as_bytes())?;
@@ -155,6 +154,6 @@ fn check(name: &str, graph: &Graph) -> anyhow::Result<()> {
     if errors.is_empty() {
         Ok(())
     } else {
-        Err(anyhow!(errors.join("\n")))
+        Err(Problems::new(errors).into())
     }
 }

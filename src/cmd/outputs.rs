@@ -13,7 +13,7 @@ use crate::bench::report::{Engine, Machine, Phase, Report};
 use crate::bench::report_json::{
     IterationStats, write_iteration_log, write_output_json, write_report_json, write_request_json,
 };
-use crate::errors::usage_error;
+use crate::errors::Problems;
 use crate::model::CompiledModel;
 
 /// Files to write.
@@ -62,11 +62,9 @@ impl Outputs<'_> {
         if problems.is_empty() {
             return Ok(());
         }
-        let problems = problems.join("\n");
-        Err(if usage {
-            usage_error(problems)
-        } else {
-            anyhow::Error::msg(problems)
+        Err(match usage {
+            true => Problems::of_usage(problems).into(),
+            false => Problems::new(problems).into(),
         })
     }
 
@@ -113,8 +111,11 @@ impl Outputs<'_> {
                 incomplete.reason, incomplete.finished, incomplete.planned
             ));
         }
-        anyhow::ensure!(problems.is_empty(), "{}", problems.join("\n"));
-        Ok(())
+        if problems.is_empty() {
+            Ok(())
+        } else {
+            Err(Problems::new(problems).into())
+        }
     }
 }
 

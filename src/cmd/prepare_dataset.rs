@@ -1,11 +1,11 @@
 //! `prepare-dataset`: makes a benchmark dataset with the flags of trtllm-bench's tool.
 
-use std::fs::File;
 use std::io::{BufReader, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
+use lathe_ir::foreign;
 use lathe_runtime::text::{TextTokenizer, eos_token_ids};
 
 use super::whole;
@@ -286,7 +286,7 @@ impl PrepareDataset {
         };
         let tokenizer = TextTokenizer::load(folder)?;
         let name = path.display().to_string();
-        let file = File::open(&path).with_context(|| name.clone())?;
+        let file = foreign::open(&path, foreign::Kind::Dataset).with_context(|| name.clone())?;
         let made = source.read(
             &name,
             BufReader::new(file),
@@ -357,8 +357,8 @@ fn vocabulary(folder: &Path) -> anyhow::Result<(u32, Vec<u32>)> {
     let mut sizes = Vec::new();
     let config = folder.join("config.json");
     if config.is_file() {
-        let text =
-            std::fs::read_to_string(&config).with_context(|| config.display().to_string())?;
+        let text = foreign::read_text(&config, foreign::Kind::Config)
+            .with_context(|| config.display().to_string())?;
         let value: serde_json::Value = serde_json::from_str(&text)
             .with_context(|| format!("{}: not valid JSON", config.display()))?;
         let field = value

@@ -74,10 +74,11 @@ impl Selftest {
         }
         print(&report, &uncovered)?;
         let (cases, failed) = report.totals();
-        println!(
+        writeln!(
+            std::io::stdout(),
             "{cases} cases, {failed} failed ({name}, seed {}, {seconds:.0} s)",
             self.seed
-        );
+        )?;
         anyhow::ensure!(failed == 0, "{failed} of {cases} cases failed");
         anyhow::ensure!(
             uncovered.is_empty() || effort == Effort::Quick,

@@ -27,6 +27,8 @@ impl fmt::Display for Position {
 #[derive(Debug, Default)]
 pub(super) struct Keys {
     at: HashMap<Vec<String>, Position>,
+    /// The first key that stands twice in its mapping, where it stands the second time.
+    twice: Option<Position>,
     /// Where reading ended early, if it did.
     end: Option<Position>,
 }
@@ -39,13 +41,18 @@ impl Keys {
     pub(super) fn read(text: &str) -> Keys {
         let mut keys = Keys::default();
         let level = Level {
-            keys: &mut keys.at,
+            keys: &mut keys,
             path: &[],
             below: None,
         };
         let outcome = level.deserialize(serde_yaml::Deserializer::from_str(text));
         keys.end = outcome.err().and_then(|error| position(&error));
         keys
+    }
+
+    /// The first of these keys that stands twice, where it does so the second time.
+    pub(super) fn twice(&self) -> Option<Position> {
+        self.twice
     }
 
     /// The position of the last key of `path` (keys of nested mappings, outermost first).
@@ -85,7 +92,7 @@ macro_rules! no_mappings {
 
 /// Reads a mapping and notes its keys.
 struct Level<'a> {
-    keys: &'a mut HashMap<Vec<String>, Position>,
+    keys: &'a mut Keys,
     path: &'a [String],
     /// Levels of mappings below this one; `None` for the text itself.
     below: Option<usize>,
@@ -124,9 +131,12 @@ impl<'de> Visitor<'de> for Level<'_> {
                 Some(below) => below - 1,
             };
             let path = [self.path, &[key]].concat();
-            self.keys
-                .entry(path.clone())
-                .or_insert(said_position(&error.to_string()));
+            let at = said_position(&error.to_string());
+            if self.keys.at.contains_key(&path) {
+                self.keys.twice.get_or_insert(at);
+            } else {
+                self.keys.at.insert(path.clone(), at);
+            }
             if below > 0 {
                 entries.next_value_seed(Level {
                     keys: self.keys,
@@ -172,7 +182,8 @@ pub(super) fn value(text: &str, path: &[&str]) -> Option<Position> {
     position(&error)
 }
 
-fn position(error: &serde_yaml::Error) -> Option<Position> {
+/// Where an error stands, if it says so.
+pub(super) fn position(error: &serde_yaml::Error) -> Option<Position> {
     let at = error.location()?;
     Some(Position {
         line: at.line(),

@@ -18,6 +18,7 @@ mod keys;
 mod locate;
 mod options;
 mod resolved;
+mod text;
 mod transforms;
 mod yaml;
 
@@ -28,4 +29,5 @@ pub use options::{
     AttnBackend, CompileBackend, Given, KvCacheDtype, Options, RuntimeKind, Source, Switch,
 };
 pub use resolved::{GemmTuning, Resolved};
-pub use yaml::{ConfigError, parse, read};
+pub use text::ConfigError;
+pub use yaml::{parse, read, read_as};

@@ -1,41 +1,16 @@
 //! Reading the YAML file. Every problem is reported, with file, line and column.
 
 use super::keys::{KEYS, nearest};
-use super::locate::{self, Keys, Position};
+use super::locate::{self, Keys};
 use super::options::{Given, Options, Source, Switch};
+use super::text::{self, ConfigError};
 use super::transforms;
 use crate::errors::printable;
+use serde::de::DeserializeOwned;
 use serde_yaml::Value;
 use std::path::Path;
 use std::str::FromStr;
 use std::sync::Arc;
-use thiserror::Error;
-
-/// A configuration file cannot be used.
-#[derive(Debug, Error)]
-pub enum ConfigError {
-    /// It cannot be read.
-    #[error("{file}: {source}")]
-    Read {
-        /// The file.
-        file: String,
-        /// The system's reason.
-        source: std::io::Error,
-    },
-    /// It is no YAML.
-    #[error("{file}:{at}: {reason}")]
-    Malformed {
-        /// The file.
-        file: String,
-        /// Where.
-        at: Position,
-        /// What is wrong.
-        reason: String,
-    },
-    /// Unknown keys and bad values, one a line; of very many the first ones and how many more there are.
-    #[error("{}", .0.join("\n"))]
-    Invalid(Vec<String>),
-}
 
 /// Reads a configuration file.
 ///
@@ -43,11 +18,15 @@ pub enum ConfigError {
 /// It cannot be read, is malformed, or has unknown keys or bad values.
 pub fn read(path: &Path) -> Result<Options, ConfigError> {
     let file = path.display().to_string();
-    let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
-        file: file.clone(),
-        source,
-    })?;
-    parse(&file, &text)
+    parse(&file, &text::of_file(path)?)
+}
+
+/// Reads a YAML file that holds a `T` and nothing else.
+///
+/// # Errors
+/// It cannot be read or is none.
+pub fn read_as<T: DeserializeOwned>(path: &Path) -> Result<T, ConfigError> {
+    text::value(&path.display().to_string(), &text::of_file(path)?)
 }
 
 /// Reads configuration text; `file` names it in messages.
@@ -55,7 +34,7 @@ pub fn read(path: &Path) -> Result<Options, ConfigError> {
 /// # Errors
 /// It is malformed, or has unknown keys or bad values.
 pub fn parse(file: &str, text: &str) -> Result<Options, ConfigError> {
-    let root: Value = serde_yaml::from_str(text).map_err(|e| malformed(file, &e))?;
+    let root: Value = text::value(file, text)?;
     let mut reader = Reader {
         file: file.into(),
         text,
@@ -86,21 +65,6 @@ pub fn parse(file: &str, text: &str) -> Result<Options, ConfigError> {
         Ok(reader.options)
     } else {
         Err(ConfigError::Invalid(reader.problems))
-    }
-}
-
-fn malformed(file: &str, error: &serde_yaml::Error) -> ConfigError {
-    let at = error.location().map_or(Position::default(), |l| Position {
-        line: l.line(),
-        column: l.column(),
-    });
-    let text = error.to_string();
-    // The position stands in front already.
-    let suffix = format!(" at line {} column {}", at.line, at.column);
-    ConfigError::Malformed {
-        file: file.to_string(),
-        at,
-        reason: printable(&text.replacen(&suffix, "", 1)),
     }
 }
 

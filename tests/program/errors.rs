@@ -300,14 +300,17 @@ fn the_options_file() {
     case.write("s.yaml", "temperature: 1\ntop_q: 3\n");
     let error = case.benchmark_fails(2, &["--sampler_options", "s.yaml"]);
     assert!(
-        error.starts_with("--sampler_options s.yaml: unknown field `top_q`"),
+        error.starts_with("--sampler_options: s.yaml:2:1: unknown field `top_q`"),
         "{error}"
     );
     case.write("s.yaml", "top_p: -3\n");
     let error = case.benchmark_fails(2, &["--sampler_options", "s.yaml"]);
     assert!(error.contains("top_p"), "{error}");
     let error = case.throughput(&["--sampler_options", "none.yaml"]);
-    assert_eq!(error, "none.yaml: No such file or directory (os error 2)");
+    assert_eq!(
+        error,
+        "--sampler_options: none.yaml: No such file or directory (os error 2)"
+    );
 }
 
 #[test]

@@ -7,6 +7,7 @@ mod compare;
 mod compile;
 mod config;
 mod errors;
+mod foreign;
 mod hostile;
 mod kernels;
 mod prepare_dataset;

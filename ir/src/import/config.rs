@@ -6,6 +6,7 @@
 
 use super::error::ImportError;
 use crate::DType;
+use crate::foreign::{self, Kind};
 use serde_json::{Map, Value};
 use std::path::Path;
 use std::str::FromStr;
@@ -59,7 +60,7 @@ impl HfConfig {
             path.to_path_buf()
         };
         let file = path.display().to_string();
-        let text = std::fs::read_to_string(&path).map_err(|source| ImportError::Read {
+        let text = foreign::read_text(&path, Kind::Config).map_err(|source| ImportError::Read {
             file: file.clone(),
             source,
         })?;

@@ -30,13 +30,13 @@ pub(super) fn guarded<T>(work: impl FnOnce() -> T) -> Result<T, String> {
     outcome.map_err(|panic| format!("the library failed: {}", one_line(&message(&*panic))))
 }
 
-/// [`guarded`] in a thread with a stack that nesting of any depth which `work` allows fits into; of its bytes only
-/// those that are touched are taken.
+/// [`guarded`] in a thread with a stack that the deepest of real templates fits into many times, which the main thread's
+/// may not be.
 ///
 /// # Errors
 /// As [`guarded`]; there is no such thread.
 pub(super) fn guarded_apart<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T, String> {
-    const STACK: usize = 1 << 30;
+    const STACK: usize = 32 << 20;
     std::thread::scope(|scope| {
         let builder = std::thread::Builder::new().stack_size(STACK);
         let thread = builder

@@ -3,17 +3,21 @@
 //! Nothing here is in the timed path of a benchmark: datasets are tokenised beforehand and output is
 //! decoded afterwards.
 
+use lathe_ir::foreign::{self, Kind};
 use std::path::{Path, PathBuf};
 
 mod bounds;
 mod chat;
 mod guard;
+pub mod sandbox;
 mod strftime;
+pub mod template;
 #[cfg(test)]
 mod test_folder;
 mod tokenizer;
 
 pub use chat::{ChatMessage, ChatTemplate};
+pub use sandbox::Sandbox;
 pub use tokenizer::{SpecialTokens, StreamDecoder, TextTokenizer, eos_token_ids};
 
 /// What can be wrong with a checkpoint's text files, or with text given to them.
@@ -84,7 +88,7 @@ pub enum TextError {
 /// Reads a JSON file of the folder; `None` when there is no such file.
 fn read_json(folder: &Path, name: &str) -> Result<Option<serde_json::Value>, TextError> {
     let path = folder.join(name);
-    let Some(text) = read_text(&path)? else {
+    let Some(text) = read_text(&path, Kind::Config)? else {
         return Ok(None);
     };
     serde_json::from_str(&text)
@@ -93,8 +97,8 @@ fn read_json(folder: &Path, name: &str) -> Result<Option<serde_json::Value>, Tex
 }
 
 /// Reads a text file; `None` when it does not exist.
-fn read_text(path: &Path) -> Result<Option<String>, TextError> {
-    match std::fs::read_to_string(path) {
+fn read_text(path: &Path, kind: Kind) -> Result<Option<String>, TextError> {
+    match foreign::read_text(path, kind) {
         Ok(text) => Ok(Some(text)),
         Err(source) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(source) => Err(TextError::Io {

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use lathe_ir::foreign::{self, Kind};
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
@@ -41,7 +42,7 @@ impl TextTokenizer {
     /// Truncation and padding that tokenizer.json may ask for are switched off, as transformers does.
     pub fn load(folder: &Path) -> Result<Self, TextError> {
         let path = folder.join("tokenizer.json");
-        let bytes = match std::fs::read(&path) {
+        let bytes = match foreign::read(&path, Kind::Tokenizer) {
             Ok(bytes) => bytes,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 return Err(TextError::NoTokenizer {

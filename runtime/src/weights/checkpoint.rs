@@ -4,34 +4,30 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
+use lathe_ir::foreign::{self, Kind};
 use serde::Deserialize;
 
-use super::{TensorData, TensorInfo, WeightSource, WeightsError, parse_header};
+use super::header::{MAX_HEADER, parse_header};
+use super::stored::read_exact_at;
+use super::{ReadAt, TensorData, TensorInfo, WeightSource, WeightsError};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
-/// An open checkpoint. Its files are mapped, not read: opening costs the headers only.
+/// An open checkpoint. Opening reads the headers only.
 #[derive(Debug)]
 pub struct Checkpoint {
     folder: PathBuf,
-    shards: Vec<Shard>,
+    shards: Vec<File>,
     tensors: BTreeMap<String, Located>,
-}
-
-#[derive(Debug)]
-struct Shard {
-    file: File,
-    map: Mmap,
 }
 
 #[derive(Debug)]
 struct Located {
     info: TensorInfo,
     shard: usize,
-    start: usize,
-    end: usize,
+    start: u64,
+    end: u64,
 }
 
 #[derive(Deserialize)]
@@ -73,10 +69,7 @@ impl Checkpoint {
 
     /// Bytes of all tensors.
     pub fn bytes(&self) -> u64 {
-        self.tensors
-            .values()
-            .map(|t| (t.end - t.start) as u64)
-            .sum()
+        self.tensors.values().map(|t| t.end - t.start).sum()
     }
 
     fn open_sharded(&mut self, path: &Path) -> Result<(), WeightsError> {
@@ -84,7 +77,7 @@ impl Checkpoint {
             path: path.to_owned(),
             reason,
         };
-        let text = std::fs::read(path).map_err(|source| WeightsError::Io {
+        let text = foreign::read(path, Kind::Index).map_err(|source| WeightsError::Io {
             path: path.to_owned(),
             source,
         })?;
@@ -135,7 +128,7 @@ impl Checkpoint {
         }
     }
 
-    /// Maps a file and adds its tensors; returns the shard's number.
+    /// Opens a file and adds its tensors; returns the shard's number.
     fn add_shard(&mut self, path: &Path) -> Result<usize, WeightsError> {
         let io = |source| WeightsError::Io {
             path: path.to_owned(),
@@ -145,16 +138,14 @@ impl Checkpoint {
             path: path.to_owned(),
             reason,
         };
-        let file = File::open(path).map_err(io)?;
-        if file.metadata().map_err(io)?.len() == 0 {
+        let file = foreign::open(path, Kind::Weights).map_err(io)?;
+        let bytes = file.metadata().map_err(io)?.len();
+        if bytes == 0 {
             return Err(bad("it is empty".into()));
         }
-        // SAFETY: the mapping is read-only and private to this process. As with every reader of mapped
-        // checkpoints, the file must not be shortened while it is open; all offsets were checked against the
-        // length that was mapped, and no value read from it is trusted to be in range of anything.
-        let map = unsafe { Mmap::map(&file) }.map_err(io)?;
+        let start = read_start(&file, bytes).map_err(io)?;
         let shard = self.shards.len();
-        for entry in parse_header(&map).map_err(bad)? {
+        for entry in parse_header(&start, bytes).map_err(bad)? {
             let located = Located {
                 info: entry.info,
                 shard,
@@ -168,9 +159,26 @@ impl Checkpoint {
                 )));
             }
         }
-        self.shards.push(Shard { file, map });
+        self.shards.push(file);
         Ok(shard)
     }
+}
+
+/// The first bytes of a file of `bytes`: length and header, as far as there are so many.
+fn read_start(file: &dyn ReadAt, bytes: u64) -> std::io::Result<Vec<u8>> {
+    let mut start = vec![0; usize::try_from(bytes.min(8)).unwrap_or_default()];
+    read_exact_at(file, &mut start, 0)?;
+    let claimed = start.first_chunk().map_or(0, |n| u64::from_le_bytes(*n));
+    // A claim is not believed beyond what the file has and what a header can have.
+    let length = claimed.min(MAX_HEADER).min(bytes.saturating_sub(8));
+    let length = usize::try_from(length).unwrap_or(usize::MAX);
+    start
+        .try_reserve_exact(length)
+        .map_err(|_| std::io::ErrorKind::OutOfMemory)?;
+    let prefix = start.len();
+    start.resize(prefix + length, 0);
+    read_exact_at(file, &mut start[prefix..], prefix as u64)?;
+    Ok(start)
 }
 
 impl WeightSource for Checkpoint {
@@ -187,12 +195,9 @@ impl WeightSource for Checkpoint {
     }
 
     fn data(&self, name: &str) -> Option<TensorData<'_>> {
-        self.tensors.get(name).map(|t| {
-            let shard = &self.shards[t.shard];
-            TensorData::Stored {
-                bytes: &shard.map[t.start..t.end],
-                file: Some((&shard.file, t.start as u64)),
-            }
+        self.tensors.get(name).map(|t| TensorData::Stored {
+            file: &self.shards[t.shard],
+            at: t.start,
         })
     }
 }

@@ -14,7 +14,7 @@ use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 use super::TensorInfo;
 
 /// Longest header that is read, as in the reference implementation.
-const MAX_HEADER: u64 = 100_000_000;
+pub(super) const MAX_HEADER: u64 = 100_000_000;
 
 /// One tensor of a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,9 +24,9 @@ pub struct TensorEntry {
     /// Shape and dtype.
     pub info: TensorInfo,
     /// Offset of its first byte in the file.
-    pub start: usize,
+    pub start: u64,
     /// Offset behind its last byte.
-    pub end: usize,
+    pub end: u64,
 }
 
 #[derive(Deserialize)]
@@ -65,44 +65,45 @@ impl<'de> Deserialize<'de> for RawHeader {
     }
 }
 
-/// Parses and validates the header of the file whose bytes are `file`: every entry that is returned lies inside
-/// the file and holds exactly as many bytes as its shape and dtype ask for.
+/// Parses and validates the header of a file of `size` bytes that begins with `start`, which has the whole header if the
+/// file does: every entry that is returned lies inside the file and holds exactly as many bytes as its shape and dtype
+/// ask for.
 ///
 /// # Errors
 /// The reason, in one line.
-pub fn parse_header(file: &[u8]) -> Result<Vec<TensorEntry>, String> {
-    parse(file).map_err(|reason| printable(&reason))
+pub fn parse_header(start: &[u8], size: u64) -> Result<Vec<TensorEntry>, String> {
+    parse(start, size).map_err(|reason| printable(&reason))
 }
 
-fn parse(file: &[u8]) -> Result<Vec<TensorEntry>, String> {
-    let size = file.len() as u64;
-    let Some((prefix, rest)) = file.split_first_chunk::<8>() else {
+fn parse(start: &[u8], size: u64) -> Result<Vec<TensorEntry>, String> {
+    let Some((prefix, rest)) = start.split_first_chunk::<8>() else {
         return Err(format!(
             "it has {size} bytes, the length of the header alone takes 8"
         ));
     };
     let length = u64::from_le_bytes(*prefix);
-    if length > MAX_HEADER.min(rest.len() as u64) {
+    let header = usize::try_from(length).ok().and_then(|n| rest.get(..n));
+    let Some(header) = header.filter(|_| length <= MAX_HEADER) else {
         return Err(format!(
             "the header should have {length} bytes, the file has {size} in all"
         ));
-    }
-    let (header, data) = rest.split_at(length as usize);
+    };
     let raw: RawHeader =
         serde_json::from_slice(header).map_err(|e| format!("malformed header: {e}"))?;
-    let data_start = 8 + header.len();
+    let data_start = 8 + length;
+    let data_len = size.saturating_sub(data_start);
 
     let mut entries = Vec::with_capacity(raw.0.len());
     for (name, tensor) in raw.0 {
-        entries.push(entry(name, tensor, data_start, data.len())?);
+        entries.push(entry(name, tensor, data_start, data_len)?);
     }
-    let mut order: Vec<usize> = (0..entries.len()).collect();
-    order.sort_by_key(|&i| (entries[i].start, entries[i].end));
+    let mut order: Vec<&TensorEntry> = entries.iter().collect();
+    order.sort_by_key(|entry| (entry.start, entry.end));
     let mut at = data_start;
-    for &i in &order {
+    for entry in order {
         let TensorEntry {
             name, start, end, ..
-        } = &entries[i];
+        } = entry;
         if *start != at {
             let (found, expected) = (start - data_start, at - data_start);
             return Err(format!(
@@ -111,12 +112,13 @@ fn parse(file: &[u8]) -> Result<Vec<TensorEntry>, String> {
         }
         at = *end;
     }
-    if at != file.len() {
+    if at != size {
         return Err(format!("the tensors end at byte {at}, the file has {size}"));
     }
     entries.sort_by(|a, b| a.name.cmp(&b.name));
-    if let Some(pair) = entries.windows(2).find(|pair| pair[0].name == pair[1].name) {
-        return Err(format!("tensor {} is there twice", pair[0].name));
+    let mut pairs = entries.iter().zip(entries.iter().skip(1));
+    if let Some((twin, _)) = pairs.find(|(a, b)| a.name == b.name) {
+        return Err(format!("tensor {} is there twice", twin.name));
     }
     Ok(entries)
 }
@@ -124,13 +126,13 @@ fn parse(file: &[u8]) -> Result<Vec<TensorEntry>, String> {
 fn entry(
     name: String,
     raw: RawTensor,
-    data_start: usize,
-    data_len: usize,
+    data_start: u64,
+    data_len: u64,
 ) -> Result<TensorEntry, String> {
     let dtype: Dtype = serde_json::from_value(serde_json::Value::String(raw.dtype.clone()))
         .map_err(|_| format!("tensor {name} has the unknown dtype {}", raw.dtype))?;
     let (start, end) = raw.data_offsets;
-    if start > end || end > data_len as u64 {
+    if start > end || end > data_len {
         return Err(format!(
             "tensor {name} lies at bytes {start}..{end} of the data, which has {data_len}"
         ));
@@ -161,8 +163,8 @@ fn entry(
     Ok(TensorEntry {
         name,
         info,
-        start: data_start + start as usize,
-        end: data_start + end as usize,
+        start: data_start + start,
+        end: data_start + end,
     })
 }
 
@@ -170,6 +172,10 @@ fn entry(
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    fn parsed(file: &[u8]) -> Result<Vec<TensorEntry>, String> {
+        parse_header(file, file.len() as u64)
+    }
 
     fn file(header: &str, data: usize) -> Vec<u8> {
         let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
@@ -182,8 +188,8 @@ mod tests {
     fn entries_lie_in_the_file() {
         let header = r#"{"__metadata__":{"format":"pt"},"b":{"dtype":"BF16","shape":[2,3],"data_offsets":[4,16]},
             "a":{"dtype":"F32","shape":[],"data_offsets":[0,4]}}"#;
-        let entries = parse_header(&file(header, 16)).unwrap();
-        let start = 8 + header.len();
+        let entries = parsed(&file(header, 16)).unwrap();
+        let start = 8 + header.len() as u64;
         assert_eq!(
             (entries[0].name.as_str(), entries[0].start, entries[0].end),
             ("a", start, start + 4)
@@ -238,7 +244,7 @@ mod tests {
             ),
         ];
         for (bytes, expected) in cases {
-            let reason = parse_header(&bytes).unwrap_err();
+            let reason = parsed(&bytes).unwrap_err();
             assert!(
                 reason.contains(expected),
                 "{reason} does not contain {expected}"
@@ -250,7 +256,7 @@ mod tests {
             tensor("[1]", "[4,8]")
         );
         assert_eq!(
-            parse_header(&file(&twice, 8)).unwrap_err(),
+            parsed(&file(&twice, 8)).unwrap_err(),
             "tensor w is there twice"
         );
     }
@@ -271,7 +277,7 @@ mod tests {
                 "malformed header: invalid type: string \"a\\nb\"",
             ),
         ] {
-            let reason = parse_header(&file(header, 16)).unwrap_err();
+            let reason = parsed(&file(header, 16)).unwrap_err();
             assert!(reason.starts_with(expected), "{reason}");
         }
     }
@@ -284,11 +290,11 @@ mod tests {
             let n = bytes.len();
             bytes[at % n] = byte;
             bytes.truncate(n - cut % n);
-            if let Ok(entries) = parse_header(&bytes) {
+            if let Ok(entries) = parsed(&bytes) {
                 for e in entries {
-                    prop_assert!(e.start <= e.end && e.end <= bytes.len());
+                    prop_assert!(e.start <= e.end && e.end <= bytes.len() as u64);
                     let n: usize = e.info.shape.iter().product();
-                    prop_assert_eq!(n * e.info.dtype.bitsize(), 8 * (e.end - e.start));
+                    prop_assert_eq!((n * e.info.dtype.bitsize()) as u64, 8 * (e.end - e.start));
                 }
             }
         }

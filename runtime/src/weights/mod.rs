@@ -1,6 +1,6 @@
 //! Weights: where they come from, whether they are the expected ones, and how they get into packed layouts.
 //!
-//! A [`WeightSource`] is a [`Checkpoint`] (safetensors files, mapped) or [`RandomWeights`] (a hash, nothing
+//! A [`WeightSource`] is a [`Checkpoint`] (safetensors files) or [`RandomWeights`] (a hash, nothing
 //! stored). [`check`] compares it with what the model expects; [`pack`] executes a
 //! [`PackRecipe`](lathe_codegen::pack::PackRecipe) on it, straight into the memory where the weight will live.
 
@@ -11,8 +11,7 @@ mod header;
 pub mod pack;
 mod random;
 mod reading;
-
-use std::fs::File;
+mod stored;
 
 pub use check::{Checked, check};
 pub use checkpoint::Checkpoint;
@@ -21,6 +20,7 @@ pub use header::{TensorEntry, parse_header};
 pub use random::{RandomLaw, RandomTensor, RandomWeights, name_hash};
 pub use reading::{Reading, read_folder};
 pub use safetensors::Dtype;
+pub use stored::ReadAt;
 
 /// Shape and storage type of one tensor of a source.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,7 +38,11 @@ impl TensorInfo {
         match self.shape.as_slice() {
             [] => (1, 1),
             [n] => (*n, 1),
-            [rows @ .., cols] => (rows.iter().product(), *cols),
+            // Of a tensor without elements the dimensions may be anything.
+            [rows @ .., cols] => (
+                rows.iter().fold(1, |n: usize, &d| n.saturating_mul(d)),
+                *cols,
+            ),
         }
     }
 }
@@ -48,11 +52,10 @@ impl TensorInfo {
 pub enum TensorData<'a> {
     /// Little-endian elements of the tensor's dtype, row-major.
     Stored {
-        /// The tensor's bytes, mapped from its file.
-        bytes: &'a [u8],
-        /// The same bytes by reading: the file and the offset of the first byte. Reading large runs into
-        /// memory that is to be filled anyway avoids a page fault every few kilobytes.
-        file: Option<(&'a File, u64)>,
+        /// The file that holds them.
+        file: &'a dyn ReadAt,
+        /// Offset of the first byte in it.
+        at: u64,
     },
     /// Values computed from their index.
     Random(RandomTensor),

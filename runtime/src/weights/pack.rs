@@ -5,19 +5,18 @@
 //! run. All work on a piece is shared out over the current rayon pool.
 
 use std::ops::Range;
-#[cfg(unix)]
-use std::os::unix::fs::FileExt;
 
 use half::{bf16, f16};
 use lathe_codegen::pack::{PackDType, PackRecipe, RowSource};
 use rayon::prelude::*;
 
-use super::{Dtype, TensorData, TensorInfo, WeightSource, WeightsError};
+use super::stored::Part;
+use super::{Dtype, ReadAt, TensorData, TensorInfo, WeightSource, WeightsError};
 
 /// Bytes of the destination that one task fills.
 const TASK_BYTES: usize = 256 << 10;
-/// Shortest run that is read from the file rather than copied from its mapping.
-const READ_BYTES: usize = 4 << 10;
+/// Bytes that a task reads of each row of a tensor that is transposed, at least; fewer would be mostly calls.
+const TRANSPOSED_BYTES: usize = 512;
 
 /// A recipe bound to a source, checked: filling cannot go out of bounds.
 pub struct Packer<'a> {
@@ -103,7 +102,12 @@ impl<'a> Packer<'a> {
         if out.is_empty() {
             return Ok(());
         }
-        let rows_per_task = (TASK_BYTES / row_bytes).clamp(1, rows.len());
+        let transposed = self.segments.iter().any(|view| view.col_stride != 1);
+        let least = match transposed {
+            true => TRANSPOSED_BYTES / self.recipe.dtype.size(),
+            false => 1,
+        };
+        let rows_per_task = (TASK_BYTES / row_bytes).max(least).clamp(1, rows.len());
         out.par_chunks_mut(rows_per_task * row_bytes)
             .enumerate()
             .try_for_each(|(i, out)| self.fill_from(rows.start + i * rows_per_task, out))
@@ -168,41 +172,84 @@ impl<'a> Packer<'a> {
                 }
                 Ok(())
             }
-            TensorData::Stored { bytes, file } => {
+            TensorData::Stored { file, at } => {
                 let size = view.dtype.bitsize() / 8;
-                if view.col_stride == 1 && view.row_stride == cols && same_type(view.dtype, dtype) {
-                    // Whole rows as they are: one move for the run.
-                    let at = first * size;
-                    #[cfg(unix)]
-                    if let Some((file, offset)) = file.filter(|_| out.len() >= READ_BYTES) {
-                        return file.read_exact_at(out, offset + at as u64).map_err(|e| {
-                            WeightsError::Pack {
-                                origin: self.origin.clone(),
-                                tensor: self.recipe.segments[start.segment as usize].tensor.clone(),
-                                reason: format!("its file cannot be read: {e}"),
-                            }
-                        });
-                    }
-                    #[cfg(not(unix))]
-                    let _ = file;
-                    out.copy_from_slice(&bytes[at..at + out.len()]);
-                    return Ok(());
-                }
-                for (r, row) in out
-                    .chunks_exact_mut(cols * dtype.size())
-                    .enumerate()
-                    .take(len)
-                {
-                    let from = &bytes[(first + r * view.row_stride) * size..];
-                    if view.col_stride == 1 && same_type(view.dtype, dtype) {
-                        row.copy_from_slice(&from[..row.len()]);
-                    } else {
-                        convert(row, dtype, from, view.dtype, view.col_stride);
-                    }
-                }
-                Ok(())
+                let at = at + (first * size) as u64;
+                let read = if view.col_stride == 1 {
+                    let part = Part {
+                        at,
+                        rows: len,
+                        cols,
+                        stride: view.row_stride,
+                        size,
+                    };
+                    self.fill_rows(part, view.dtype, file, out)
+                } else {
+                    // The view's rows are columns of what is stored.
+                    let part = Part {
+                        at,
+                        rows: cols,
+                        cols: len,
+                        stride: view.col_stride,
+                        size,
+                    };
+                    self.fill_columns(part, view.dtype, file, out)
+                };
+                read.map_err(|e| WeightsError::Pack {
+                    origin: self.origin.clone(),
+                    tensor: self.tensor_of(start).to_owned(),
+                    reason: format!("its file cannot be read: {e}"),
+                })
             }
         }
+    }
+
+    /// Fills rows of `out` with the rows of a part.
+    fn fill_rows(
+        &self,
+        part: Part,
+        stored: Dtype,
+        file: &dyn ReadAt,
+        out: &mut [u8],
+    ) -> std::io::Result<()> {
+        let dtype = self.recipe.dtype;
+        if same_type(stored, dtype) {
+            return part.read_into(file, out);
+        }
+        let mut rows = out.chunks_exact_mut(part.cols * dtype.size());
+        part.each_row(file, |_, from| {
+            if let Some(row) = rows.next() {
+                convert(row, dtype, from, stored);
+            }
+        })
+    }
+
+    /// Fills columns of `out` with the rows of a part.
+    fn fill_columns(
+        &self,
+        part: Part,
+        stored: Dtype,
+        file: &dyn ReadAt,
+        out: &mut [u8],
+    ) -> std::io::Result<()> {
+        let dtype = self.recipe.dtype;
+        let (size, row_bytes) = (dtype.size(), self.recipe.row_bytes());
+        let mut column = vec![0; part.cols * size];
+        part.each_row(file, |c, from| {
+            if same_type(stored, dtype) {
+                column.copy_from_slice(from);
+            } else {
+                convert(&mut column, dtype, from, stored);
+            }
+            let rows = out.chunks_exact_mut(row_bytes);
+            for (row, value) in rows.zip(column.chunks_exact(size)) {
+                row[c * size..][..size].copy_from_slice(value);
+            }
+        })
+    }
+
+    fn tensor_of(&self, row: RowSource) -> &str {
+        &self.recipe.segments[row.segment as usize].tensor
     }
 }
 
@@ -301,12 +348,12 @@ fn same_type(stored: Dtype, packed: PackDType) -> bool {
     )
 }
 
-/// Converts one row; `from` starts at its first element, the next one is `stride` elements on.
-fn convert(row: &mut [u8], dtype: PackDType, from: &[u8], stored: Dtype, stride: usize) {
-    let two = |c: usize| [from[2 * c * stride], from[2 * c * stride + 1]];
+/// Converts the elements of `from`, one after the other.
+fn convert(row: &mut [u8], dtype: PackDType, from: &[u8], stored: Dtype) {
+    let two = |c: usize| [from[2 * c], from[2 * c + 1]];
     match stored {
         Dtype::F32 => write(row, dtype, |c| {
-            let at = 4 * c * stride;
+            let at = 4 * c;
             f32::from_le_bytes([from[at], from[at + 1], from[at + 2], from[at + 3]])
         }),
         Dtype::BF16 => write(row, dtype, |c| bf16::from_le_bytes(two(c)).to_f32()),

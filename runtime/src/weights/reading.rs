@@ -1,12 +1,14 @@
 //! How fast a checkpoint folder can be read: the ceiling of loading it.
 
-use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use super::WeightsError;
+use super::stored::read_exact_at;
+use crate::threads::on_several;
+use lathe_ir::foreign::{self, Kind};
 
 /// Bytes of one read.
 const CHUNK: usize = 1 << 20;
@@ -54,7 +56,7 @@ pub fn read_folder(folder: &Path, threads: usize) -> Result<Reading, WeightsErro
     let mut files = Vec::new();
     let mut pieces: Vec<(usize, Range<u64>)> = Vec::new();
     for path in &paths {
-        let file = File::open(path).map_err(io(path))?;
+        let file = foreign::open(path, Kind::Weights).map_err(io(path))?;
         let len = file.metadata().map_err(io(path))?.len();
         let starts = (0..len).step_by(CHUNK);
         pieces.extend(starts.map(|at| (files.len(), at..(at + CHUNK as u64).min(len))));
@@ -66,41 +68,21 @@ pub fn read_folder(folder: &Path, threads: usize) -> Result<Reading, WeightsErro
         let mut bytes = 0;
         while let Some((file, range)) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
             let part = &mut buffer[..(range.end - range.start) as usize];
-            read_at(&files[*file], part, range.start).map_err(io(&paths[*file]))?;
+            read_exact_at(&files[*file], part, range.start).map_err(io(&paths[*file]))?;
             bytes += part.len() as u64;
         }
         Ok(bytes)
     };
     let start = Instant::now();
-    let threads = threads.max(1);
-    let counts: Vec<_> = std::thread::scope(|scope| {
-        let handles: Vec<_> = (0..threads).map(|_| scope.spawn(read)).collect();
-        let join = |h: std::thread::ScopedJoinHandle<'_, _>| {
-            h.join()
-                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        };
-        handles.into_iter().map(join).collect()
-    });
+    let counts = on_several(threads, read);
     let duration = start.elapsed();
+    let threads = counts.len();
     let bytes = counts.into_iter().sum::<Result<u64, WeightsError>>()?;
     Ok(Reading {
         bytes,
         threads,
         duration,
     })
-}
-
-#[cfg(unix)]
-fn read_at(file: &File, out: &mut [u8], at: u64) -> std::io::Result<()> {
-    std::os::unix::fs::FileExt::read_exact_at(file, out, at)
-}
-
-#[cfg(not(unix))]
-fn read_at(file: &File, out: &mut [u8], at: u64) -> std::io::Result<()> {
-    use std::io::{Read, Seek, SeekFrom};
-    let mut file = file.try_clone()?;
-    file.seek(SeekFrom::Start(at))?;
-    file.read_exact(out)
 }
 
 #[cfg(test)]

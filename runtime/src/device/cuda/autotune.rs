@@ -306,7 +306,7 @@ mod tests {
     #[test]
     fn what_is_cached_is_not_timed_again() {
         let dir = tempfile::tempdir().unwrap();
-        let open = || TuningCache::open(dir.path(), "one GPU");
+        let open = || TuningCache::open(Some(dir.path()), "one GPU");
         let keys = [key(320), key(384)];
         let variant = Variant::candidates(&keys[0], SMS)[1];
         let mut fake = Fake::default();
@@ -343,7 +343,7 @@ mod tests {
     #[test]
     fn when_time_is_up_the_heuristics_decide() {
         let dir = tempfile::tempdir().unwrap();
-        let mut cache = TuningCache::open(dir.path(), "one GPU");
+        let mut cache = TuningCache::open(Some(dir.path()), "one GPU");
         let mut fake = Fake::default();
         std::thread::sleep(Duration::from_millis(1));
         let (choices, tuned) =
@@ -375,7 +375,7 @@ mod tests {
         }
         assert!(observe(Box::new(Recorder)));
         let dir = tempfile::tempdir().unwrap();
-        let mut cache = TuningCache::open(dir.path(), "one GPU");
+        let mut cache = TuningCache::open(Some(dir.path()), "one GPU");
         let keys: Vec<GemmKey> = (1..6).map(|i| key(64 * i)).collect();
         let limit = Duration::from_secs(60);
         let mut run = |fake: &mut Fake| tune(fake, &keys, SMS, &mut cache, limit).unwrap();

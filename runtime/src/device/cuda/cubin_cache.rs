@@ -8,10 +8,11 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use lathe_ir::foreign::{self, Kind};
 use serde::{Deserialize, Serialize};
 
 use super::CudaError;
-use super::disk::{TEMPORARY, fingerprint, replace};
+use super::disk::{TEMPORARY, fingerprint, private_folder, private_temporary, replace};
 use super::nvrtc::{self, ARCH, Compiled, KernelResources, Source};
 
 /// Bytes that the folder may hold by default.
@@ -47,20 +48,25 @@ impl CubinCache {
     /// Opens or creates the folder `dir`, for modules of the NVRTC version in use.
     ///
     /// # Errors
-    /// The folder cannot be created; NVRTC is absent.
+    /// The folder cannot be created, or is not this user's alone; NVRTC is absent.
     pub fn open(dir: impl Into<PathBuf>, limit: u64) -> Result<Self, CudaError> {
         Self::with_version(dir.into(), limit, nvrtc::version()?)
     }
 
-    fn with_version(dir: PathBuf, limit: u64, nvrtc: (i32, i32)) -> Result<Self, CudaError> {
-        std::fs::create_dir_all(&dir).map_err(|source| CudaError::Io {
+    /// As [`CubinCache::open`], for modules of the given NVRTC version, which need not be there.
+    ///
+    /// # Errors
+    /// The folder cannot be created, or is not this user's alone.
+    pub fn with_version(dir: PathBuf, limit: u64, nvrtc: (i32, i32)) -> Result<Self, CudaError> {
+        private_folder(&dir).map_err(|source| CudaError::Io {
             path: dir.clone(),
             source,
         })?;
         Ok(CubinCache { dir, limit, nvrtc })
     }
 
-    /// The cache in `dir`, by default the user's; none, with a warning, if the folder cannot be made.
+    /// The cache in `dir`, by default the user's; none, with a warning, if the folder cannot be made or others may write
+    /// into it.
     ///
     /// # Errors
     /// NVRTC is absent.
@@ -87,8 +93,7 @@ impl CubinCache {
             Some(workspace) => workspace.to_owned(),
             None => absolute("XDG_CACHE_HOME")
                 .or_else(|| absolute("HOME").map(|home| home.join(".cache")))
-                .unwrap_or_else(std::env::temp_dir)
-                .join("lathe"),
+                .map_or_else(private_temporary, |cache| cache.join("lathe")),
         };
         base.join("cubins")
     }
@@ -124,7 +129,7 @@ impl CubinCache {
     /// The module, if the cache has it undamaged.
     pub fn get(&self, source: &Source) -> Option<Compiled> {
         let path = self.path(source);
-        let bytes = std::fs::read(&path).ok()?;
+        let bytes = foreign::read(&path, Kind::Cache).ok()?;
         let Some(compiled) = self.decode(source, &bytes) else {
             tracing::warn!("{}: damaged, compiled anew", path.display());
             return None;
@@ -140,7 +145,8 @@ impl CubinCache {
         Some(compiled)
     }
 
-    fn decode(&self, source: &Source, bytes: &[u8]) -> Option<Compiled> {
+    /// The module that the bytes of an entry hold, if they are undamaged and of this source.
+    pub fn decode(&self, source: &Source, bytes: &[u8]) -> Option<Compiled> {
         let end = bytes.iter().position(|&b| b == b'\n')?;
         let (line, cubin) = (&bytes[..end], &bytes[end + 1..]);
         let header: Header = serde_json::from_slice(line).ok()?;

@@ -173,7 +173,7 @@ fn failed(source: &Source, log: String, code: result::NvrtcError, dir: &Path) ->
         dir.join(format!("{stem}.cu")),
         dir.join(format!("{stem}.log")),
     );
-    let written = std::fs::create_dir_all(dir)
+    let written = super::disk::private_folder(dir)
         .and_then(|()| std::fs::write(&source_path, &source.text))
         .and_then(|()| std::fs::write(&log_path, &log));
     let kept = match written {

@@ -67,9 +67,8 @@ impl Tuner {
             library.as_ref().map(|l| l.0.version()),
             fingerprint(&gemm_text())
         );
-        let folder = cubins.map_or_else(std::env::temp_dir, |c| c.dir().to_owned());
         Ok(Tuner {
-            cache: Some(TuningCache::open(&folder, &context)),
+            cache: Some(TuningCache::open(cubins.map(CubinCache::dir), &context)),
             library,
         })
     }

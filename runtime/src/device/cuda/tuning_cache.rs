@@ -3,6 +3,7 @@
 
 use super::disk::{fingerprint, replace};
 use lathe_codegen::cuda::{GemmKey, Variant};
+use lathe_ir::foreign::{self, Kind};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -33,24 +34,24 @@ struct File {
 /// Choices of one context.
 #[derive(Debug)]
 pub(super) struct TuningCache {
-    path: PathBuf,
+    /// `None` keeps choices for this process alone.
+    path: Option<PathBuf>,
     context: String,
     entries: BTreeMap<String, Entry>,
 }
 
 impl TuningCache {
-    /// Reads the file of a context, which names everything that times depend on.
-    pub(super) fn open(folder: &Path, context: &str) -> TuningCache {
-        let path = folder.join(format!(
-            "tuning-{:016x}.json",
-            fingerprint(&(FORMAT, context))
-        ));
-        let entries = match std::fs::read(&path) {
-            Ok(bytes) => decode(&bytes, context).unwrap_or_else(|| {
+    /// Reads the file of a context, which names everything that times depend on. Without a folder there is none.
+    pub(super) fn open(folder: Option<&Path>, context: &str) -> TuningCache {
+        let name = format!("tuning-{:016x}.json", fingerprint(&(FORMAT, context)));
+        let path = folder.map(|folder| folder.join(name));
+        let bytes = path.as_deref().map(|path| foreign::read(path, Kind::Cache));
+        let entries = match (bytes, &path) {
+            (Some(Ok(bytes)), Some(path)) => decode(&bytes, context).unwrap_or_else(|| {
                 tracing::warn!("{}: damaged, tuned anew", path.display());
                 BTreeMap::new()
             }),
-            Err(_) => BTreeMap::new(),
+            _ => BTreeMap::new(),
         };
         TuningCache {
             path,
@@ -71,6 +72,9 @@ impl TuningCache {
 
     /// Writes the file, all or nothing. A file that cannot be written is only warned of.
     pub(super) fn save(&self) {
+        let Some(path) = &self.path else {
+            return;
+        };
         let entry = |e: &Entry| {
             let times = (e.nanoseconds, e.heuristic_nanoseconds);
             (e.variant.to_string(), times.0, times.1)
@@ -86,12 +90,9 @@ impl TuningCache {
             checksum: fingerprint(&entries),
             entries,
         };
-        let write = || replace(&self.path, &[&serde_json::to_vec_pretty(&file)?]);
+        let write = || replace(path, &[&serde_json::to_vec_pretty(&file)?]);
         if let Err(error) = write() {
-            tracing::warn!(
-                "{}: cannot keep tuned kernels: {error}",
-                self.path.display()
-            );
+            tracing::warn!("{}: cannot keep tuned kernels: {error}", path.display());
         }
     }
 }
@@ -146,7 +147,7 @@ mod tests {
     #[test]
     fn entries_come_back_in_their_context_only() {
         let dir = tempfile::tempdir().unwrap();
-        let mut cache = TuningCache::open(dir.path(), "H100, NVRTC 13.0");
+        let mut cache = TuningCache::open(Some(dir.path()), "H100, NVRTC 13.0");
         let all = [
             (key(1), entry("gemv")),
             (key(16), entry("skinny_w1_p4_even")),
@@ -158,11 +159,11 @@ mod tests {
             cache.insert(key, *entry);
         }
         cache.save();
-        let again = TuningCache::open(dir.path(), "H100, NVRTC 13.0");
+        let again = TuningCache::open(Some(dir.path()), "H100, NVRTC 13.0");
         for (key, entry) in &all {
             assert_eq!(again.get(key), Some(*entry));
         }
-        let other = TuningCache::open(dir.path(), "H100, NVRTC 13.1");
+        let other = TuningCache::open(Some(dir.path()), "H100, NVRTC 13.1");
         assert_eq!(other.get(&key(16)), None);
         // No temporary file is left.
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
@@ -171,10 +172,11 @@ mod tests {
     #[test]
     fn damaged_files_are_ignored_and_written_anew() {
         let dir = tempfile::tempdir().unwrap();
-        let mut cache = TuningCache::open(dir.path(), "c");
+        let mut cache = TuningCache::open(Some(dir.path()), "c");
         cache.insert(&key(8), entry("skinny_w2_p1"));
         cache.save();
-        let whole = std::fs::read_to_string(&cache.path).unwrap();
+        let path = cache.path.clone().unwrap();
+        let whole = std::fs::read_to_string(&path).unwrap();
         for damaged in [
             whole[..whole.len() / 2].to_owned(),
             whole.replace("12345", "12346"),
@@ -183,12 +185,12 @@ mod tests {
             String::new(),
         ] {
             assert_ne!(damaged, whole);
-            std::fs::write(&cache.path, damaged).unwrap();
-            let mut damaged = TuningCache::open(dir.path(), "c");
+            std::fs::write(&path, damaged).unwrap();
+            let mut damaged = TuningCache::open(Some(dir.path()), "c");
             assert_eq!(damaged.get(&key(8)), None);
             damaged.insert(&key(8), entry("skinny_w2_p1"));
             damaged.save();
-            assert_eq!(std::fs::read_to_string(&cache.path).unwrap(), whole);
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), whole);
         }
     }
 
@@ -241,7 +243,7 @@ mod tests {
     #[test]
     fn a_folder_that_cannot_be_written_is_no_error() {
         let dir = tempfile::tempdir().unwrap();
-        let mut cache = TuningCache::open(&dir.path().join("absent"), "c");
+        let mut cache = TuningCache::open(Some(&dir.path().join("absent")), "c");
         cache.insert(&key(8), entry("gemv"));
         cache.save();
         assert_eq!(cache.get(&key(8)), Some(entry("gemv")));

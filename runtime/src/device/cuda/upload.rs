@@ -22,6 +22,7 @@ use super::launch::{Args, LaunchConfig, launch};
 use super::memory::Pinned;
 use super::nvrtc::Source;
 use super::{CudaError, DevicePtr};
+use crate::threads::on_several;
 use crate::weights::pack::Packer;
 use crate::weights::{RandomTensor, TensorData, WeightSource, WeightsError};
 
@@ -197,21 +198,10 @@ unsafe fn copy_stored(
             next.store(pieces.len(), Ordering::Relaxed);
         }
     };
-    let threads = options.threads.clamp(1, pieces.len().max(1));
-    let outcomes: Vec<Result<(), CudaError>> = std::thread::scope(|scope| {
-        let run = || {
-            let outcome = worker();
-            stop_others(&outcome);
-            outcome
-        };
-        let handles: Vec<_> = (0..threads).map(|_| scope.spawn(run)).collect();
-        handles
-            .into_iter()
-            .map(|h| {
-                h.join()
-                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-            })
-            .collect()
+    let outcomes = on_several(options.threads.min(pieces.len()), || {
+        let outcome = worker();
+        stop_others(&outcome);
+        outcome
     });
     outcomes.into_iter().collect::<Result<(), CudaError>>()?;
     Ok(copied.into_inner())

@@ -5,9 +5,10 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::weights::RandomWeights;
+use crate::weights::stored::tests::Flaky;
 
 /// Tensors in memory.
-struct Memory(BTreeMap<String, (TensorInfo, Vec<u8>)>);
+struct Memory(BTreeMap<String, (TensorInfo, Flaky)>);
 
 impl WeightSource for Memory {
     fn describe(&self) -> String {
@@ -20,10 +21,9 @@ impl WeightSource for Memory {
         self.0.get(name).map(|t| &t.0)
     }
     fn data(&self, name: &str) -> Option<TensorData<'_>> {
-        self.0.get(name).map(|t| TensorData::Stored {
-            bytes: &t.1,
-            file: None,
-        })
+        self.0
+            .get(name)
+            .map(|t| TensorData::Stored { file: &t.1, at: 0 })
     }
 }
 
@@ -33,7 +33,7 @@ fn marker(tensor: usize, r: usize, c: usize) -> f32 {
     if (r + c).is_multiple_of(2) { v } else { -v }
 }
 
-fn tensor(id: usize, rows: usize, cols: usize, dtype: Dtype) -> (TensorInfo, Vec<u8>) {
+fn tensor(id: usize, rows: usize, cols: usize, dtype: Dtype) -> (TensorInfo, Flaky) {
     let values = (0..rows * cols).map(|i| marker(id, i / cols, i % cols));
     let bytes = match dtype {
         Dtype::F32 => values.flat_map(|v| v.to_le_bytes()).collect(),
@@ -49,7 +49,7 @@ fn tensor(id: usize, rows: usize, cols: usize, dtype: Dtype) -> (TensorInfo, Vec
             dtype,
             shape: vec![rows, cols],
         },
-        bytes,
+        Flaky::new(bytes, usize::MAX, None),
     )
 }
 
@@ -149,6 +149,7 @@ fn rounding_is_to_nearest_even() {
         f32::NAN,
     ];
     let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+    let bytes = Flaky::new(bytes, 3, None);
     let info = TensorInfo {
         dtype: Dtype::F32,
         shape: vec![4],
@@ -173,7 +174,7 @@ fn misfits_are_named() {
                     dtype: Dtype::I8,
                     shape: vec![4, 6],
                 },
-                vec![0; 24],
+                Flaky::new(vec![0; 24], 3, None),
             ),
         ),
     ]));
