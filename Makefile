@@ -7,6 +7,7 @@
 # make soak   100,000 requests through the engine on the CPU: exact lengths, no page lost, flat memory; takes minutes
 # make nvrtc  CUDA's run-time compiler and disassembler from PyPI, so that `make test` compiles every generated
 #             kernel and looks at its machine code; needs no GPU
+# make deny   licences, sources and bans of all dependencies by cargo-deny, without network
 
 CARGO ?= cargo
 PYTHON ?= python3
@@ -24,7 +25,7 @@ RULES := rules file_tests snapshots
 REST := $(filter-out $(RULES),$(sort $(basename $(notdir $(wildcard tests/*.rs */tests/*.rs))) \
 	$(notdir $(patsubst %/main.rs,%,$(wildcard tests/*/main.rs */tests/*/main.rs)))))
 
-.PHONY: demo test rules rest bless nits soak nvrtc
+.PHONY: demo test rules rest bless nits soak nvrtc deny
 .DEFAULT_GOAL := test
 
 demo:
@@ -51,6 +52,9 @@ nits:
 
 soak:
 	$(CARGO) test --release --test program -- --ignored --nocapture soak::
+
+deny:
+	$(CARGO) deny --offline --workspace check licenses sources bans
 
 # The snapshots of registers are of this compiler. PyPI's first disassembler is of CUDA 13.2; it reads 13.0's code.
 nvrtc: $(NVRTC)/installed-13.0.88
