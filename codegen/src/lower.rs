@@ -8,7 +8,7 @@ use crate::plan::{
 };
 use lathe_ir::StepInput;
 use lathe_ir::ops::{Get, X};
-use lathe_ir::{DType, Graph, NodeId, Op, SymEnv, TensorType, Type, TypeError};
+use lathe_ir::{DType, Dim, Graph, NodeId, Op, Sym, SymEnv, TensorType, Type, TypeError};
 use thiserror::Error;
 
 /// The graphs of a model's programs.
@@ -44,7 +44,7 @@ pub enum LowerError {
     #[error("internal: {0}")]
     Type(#[from] TypeError),
     /// A program reads something at run time that steps do not have.
-    #[error("{program}: no run-time input named '{name}'")]
+    #[error("{program}: no run-time input named '{name}' of this type")]
     Input {
         /// Program.
         program: &'static str,
@@ -215,7 +215,8 @@ impl<'a> Lowering<'a> {
                     dtype: input.dtype,
                     shape: input.shape.clone(),
                 };
-                let Some(which) = StepInput::by_name(&input.name) else {
+                let which = StepInput::by_name(&input.name);
+                let Some(which) = which.filter(|w| gives(self.program.kind, *w, &ty)) else {
                     return Err(LowerError::Input {
                         program: self.program.kind.name(),
                         name: input.name.clone(),
@@ -398,6 +399,23 @@ impl<'a> Lowering<'a> {
         kept.reverse();
         self.program.steps = kept;
     }
+}
+
+/// Whether a program is given a run-time input of this type.
+fn gives(kind: ProgramKind, input: StepInput, ty: &TensorType) -> bool {
+    let is = |syms: &[Sym]| {
+        ty.shape
+            .iter()
+            .copied()
+            .eq(syms.iter().map(|&s| Dim::sym(s)))
+    };
+    let extents = match (kind, input) {
+        (ProgramKind::Full, StepInput::Tokens) => is(&[Sym::B, Sym::S]),
+        (ProgramKind::Full | ProgramKind::Once, _) => false,
+        (_, StepInput::Rows) => is(&[Sym::R]) || is(&[Sym::T]),
+        (_, StepInput::Tokens | StepInput::Positions) => is(&[Sym::T]),
+    };
+    extents && matches!(ty.dtype, DType::I32 | DType::I64)
 }
 
 /// The index of an equal entry, or of a new one.

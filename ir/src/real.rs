@@ -2,15 +2,19 @@
 
 use std::fmt;
 
-/// A real constant with total order and hash, so that payloads can be e-graph keys. NaN is not
-/// representable in practice: constants come from configurations and masks.
+/// A real constant with total order and hash, so that payloads can be e-graph keys.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct Real(u64);
 
 impl Real {
-    /// Wraps a value; `-0.0` becomes `0.0` so that equal reals are equal keys.
+    /// Wraps a value; `-0.0` becomes `0.0`, and all that is no number one NaN, so that equal reals are
+    /// equal keys.
     pub fn new(v: f64) -> Real {
-        Real(if v == 0.0 { 0 } else { v.to_bits() })
+        Real(match v {
+            0.0 => 0,
+            v if v.is_nan() => f64::NAN.to_bits(),
+            v => v.to_bits(),
+        })
     }
 
     /// The value.

@@ -96,9 +96,20 @@ impl Diagnosis<'_> {
             Op::Attn(Attn(spec)) if !spec.mask.causal => {
                 "each row sees later keys: its mask is not causal".to_string()
             }
+            _ if self.other_is_cached(id) => {
+                "another attention of the layer has its KV cache".to_string()
+            }
             _ => format!("no step computes the rows of {}", self.names(inner)),
         };
         self.unmatched(inner, detail, "insert-kv-cache")
+    }
+
+    /// Whether the KV cache of the layer belongs to the rows of another attention.
+    fn other_is_cached(&self, rows: Id) -> bool {
+        let layer = self.prov(rows).and_then(|p| p.layer);
+        let cached = &self.egraph.analysis.cached;
+        let of = layer.and_then(|l| cached.get(&l));
+        of.is_some_and(|&of| self.egraph.find(of) != self.egraph.find(rows))
     }
 
     /// An attention whose scores could not be peeled down to `q·kᵀ`.
@@ -178,7 +189,7 @@ impl Diagnosis<'_> {
         let sides: Vec<Id> = add.places().iter().map(|&c| self.egraph.find(c)).collect();
         for &side in &sides {
             let value = self.egraph[side].data.value();
-            if let Some(Fact::Additive { band }) = value.fact {
+            if let Some(Fact::Additive { band, .. }) = value.fact {
                 return match band.as_mask() {
                     None => format!(
                         "the mask {} is neither causal nor a window",

@@ -14,6 +14,7 @@ pub mod region;
 pub mod rule;
 pub mod rules;
 pub mod sample;
+pub mod trial;
 mod walk;
 
 pub use egraph::{EGraph, Lang};

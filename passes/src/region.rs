@@ -6,6 +6,7 @@
 //! does better (the tests compare them). What depends on positions only (masks, rotary angles) and
 //! what depends on weights only is repeated in every region that uses it.
 
+use crate::rules::STEP;
 use crate::walk::Reads;
 use lathe_ir::ops::select;
 use lathe_ir::ops::{Expand, Input, Reshape, Select, Weight};
@@ -55,6 +56,11 @@ impl Regions {
     }
 }
 
+/// What stands for the layer's number in names of templates.
+const LAYER: &str = "*";
+/// The first value that a region hands on, and its name in the region that takes it.
+const RESIDUAL: &str = "residual";
+
 /// Replaces the first path segment that is the layer's number by `*`.
 pub fn generic_name(name: &str, layer: u32) -> String {
     let number = layer.to_string();
@@ -64,7 +70,7 @@ pub fn generic_name(name: &str, layer: u32) -> String {
         .map(|p| {
             if !done && p == number {
                 done = true;
-                "*"
+                LAYER
             } else {
                 p
             }
@@ -75,7 +81,7 @@ pub fn generic_name(name: &str, layer: u32) -> String {
 
 /// Puts a layer's number back for `*`.
 pub fn layer_name(name: &str, layer: u32) -> String {
-    name.replacen('*', &layer.to_string(), 1)
+    name.replacen(LAYER, &layer.to_string(), 1)
 }
 
 /// The whole model as one region: for differential tests of the cut (`--no-roll`).
@@ -90,6 +96,25 @@ pub fn whole(graph: &Graph) -> Regions {
     }
 }
 
+/// The input or weight of a graph that is called as what cut and step programs add: inputs of regions
+/// and steps, and what stands for a layer's number.
+pub fn reserved(graph: &Graph) -> Option<(&'static str, &str)> {
+    graph.nodes().iter().find_map(|node| match &node.op {
+        Op::Input(i) => {
+            let numbered = i
+                .name
+                .strip_prefix("out")
+                .is_some_and(|n| n.parse::<u32>().is_ok());
+            let taken = i.name.starts_with(STEP) || i.name == RESIDUAL || numbered;
+            taken.then_some(("input", i.name.as_str()))
+        }
+        Op::Weight(w) => {
+            (w.weight.name.contains(LAYER)).then_some(("weight", w.weight.name.as_str()))
+        }
+        _ => None,
+    })
+}
+
 /// Cuts a full-sequence graph into regions.
 ///
 /// # Errors
@@ -102,13 +127,20 @@ struct Cutter<'a> {
     graph: &'a Graph,
     /// Region of each node; `None` for what is repeated in every user's region.
     home: Vec<Option<usize>>,
+    /// The layers that have a region, in order; the embedding stands before them, the head after them.
+    layers: Vec<u32>,
     count: usize,
 }
 
 impl<'a> Cutter<'a> {
     fn new(graph: &'a Graph) -> Cutter<'a> {
-        let layers = graph.nodes().iter().filter_map(|n| n.prov.layer).max();
-        let count = layers.map_or(1, |l| l as usize + 3);
+        let layers: BTreeSet<u32> = graph.nodes().iter().filter_map(|n| n.prov.layer).collect();
+        let layers: Vec<u32> = layers.into_iter().collect();
+        let count = if layers.is_empty() {
+            1
+        } else {
+            layers.len() + 2
+        };
         let mut varies = vec![false; graph.nodes().len()];
         let mut home: Vec<Option<usize>> = vec![None; graph.nodes().len()];
         for id in graph.ids() {
@@ -120,13 +152,24 @@ impl<'a> Cutter<'a> {
                 continue;
             }
             let latest = node.inputs.iter().filter_map(|i| home[i.index()]).max();
-            home[id.index()] = Some(match (node.prov.layer, latest) {
-                (Some(l), _) => l as usize + 1,
+            let layer = node.prov.layer.and_then(|l| layers.binary_search(&l).ok());
+            home[id.index()] = Some(match (layer, latest) {
+                // What reads a later layer cannot run before it, whatever layer it says it is of.
+                (Some(l), latest) => latest.unwrap_or(0).max(l + 1),
                 (None, Some(r)) if r > 0 => count - 1,
                 (None, _) => 0,
             });
         }
-        Cutter { graph, home, count }
+        // A result that depends on nothing is made where results are made.
+        for (_, id) in graph.outputs() {
+            home[id.index()].get_or_insert(count - 1);
+        }
+        Cutter {
+            graph,
+            home,
+            layers,
+            count,
+        }
     }
 
     /// Whether a value is made by another region than this.
@@ -200,7 +243,7 @@ impl<'a> Cutter<'a> {
 
 fn output_name(i: usize) -> String {
     if i == 0 {
-        "residual".to_string()
+        RESIDUAL.to_string()
     } else {
         format!("out{i}")
     }
@@ -216,7 +259,8 @@ struct RegionBuild {
 
 impl RegionBuild {
     fn new(c: &Cutter<'_>, region: usize) -> Result<RegionBuild, TypeError> {
-        let layer = (region > 0 && region + 1 < c.count).then(|| region as u32 - 1);
+        let inside = region > 0 && region + 1 < c.count;
+        let layer = inside.then(|| c.layers[region - 1]);
         let name = match layer {
             Some(_) => "layer",
             None if region == 0 => "embed",
@@ -280,11 +324,15 @@ impl RegionBuild {
         Ok(())
     }
 
+    /// In a layer's region everything belongs to that layer: it has one KV cache.
     fn generic(&self, prov: &Prov) -> Prov {
         match (self.layer, prov.layer) {
-            (Some(l), Some(p)) if l == p => Prov {
+            (Some(l), Some(p)) => Prov {
                 layer: Some(0),
-                path: generic_name(&prov.path, l).into(),
+                path: match l == p {
+                    true => generic_name(&prov.path, l).into(),
+                    false => prov.path.clone(),
+                },
             },
             _ => prov.clone(),
         }

@@ -2,7 +2,7 @@
 //!
 //! README.md beside this crate has the rules for writing rules.
 
-use crate::egraph::analysis::{Applied, Value, operands_of};
+use crate::egraph::analysis::{Applied, Assumption, Value, operands_of};
 use crate::egraph::convert::add_op;
 use crate::egraph::mask::Fact;
 use crate::egraph::pattern::pattern;
@@ -138,12 +138,19 @@ impl Applier<Lang, TensorAnalysis> for Action {
             spelling: self.spelling,
             subst,
             united: Vec::new(),
+            assumes: None,
         };
         let Some(new) = (self.rhs)(&mut apply) else {
             return changed;
         };
         let mut pairs = std::mem::take(&mut apply.united);
+        let assumes = apply.assumes.take();
         pairs.push((eclass, new));
+        // Operands of other extents may give the new form another type: then it is another value.
+        let ty = |id: Id| &egraph[id].data.value().ty;
+        if pairs.iter().any(|&(old, new)| ty(old) != ty(new)) {
+            return changed;
+        }
         for (old, new) in pairs {
             let op = egraph[new].nodes[0].name().unwrap_or("payload");
             if egraph.union(old, new) {
@@ -151,6 +158,7 @@ impl Applier<Lang, TensorAnalysis> for Action {
                     rule: self.name,
                     class: egraph.find(old),
                     op,
+                    assumes: assumes.clone(),
                 });
                 changed.push(egraph.find(old));
             }
@@ -168,6 +176,7 @@ pub struct Apply<'a> {
     pub spelling: usize,
     subst: &'a Subst,
     united: Vec<(Id, Id)>,
+    assumes: Option<Assumption>,
 }
 
 impl Apply<'_> {
@@ -183,6 +192,20 @@ impl Apply<'_> {
     /// The payload bound to a variable.
     pub fn op(&self, var: &str) -> Op {
         self.egraph[self.id(var)].data.payload().clone()
+    }
+
+    /// Says what the rule rests on beside the program.
+    pub fn assume(&mut self, assumption: Assumption) {
+        self.assumes = Some(assumption);
+    }
+
+    /// Gives the KV cache of a layer to the matched rows of an attention; false if the layer has another
+    /// attention, which has it.
+    pub fn claim_cache(&mut self, layer: u32) -> bool {
+        let root = self.egraph.find(self.root);
+        let cached = &mut self.egraph.analysis.cached;
+        let of = *cached.entry(layer).or_insert(root);
+        self.egraph.find(of) == root
     }
 
     /// Facts about a class.
@@ -249,6 +272,17 @@ impl Apply<'_> {
             .find(|n| n.name() == Some(name))?;
         let op = crate::egraph::analysis::op_of(self.egraph, node);
         Some((op, operands_of(self.egraph, node)))
+    }
+
+    /// The operands of every form of a class with this name, with the operation.
+    pub fn forms(&self, id: Id, name: &str) -> Vec<(Op, Operands<Id>)> {
+        let nodes = self.egraph[id].nodes.iter();
+        let named = nodes.filter(|n| n.name() == Some(name));
+        let of = |node| {
+            let op = crate::egraph::analysis::op_of(self.egraph, node);
+            (op, operands_of(self.egraph, node))
+        };
+        named.map(of).collect()
     }
 
     /// Whether two variables are the same class.

@@ -195,7 +195,7 @@ fn masked(q: &mut Build, a: &Attention, scores: NodeId) -> NodeId {
 /// The attention of a layer: x `[B,S,24]` to `[B,S,heads·16]`, in primitives.
 fn attention(a: &Attention) -> Graph {
     let mut q = Build::new();
-    let x = q.input("residual", D, &[b(), s(), n(24)]);
+    let x = q.input("x", D, &[b(), s(), n(24)]);
     let heads = |q: &mut Build, name: &str, heads: i64, norm: bool| {
         let w = q.weight(&format!("{name}_proj"), D, &[heads * HEAD, 24]);
         let w = q.permute(w, &[1, 0]);

@@ -4,9 +4,7 @@
 mod common;
 
 use common::build::{Build, b, n, s};
-use common::{
-    LLAMA_SHAPE, Noise, V, config, distance, graph_of, model, random_input, random_weight,
-};
+use common::{Noise, V, config, distance, goldens, graph_of, model, random_input, random_weight};
 use egg::Id;
 use good_lp::{Expression, ProblemVariables, Solution, SolverModel, microlp, variable};
 use indexmap::IndexMap;
@@ -378,8 +376,8 @@ fn check_model(name: &str, dtype: DType, device: DeviceModel) {
 
 #[test]
 fn extraction_is_optimal_on_every_golden() {
-    for name in LLAMA_SHAPE {
-        check_model(name, DType::BF16, DeviceModel::H100);
+    for name in goldens() {
+        check_model(&name, DType::BF16, DeviceModel::H100);
     }
 }
 

@@ -110,6 +110,11 @@ impl World<'_> {
     /// The value of an input in a step: `step.x` is the window of x.
     fn input(&self, name: &str, ty: &Type, lens: &[usize], step: &StepMeta) -> V {
         let env = Self::env(lens);
+        // A step is given its positions, whatever an input of the sample is called.
+        if name == "step.positions" {
+            let p: Vec<i64> = step.rows().map(|(_, p)| p as i64).collect();
+            return Value::Int(Tensor::new([p.len()], p));
+        }
         let full = name.strip_prefix("step.").and_then(|full| {
             self.sample.ids().find(
                 |&i| matches!(&self.sample.node(i).op, Op::Input(Input { name, .. }) if name == full),
@@ -128,10 +133,6 @@ impl World<'_> {
             let mut interp = Interp::new(env, &|_| Err("no weights".to_string()));
             interp.step = Some(step.clone());
             return eval_op(&win, [&value], &ty, &mut interp).expect("a window");
-        }
-        if name == "step.positions" {
-            let p: Vec<i64> = step.rows().map(|(_, p)| p as i64).collect();
-            return Value::Int(Tensor::new([p.len()], p));
         }
         let t = ty.as_tensor().expect("inputs are tensors");
         let limit = match name {

@@ -208,7 +208,11 @@ fn sdpa<F: Float>(spec: &AttnSpec, s: &Tensor<F>, v: &Tensor<F>) -> Result<Tenso
                 F::NEG_INFINITY
             };
         }
-        softmax_row(row);
+        // A row that sees nothing is 0, as in `attn`.
+        match (0..n as i64).any(|j| spec.mask.visible(i, j)) {
+            true => softmax_row(row),
+            false => row.fill(F::ZERO),
+        }
     }
     super::linalg::matmul(&p, v)
 }

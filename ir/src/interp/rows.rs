@@ -17,10 +17,6 @@ use crate::ops::{
 /// Softmax of one row in place. A row of `-inf` alone becomes zeros.
 pub(super) fn softmax_row<F: Float>(row: &mut [F]) {
     let max = row.iter().fold(F::NEG_INFINITY, |m, &v| m.maximum(v));
-    if max == F::NEG_INFINITY {
-        row.fill(F::ZERO);
-        return;
-    }
     let mut sum = F::ZERO;
     for v in row.iter_mut() {
         *v = (*v - max).exp();

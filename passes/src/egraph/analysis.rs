@@ -2,14 +2,16 @@
 //! weights or positions only.
 
 use super::EGraph;
+use super::bound::bound;
+use super::constant::constant;
 use super::lang::Lang;
 use super::mask::{self, Fact, Operand};
 use egg::{Analysis, DidMerge, Id};
 use lathe_ir::Operands;
-use lathe_ir::ops::X;
-use lathe_ir::ops::{Cast, Const, Weight};
-use lathe_ir::{Dim, Graph, Known, Op, Prov, Sym, Type, infer};
+use lathe_ir::ops::Weight;
+use lathe_ir::{Dim, Graph, Known, Op, Prov, Real, Sym, Type, infer};
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 
 /// Facts about one e-class.
 #[derive(Clone, Debug)]
@@ -29,6 +31,8 @@ pub struct Value {
     pub ty: Type,
     /// The value of all its elements, if they are one known constant.
     pub konst: Option<f64>,
+    /// A number that no element's magnitude exceeds, if one is known.
+    pub bound: Option<f64>,
     /// When it is known: what depends on weights and constants only is computed once, at load.
     pub known: Known,
     /// It is made of a weight that other operations read as it is, such as a tied embedding.
@@ -61,6 +65,27 @@ pub fn is_step_shape(shape: &[Dim]) -> bool {
         .all(|d| d.coef(Sym::B) == 0 && d.coef(Sym::S) == 0)
 }
 
+/// What a rule takes for granted, because nothing in the program says otherwise.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Assumption {
+    /// No score of the attention exceeds this magnitude.
+    pub scores_below: Real,
+    /// What its hidden scores are filled with, taken for −∞.
+    pub fill: Real,
+    /// The module path of the mask.
+    pub mask: String,
+}
+
+impl fmt::Display for Assumption {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (below, fill, mask) = (self.scores_below, self.fill, &self.mask);
+        write!(
+            f,
+            "no score exceeds {below}, so that {fill} of the mask {mask} hides it as −∞ would"
+        )
+    }
+}
+
 /// One application of a rule: for `explain`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Applied {
@@ -70,6 +95,8 @@ pub struct Applied {
     pub class: Id,
     /// Name of the operation that was added.
     pub op: &'static str,
+    /// What it rests on beside the program.
+    pub assumes: Option<Assumption>,
 }
 
 /// The analysis with its log of applied rules.
@@ -79,6 +106,8 @@ pub struct TensorAnalysis {
     pub log: Vec<Applied>,
     /// Names of the weights that several operations read, one of them whole.
     pub shared: BTreeSet<String>,
+    /// The attention, as its rows of a step, that has the KV cache of a layer.
+    pub cached: BTreeMap<u32, Id>,
 }
 
 impl TensorAnalysis {
@@ -158,7 +187,8 @@ impl Analysis<Lang> for TensorAnalysis {
         let operands = operands_of(egraph, node).map(|&c| egraph[c].data.value());
         let ty = infer(&op, operands.map(|v| &v.ty))
             .unwrap_or_else(|e| panic!("invariant: rules add only well-typed terms: {e}"));
-        let konst = constant(&op, &operands);
+        let konst = constant(&op, &operands.map(|v| v.konst), &ty);
+        let bound = bound(&op, &operands.map(|v| v.bound), konst);
         let known = Known::of(&op, operands.iter().map(|v| v.known), &ty);
         let shared = match &op {
             Op::Weight(Weight { weight, .. }) => egraph.analysis.shared.contains(&weight.name),
@@ -179,6 +209,7 @@ impl Analysis<Lang> for TensorAnalysis {
         Data::Value(Value {
             ty,
             konst,
+            bound,
             known,
             shared,
             fact,
@@ -199,6 +230,11 @@ impl Analysis<Lang> for TensorAnalysis {
                     "invariant: a rule may unite only values of one type"
                 );
                 let konst = merge_option(&mut x.konst, y.konst);
+                // Readers look at it when they are made: no reason to look at them again.
+                x.bound = match (x.bound, y.bound) {
+                    (Some(a), Some(b)) => Some(a.min(b)),
+                    (a, b) => a.or(b),
+                };
                 let fact = merge_option(&mut x.fact, y.fact);
                 let prov = merge_option(&mut x.prov, y.prov);
                 let known = DidMerge(y.known > x.known, x.known > y.known);
@@ -225,17 +261,6 @@ fn merge_option<T: PartialEq>(a: &mut Option<T>, b: Option<T>) -> DidMerge {
         }
         (Some(_), None) => DidMerge(false, true),
         _ => DidMerge(false, false),
-    }
-}
-
-fn constant(op: &Op, x: &Operands<&Value>) -> Option<f64> {
-    match op {
-        Op::Const(Const { value, .. }) => Some(value.get()),
-        Op::Cast(Cast(lathe_ir::DType::Bool)) => x[X].konst.map(|v| f64::from(v != 0.0)),
-        Op::Cast(Cast(to)) if !to.is_float() => x[X].konst.map(f64::trunc),
-        Op::Cast(_) | Op::Reshape(_) | Op::Expand(_) => x[X].konst,
-        Op::Unary(lathe_ir::UnaryFn::Neg) => Some(-x[X].konst?),
-        _ => None,
     }
 }
 

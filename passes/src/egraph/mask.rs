@@ -5,7 +5,7 @@
 //! turns booleans into additive masks; attention rules ask only for the resulting [`Mask`].
 
 use lathe_ir::ops::{Cast, Iota, Where};
-use lathe_ir::{BinaryFn, DType, Dim, Mask, Op, UnaryFn};
+use lathe_ir::{BinaryFn, DType, Dim, Mask, Op, Real, UnaryFn};
 
 /// The set of (query `i`, key `j`) with `lo < j - i <= hi`; a missing bound is infinite.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -84,16 +84,62 @@ pub enum Fact {
         /// Whether it is the outside that is 1.
         inverted: bool,
     },
-    /// Number: 0 inside the band, at most [`HIDDEN`] outside.
+    /// Number: 0 inside the band, at most `fill` outside, which is at most [`HIDDEN`].
     Additive {
         /// Visible pairs.
         band: Band,
+        /// The largest number outside.
+        fill: Real,
     },
 }
 
-/// Scores at least this low vanish in a softmax over f32: masks are filled with −1e9, the dtype's
-/// minimum or −∞, and no finite score comes near.
+/// What is no lower hides nothing, whatever the scores are: masks are filled with −1e4, −1e9, the
+/// dtype's minimum or −∞. [`Fill`] says how large scores may be beside a fill.
 pub const HIDDEN: f64 = -1e4;
+
+/// Below its largest score by this much, a score's weight in a softmax is 0 in f32: e^-104 is less than
+/// half of the least number.
+const VANISHES: f64 = 104.0;
+
+/// A fill at most this low is no assumption: scores of such a size leave f32 no room for differences.
+const ENDLESS: f64 = -1e30;
+
+/// What hides scores, which rules take for −∞.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub enum Fill {
+    /// It is added to them.
+    Added(f64),
+    /// It stands in their place.
+    Instead(f64),
+}
+
+impl Fill {
+    /// The largest magnitude of scores beside which hidden ones vanish.
+    pub fn limit(self) -> f64 {
+        match self {
+            Fill::Added(fill) => (-fill - VANISHES) / 2.0,
+            Fill::Instead(fill) => -fill - VANISHES,
+        }
+    }
+
+    /// Whether scores that are known to stay within `bound` allow to take it for −∞. `Some(true)`: only
+    /// if they stay below [`Fill::limit`], which nobody knows.
+    pub fn hides(self, bound: Option<f64>) -> Option<bool> {
+        let (Fill::Added(fill) | Fill::Instead(fill)) = self;
+        match bound {
+            Some(bound) => (bound <= self.limit()).then_some(false),
+            None => (fill <= HIDDEN).then_some(fill > ENDLESS),
+        }
+    }
+}
+
+/// Indices are exact in f32 and i32 as long as offsets are no larger.
+const FAR: i64 = 1 << 22;
+
+/// Whether an element type tells all positions of a sequence apart.
+fn counts(dtype: DType) -> bool {
+    matches!(dtype, DType::I32 | DType::I64 | DType::F32)
+}
 
 /// Operand of an operation as far as facts are concerned.
 #[derive(Clone, Copy)]
@@ -111,15 +157,15 @@ pub fn derive(op: &Op, x: &[Operand<'_>], shape: &[Dim]) -> Option<Fact> {
     match (op, x) {
         // The only index of an axis of extent 1 would be repeated by broadcasting.
         (Op::Iota(Iota { len, .. }), _) if len.is(1) => None,
-        (Op::Iota(_), _) => Some(Fact::Index { axis: 0, offset: 0 }),
+        (Op::Iota(Iota { dtype, .. }), _) => {
+            counts(*dtype).then_some(Fact::Index { axis: 0, offset: 0 })
+        }
         (Op::Cast(Cast(to)), [a]) => match a.fact? {
             Fact::Bool { band, inverted } if to.is_float() => {
                 Some(Fact::Indicator { band, inverted })
             }
             // Narrow floats do not tell long positions apart.
-            f @ Fact::Index { .. } => {
-                matches!(to, DType::I32 | DType::I64 | DType::F32).then_some(f)
-            }
+            f @ Fact::Index { .. } => counts(*to).then_some(f),
             f @ (Fact::Indicator { .. } | Fact::Additive { .. }) => to.is_float().then_some(f),
             Fact::Bool { .. } => None,
         },
@@ -138,10 +184,12 @@ pub fn derive(op: &Op, x: &[Operand<'_>], shape: &[Dim]) -> Option<Fact> {
                 return None;
             };
             let (a, b) = (a.konst?, b.konst?);
+            let fill = Real::new(a.min(b));
             match (a == 0.0 && b <= HIDDEN, b == 0.0 && a <= HIDDEN, inverted) {
-                (true, _, false) | (_, true, true) => Some(Fact::Additive { band }),
+                (true, _, false) | (_, true, true) => Some(Fact::Additive { band, fill }),
                 (true, _, true) | (_, true, false) => Some(Fact::Additive {
                     band: band.complement()?,
+                    fill,
                 }),
                 _ => None,
             }
@@ -183,22 +231,23 @@ fn binary(f: BinaryFn, a: &Operand<'_>, b: &Operand<'_>) -> Option<Fact> {
     match (f, a.fact, b.fact) {
         (Add | Sub, Some(Fact::Index { axis, offset }), None) => {
             let k = integer(b.konst?)?;
-            let offset = if f == Add { offset + k } else { offset - k };
-            Some(Fact::Index { axis, offset })
+            shifted(axis, if f == Add { offset + k } else { offset - k })
         }
-        (Add, None, Some(Fact::Index { axis, offset })) => Some(Fact::Index {
-            axis,
-            offset: offset + integer(a.konst?)?,
-        }),
+        (Add, None, Some(Fact::Index { axis, offset })) => {
+            shifted(axis, offset + integer(a.konst?)?)
+        }
         (Le | Lt | Ge | Gt, Some(x), Some(y)) => compare(f, x, y),
         (And | Minimum, Some(x), Some(y)) => combine(x, y, false),
         (Or | Maximum, Some(x), Some(y)) => combine(x, y, true),
         // Two additive masks hide what either hides.
-        (Add, Some(Fact::Additive { band: p }), Some(Fact::Additive { band: q })) => {
-            Some(Fact::Additive {
-                band: p.intersect(q),
-            })
-        }
+        (
+            Add,
+            Some(Fact::Additive { band: p, fill: a }),
+            Some(Fact::Additive { band: q, fill: b }),
+        ) => Some(Fact::Additive {
+            band: p.intersect(q),
+            fill: Real::new(a.get().max(b.get())),
+        }),
         // 1 − indicator.
         (Sub, None, Some(Fact::Indicator { band, inverted })) if a.konst == Some(1.0) => {
             Some(Fact::Indicator {
@@ -239,15 +288,22 @@ fn binary(f: BinaryFn, a: &Operand<'_>, b: &Operand<'_>) -> Option<Fact> {
 }
 
 fn scaled_indicator(band: Band, inverted: bool, k: f64) -> Option<Fact> {
-    if k > HIDDEN {
+    // Where the indicator is 0, an infinite fill is no number.
+    if !k.is_finite() || k > HIDDEN {
         return None;
     }
     let band = if inverted { band } else { band.complement()? };
-    Some(Fact::Additive { band })
+    let fill = Real::new(k);
+    Some(Fact::Additive { band, fill })
+}
+
+/// An index that stays exact.
+fn shifted(axis: usize, offset: i64) -> Option<Fact> {
+    (offset.abs() <= FAR).then_some(Fact::Index { axis, offset })
 }
 
 fn integer(v: f64) -> Option<i64> {
-    (v.fract() == 0.0 && v.abs() < 1e15).then_some(v as i64)
+    (v.fract() == 0.0 && v.abs() <= FAR as f64).then_some(v as i64)
 }
 
 /// A comparison of a key index with a query index is a band of `j - i`.
@@ -345,7 +401,7 @@ mod tests {
                 band,
                 inverted: false,
             }
-            | Fact::Additive { band } => band.as_mask(),
+            | Fact::Additive { band, .. } => band.as_mask(),
             Fact::Bool {
                 band,
                 inverted: true,
@@ -400,6 +456,40 @@ mod tests {
             dtype: DType::I64,
         });
         assert_eq!(derive(&one, &[], &[Dim::new(1)]), None);
+        for narrow in [DType::Bool, DType::BF16, DType::F16] {
+            let iota = Op::Iota(Iota {
+                len: i,
+                dtype: narrow,
+            });
+            assert_eq!(derive(&iota, &[], &shape), None, "{narrow}");
+        }
+    }
+
+    #[test]
+    fn a_fill_hides_scores_up_to_a_size() {
+        use Fill::{Added, Instead};
+        // As low as floats go: nothing is assumed. A fill of -1e4 assumes something, unless a bound is
+        // known; beside larger scores it hides nothing.
+        assert_eq!(Added(f64::from(f32::MIN)).hides(None), Some(false));
+        assert_eq!(Instead(f64::NEG_INFINITY).hides(None), Some(false));
+        assert_eq!(Added(-1e4).hides(None), Some(true));
+        assert_eq!(Added(-1e4).hides(Some(30.0)), Some(false));
+        assert_eq!(Added(-1e4).hides(Some(6e3)), None);
+        assert_eq!(Instead(-1e4).hides(Some(6e3)), Some(false));
+        assert_eq!(Added(-1e3).hides(None), None);
+        assert_eq!(Added(-1e3).hides(Some(10.0)), Some(false));
+    }
+
+    #[test]
+    fn an_infinite_fill_times_an_indicator_is_no_mask() {
+        let causal = Band {
+            lo: None,
+            hi: Some(0),
+        };
+        let seen = |k| scaled_indicator(causal, true, k);
+        assert!(seen(-1e9).is_some());
+        assert_eq!(seen(f64::NEG_INFINITY), None);
+        assert_eq!(seen(f64::NAN), None);
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! The e-graph: language, analysis, conversion from and to graphs, cost and extraction.
 
 pub mod analysis;
+mod bound;
+mod constant;
 pub mod convert;
 pub mod cost;
 pub mod extract;

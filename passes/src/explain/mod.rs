@@ -11,6 +11,7 @@ mod tell;
 pub(crate) use nearest::RuleSearch;
 pub(crate) use tell::{History, Told};
 
+use crate::egraph::analysis::Assumption;
 use crate::rule::Stage;
 use lathe_ir::{Both, NodeId};
 use std::collections::BTreeMap;
@@ -47,7 +48,7 @@ pub struct ValueStory {
 }
 
 /// A rule that was applied.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Step {
     /// The rule.
     pub rule: &'static str,
@@ -57,6 +58,8 @@ pub struct Step {
     pub value: ValueNo,
     /// The operation of the new form.
     pub op: &'static str,
+    /// What it rests on beside the program.
+    pub assumes: Option<Assumption>,
 }
 
 /// A rule that nearly matched.

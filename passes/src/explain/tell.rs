@@ -158,6 +158,7 @@ impl History<'_> {
                         stage: rules::by_name(a.rule)?.stage,
                         value: self.number(a.class),
                         op: a.op,
+                        assumes: a.assumes.clone(),
                     })
                 })
                 .collect();

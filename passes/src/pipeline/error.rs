@@ -37,7 +37,33 @@ pub enum CompileError {
         /// The rule that would have matched.
         rule: String,
     },
+    /// A name that the passes need for themselves.
+    #[error("{what} '{name}' has a name that programs made from it use themselves; rename it")]
+    Reserved {
+        /// Input or weight.
+        what: &'static str,
+        /// Its name.
+        name: String,
+    },
+    /// A stage left something behind that is no program: a bug in the passes.
+    #[error("internal: after {stage} of {program}, {value}{}: {reason}", by(.rule))]
+    Malformed {
+        /// Stage, or what chooses and joins programs after them.
+        stage: &'static str,
+        /// Template or program.
+        program: String,
+        /// Which value, with its operation and where it comes from.
+        value: String,
+        /// The rule that made it, where one is known.
+        rule: Option<&'static str>,
+        /// What is wrong.
+        reason: String,
+    },
     /// A program is ill-typed: a bug in the passes.
     #[error("internal: {0}")]
     Type(#[from] TypeError),
+}
+
+fn by(rule: &Option<&'static str>) -> String {
+    rule.map_or(String::new(), |r| format!(" made by rule {r}"))
 }

@@ -1,5 +1,6 @@
 //! From the imported graph to step programs: the stages, in order, on one e-graph a template.
 
+mod check;
 mod clock;
 mod error;
 mod record;
@@ -21,10 +22,11 @@ pub(crate) use terms::{Term, open_windows};
 
 use crate::chains::fuse_chains;
 use crate::egraph::TensorAnalysis;
-use crate::region::{Regions, cut, select_all, whole};
+use crate::region::{Regions, cut, reserved, select_all, whole};
 use crate::rule::Stage;
+use check::{check_forms, check_program, check_term};
 use clock::Clock;
-use lathe_ir::{Both, Graph};
+use lathe_ir::{Both, Graph, printable};
 use stitch::{Inputs, stitch};
 use template::{Chosen, Template};
 
@@ -58,6 +60,10 @@ fn compile_watched(
     mut observer: Option<&mut dyn Observer>,
 ) -> Result<Compiled, CompileError> {
     let mut clock = Clock::start();
+    if let Some((what, name)) = reserved(model) {
+        let name = printable(name);
+        return Err(CompileError::Reserved { what, name });
+    }
     let regions = if config.no_roll {
         whole(model)
     } else {
@@ -83,11 +89,20 @@ fn compile_watched(
         for stage in Stage::ALL {
             let mut report = template.run(stage)?;
             report.saturate = clock.lap("saturate");
+            check_forms(&template.terms.egraph, stage.name(), &template.name)?;
+            clock.lap("verify");
             stages.push(report);
             watch(&mut clock, &|o| o.saturated(&template, stage));
         }
         let programs = template.choose();
         clock.lap("extract");
+        for term in [&programs.steps.decode, &programs.steps.general]
+            .into_iter()
+            .flatten()
+        {
+            check_term(&template.terms, term, "extract", &template.name)?;
+        }
+        clock.lap("verify");
         watch(&mut clock, &|o| o.chosen(&template, &programs));
         reports.push(template.report(stages, &programs));
         chosen.push(programs);
@@ -117,14 +132,21 @@ fn compile_watched(
         general: join("general", |c| &c.steps.general)?,
     };
     clock.lap("stitch");
+    let joined = [&steps.decode, &steps.general].into_iter().flatten();
+    for program in joined.chain([&full]) {
+        check_program(program, "stitch")?;
+    }
+    clock.lap("verify");
     if config.makes_chains() {
         for program in [&mut steps.decode, &mut steps.general]
             .into_iter()
             .flatten()
         {
             *program = fuse_chains(program)?;
+            clock.lap("chains");
+            check_program(program, "chains")?;
+            clock.lap("verify");
         }
-        clock.lap("chains");
     }
     if let Some(o) = observer {
         o.joined(&model.name, &regions)?;

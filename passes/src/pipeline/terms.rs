@@ -130,18 +130,20 @@ impl Terms {
 }
 
 /// Adds the windows of full-sequence outputs: what a step has to compute. Returns their names and
-/// classes; logits are selected and sampled, which adds the output `next`.
+/// classes; logits are selected and sampled, which adds the output `next`. A value that has no rows
+/// stays as it is: no step can compute it.
 pub(crate) fn open_windows(egraph: &mut EGraph, full: &[(String, Id)]) -> Vec<(String, Id)> {
     let mut step = Vec::new();
     for (name, id) in full {
-        let window = Win {
-            batch: Some(0),
-            seq: Some(1),
+        let Some(window) = rows_of(egraph, *id) else {
+            step.push((name.clone(), *id));
+            continue;
         };
         let mut class = add_op(egraph, &window.into(), &[*id].into());
         let origin = egraph[*id].data.value().origin().cloned();
         let origin = origin.unwrap_or_else(|| Prov::global(name));
-        if Output::by_name(name) == Some(Output::Logits) {
+        let is_matrix = (egraph[class].data.value().ty.as_tensor()).is_some_and(|t| t.rank() == 2);
+        if Output::by_name(name) == Some(Output::Logits) && is_matrix {
             let rows = Input {
                 name: StepInput::Rows.name().into(),
                 dtype: DType::I32,
@@ -158,6 +160,17 @@ pub(crate) fn open_windows(egraph: &mut EGraph, full: &[(String, Id)]) -> Vec<(S
     }
     egraph.rebuild();
     step
+}
+
+/// The window of a value over its batch and its sequence, if it has either.
+fn rows_of(egraph: &EGraph, id: Id) -> Option<Win> {
+    let shape = &egraph[id].data.value().ty.as_tensor()?.shape;
+    let axis = |sym| shape.iter().position(|d| d.is_sym(sym)).map(|i| i as u8);
+    let window = Win {
+        batch: axis(Sym::B),
+        seq: axis(Sym::S),
+    };
+    (window.batch.is_some() || window.seq.is_some()).then_some(window)
 }
 
 fn set_prov(egraph: &mut EGraph, id: Id, prov: Prov) {

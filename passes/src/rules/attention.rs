@@ -3,10 +3,11 @@
 //! One small rule a modifier; each changes the payload. Masks are not matched by spelling: the
 //! analysis knows which values are masks (egraph::mask).
 
-use crate::egraph::mask::{Fact, HIDDEN};
+use crate::egraph::analysis::Assumption;
+use crate::egraph::mask::{Band, Fact, Fill};
 use crate::rule::{Apply, Exactness, Rule, Stage};
 use egg::Id;
-use lathe_ir::ops::{Attn, Expand, Permute, RepeatKv, Reshape, Sdpa};
+use lathe_ir::ops::{Attn, Expand, Permute, RepeatKv, Reshape, Sdpa, binary};
 use lathe_ir::{AttnSpec, Dim, Op, Real, SdpaStage};
 
 pub(super) const RULES: &[Rule] = &[
@@ -72,13 +73,14 @@ const PEEL_MASK: Rule = Rule {
     equation: "sdpa{m}(s + mask, v) => sdpa{m and mask}(s, v)   (mask a known additive mask)",
     exactness: Exactness::Approximate(1e-12),
     doc: "Any spelling whose value the analysis can follow. An unknown bias stays where it is, and the \
-          attention unfused. Hidden scores are at most -1e4, so that their weights are 0 in f32.",
+          attention unfused. Hidden scores must vanish in f32 beside the others, whose size the analysis \
+          bounds; where it cannot, a finite fill rests on an assumption.",
     lhs: &["(sdpa ?p (add ?s ?m) ?v)", "(sdpa ?p (add ?m ?s) ?v)"],
     rhs: |a| {
         let Op::Sdpa(Sdpa(spec)) = a.op("?p") else {
             return None;
         };
-        let Some(Fact::Additive { band }) = a.fact("?m") else {
+        let Some(Fact::Additive { band, fill }) = a.fact("?m") else {
             return None;
         };
         let mask = band.as_mask()?;
@@ -86,6 +88,8 @@ const PEEL_MASK: Rule = Rule {
         if spec.stage != SdpaStage::Mask || !keeps_shape(a, s) {
             return None;
         }
+        let m = a.id("?m");
+        hides(a, s, m, Fill::Added(fill.get()))?;
         let spec = AttnSpec {
             mask: spec.mask.and(mask),
             ..spec
@@ -93,6 +97,56 @@ const PEEL_MASK: Rule = Rule {
         a.add(Sdpa(spec), [s, v])
     },
 };
+
+/// Checks that a fill may be taken for −∞ beside these scores. `mask` is where it comes from.
+fn hides(a: &mut Apply<'_>, scores: Id, mask: Id, by: Fill) -> Option<()> {
+    // Under another mask that hides a query's own position, a row may be hidden as a whole: then fills
+    // are compared with fills.
+    let inner = masked_scores(a, scores);
+    if inner.iter().any(|(_, band)| band.as_mask().is_none()) {
+        return None;
+    }
+    if by.hides(bound_below_masks(a, scores, MASKS))? {
+        let (Fill::Added(fill) | Fill::Instead(fill)) = by;
+        let origin = a.value(mask).origin();
+        a.assume(Assumption {
+            scores_below: Real::new(by.limit()),
+            fill: Real::new(fill),
+            mask: origin.map_or(String::new(), |p| p.path.to_string()),
+        });
+    }
+    Some(())
+}
+
+/// Masks of one attention that are looked through.
+const MASKS: usize = 4;
+
+/// The bound of scores where no mask hides them: a mask lowers the others. Every query sees some key, its
+/// own position, under all masks that attention can express.
+fn bound_below_masks(a: &Apply<'_>, scores: Id, masks: usize) -> Option<f64> {
+    let known = a.value(scores).bound;
+    let bounds = masked_scores(a, scores)
+        .into_iter()
+        .filter_map(|(x, band)| {
+            band.as_mask().filter(|_| masks > 0)?;
+            bound_below_masks(a, x, masks - 1)
+        });
+    bounds.chain(known).reduce(f64::min)
+}
+
+/// What becomes these scores by another mask that is added to it, with the pairs which that leaves.
+fn masked_scores(a: &Apply<'_>, scores: Id) -> Vec<(Id, Band)> {
+    let sums = a.forms(scores, "add").into_iter();
+    let sides = sums.flat_map(|(_, ops)| {
+        let (x, y) = (ops[binary::A], ops[binary::B]);
+        [(x, y), (y, x)]
+    });
+    let by_mask = |(x, m): (Id, Id)| match a.value(m).fact {
+        Some(Fact::Additive { band, .. }) => Some((x, band)),
+        _ => None,
+    };
+    sides.filter_map(by_mask).collect()
+}
 
 /// Whether the inner scores have the full extents: a mask or factor that widens them is no
 /// modifier. The key axis is checked against the values by type derivation.
@@ -120,7 +174,7 @@ const PEEL_MASK_FILL: Rule = Rule {
         let Some(Fact::Bool { band, inverted }) = a.fact("?c") else {
             return None;
         };
-        if a.konst("?k")? > HIDDEN || spec.stage != SdpaStage::Mask {
+        if spec.stage != SdpaStage::Mask {
             return None;
         }
         // Which branch holds the scores decides which side of the band is seen.
@@ -134,6 +188,8 @@ const PEEL_MASK_FILL: Rule = Rule {
         if !keeps_shape(a, s) {
             return None;
         }
+        let (c, fill) = (a.id("?c"), a.konst("?k")?);
+        hides(a, s, c, Fill::Instead(fill))?;
         let spec = AttnSpec {
             mask: spec.mask.and(seen.as_mask()?),
             ..spec
@@ -159,7 +215,8 @@ const PEEL_SOFTCAP: Rule = Rule {
         let cap = a.konst("?c2")?;
         let inner = a.konst("?c")?;
         let divisor = if a.spelling == 0 { inner } else { 1.0 / inner };
-        if spec.stage != SdpaStage::Mask || cap <= 0.0 || (divisor / cap - 1.0).abs() > 1e-6 {
+        let is_cap = cap > 0.0 && cap.is_finite() && (divisor / cap - 1.0).abs() <= 1e-6;
+        if spec.stage != SdpaStage::Mask || !is_cap {
             return None;
         }
         let spec = AttnSpec {
@@ -188,12 +245,17 @@ const PEEL_SCALE: Rule = Rule {
         };
         let c = a.konst("?c")?;
         let factor = if a.spelling == 0 { c } else { 1.0 / c };
+        let scale = spec.scale.get() * factor;
         let (s, v) = (a.id("?s"), a.id("?v"));
+        // Scores over zero are no numbers that a factor could give.
+        if scale.abs() > f64::from(f32::MAX) || scale.is_nan() {
+            return None;
+        }
         if spec.stage == SdpaStage::Closed || !keeps_shape(a, s) {
             return None;
         }
         let spec = AttnSpec {
-            scale: Real::new(spec.scale.get() * factor),
+            scale: Real::new(scale),
             stage: SdpaStage::Scale,
             ..spec
         };

@@ -96,12 +96,15 @@ const LINEAR_STORED: Rule = Rule {
 const SCALE_OUT_OF_SCORES: Rule = Rule {
     name: "scale-out-of-scores",
     stage: Stage::Canonicalize,
-    equation: "matmul(q * c, k) => matmul(q, k) * c   (c a constant)",
+    equation: "matmul(q * c, k) => matmul(q, k) * c   (c a finite constant)",
     exactness: Exactness::Reassociates,
     doc: "Some models scale the queries before the product instead of the scores after it.",
     lhs: &["(matmul (mul ?q ?c) ?k)"],
     rhs: |a| {
-        a.konst("?c")?;
+        // An infinite factor of terms of either sign makes their sum no number.
+        if !a.konst("?c")?.is_finite() {
+            return None;
+        }
         let (q, c, k) = (a.id("?q"), a.id("?c"), a.id("?k"));
         let scores = a.add(Matmul, [q, k])?;
         let y = a.add(BinaryFn::Mul, [scores, c])?;

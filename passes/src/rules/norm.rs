@@ -53,7 +53,8 @@ fn recognize(a: &mut Apply<'_>, x: Id) -> Option<Id> {
     if !reduces_last(&a.op("?m"), ReduceFn::Mean, rank) || a.konst("?two") != Some(2.0) {
         return None;
     }
-    let eps = Real::new(a.konst("?eps")?);
+    let eps = a.konst("?eps").filter(|e| e.is_finite() && *e >= 0.0)?;
+    let eps = Real::new(eps);
     let w = a.id("?w");
     let y = a.add(RmsNorm { eps }, [x, w])?;
     (a.value(y).ty == a.value(a.root).ty).then_some(y)

@@ -2,10 +2,9 @@
 
 use crate::rule::{Apply, Exactness, Rule, Stage};
 use egg::Id;
-use lathe_ir::Dim;
-use lathe_ir::Operands;
 use lathe_ir::ops::{AttnQkv, AttnStep, Gemm, Pack, Proj, Reshape, RmsNorm};
 use lathe_ir::ops::{attn_qkv, gemm, proj};
+use lathe_ir::{Dim, Op, Operands, StepInput};
 
 pub(super) const RULES: &[Rule] = &[PROJ, PROJ_BIAS, PROJ_NORM, PROJ_ROPE, QKV_JOIN];
 
@@ -111,7 +110,8 @@ const QKV_JOIN: Rule = Rule {
     exactness: Exactness::Exact,
     doc: "One GEMM for the three projections; head norms, RoPE and the append move into the attention \
           step. Placed at the join: the tuple of the step. All or none of the projections have a bias; \
-          queries and keys share epsilon, RoPE and positions; values have neither norm nor RoPE.",
+          queries and keys share epsilon, RoPE and positions, which are those of the step's rows; values \
+          have neither norm nor RoPE.",
     lhs: &["(attn_step ?a \
           (proj ?pq ?x ?wq bias=?bq gamma=?gq positions=?pos inv_freq=?f) \
           (proj ?pk ?x ?wk bias=?bk gamma=?gk positions=?pos inv_freq=?f) \
@@ -120,6 +120,10 @@ const QKV_JOIN: Rule = Rule {
         let AttnStep(attn) = a.payload("?a")?;
         let (pq, pk) = (a.payload::<Proj>("?pq")?, a.payload::<Proj>("?pk")?);
         if pq.head_norm != pk.head_norm || pq.rope != pk.rope {
+            return None;
+        }
+        // The step rotates by the positions of its rows, and by frequencies from a table.
+        if pq.rope.is_some() && !(is_positions(a, a.opt("?pos")?) && is_table(a, a.opt("?f")?)) {
             return None;
         }
         let kind = Pack::Qkv {
@@ -167,3 +171,16 @@ const QKV_JOIN: Rule = Rule {
         a.add(spec, operands)
     },
 };
+
+/// Whether a value is the positions of a step's rows.
+fn is_positions(a: &Apply<'_>, id: Id) -> bool {
+    let named = |(op, _): &(Op, Operands<Id>)| match op {
+        Op::Input(input) => input.name == StepInput::Positions.name(),
+        _ => false,
+    };
+    a.forms(id, "input").iter().any(named)
+}
+
+fn is_table(a: &Apply<'_>, id: Id) -> bool {
+    a.form(id, "table").is_some()
+}

@@ -59,6 +59,10 @@ const ROPE: Rule = Rule {
             return None;
         }
         let (cos, sin) = (a.id("?cos"), a.id("?sin"));
+        // Of one shape, so that each row meets the sine of its cosine's position.
+        if a.tensor(cos)?.shape != a.tensor(sin)?.shape {
+            return None;
+        }
         let c = wave(a, cos, "cos")?;
         let s = wave(a, sin, "sin")?;
         if !a.same(c.angles, s.angles) || c.scaling != s.scaling {
@@ -81,36 +85,47 @@ struct Wave {
     scaling: Real,
 }
 
-/// Looks through `reshape`, `cast` and a constant factor for `f(concat(a, a))` with known angles.
+/// Looks through `reshape`, `cast` between floats and a constant factor for `f(concat(a, a))` with known
+/// angles. A value may be a form of itself (times one), so each is looked at once.
 fn wave(a: &Apply<'_>, id: Id, f: &str) -> Option<Wave> {
-    let mut id = id;
-    let mut scaling = 1.0;
-    loop {
-        if let Some((_, ops)) = a.form(id, f) {
-            let (Op::Concat(Concat { axis }), parts) = a.form(ops[X], "concat")? else {
-                return None;
-            };
-            let rank = a.tensor(ops[X])?.rank();
-            let (first, second) = (parts[concat::A], parts[concat::B]);
-            a.form(first, "angles")?;
-            let whole = a.same(first, second) && usize::from(axis) + 1 == rank;
-            return whole.then_some(Wave {
-                angles: first,
-                scaling: Real::new(scaling),
-            });
+    let mut seen: Vec<Id> = Vec::new();
+    let mut open = vec![(id, 1.0)];
+    while let Some((id, scaling)) = open.pop() {
+        if seen.iter().any(|&s| a.same(s, id)) {
+            continue;
         }
-        if let Some((_, ops)) = a.form(id, "cast") {
-            id = ops[X];
-        } else if let Some((_, ops)) = a.form(id, "reshape") {
-            // Only extents of 1 may be inserted: the features stay the last axis.
-            if a.tensor(ops[X])?.shape.last() != a.tensor(id)?.shape.last() {
-                return None;
+        seen.push(id);
+        for (_, ops) in a.forms(id, f) {
+            if let Some(angles) = doubled_angles(a, ops[X]) {
+                let scaling = Real::new(scaling);
+                return Some(Wave { angles, scaling });
             }
-            id = ops[X];
-        } else {
-            let (_, ops) = a.form(id, "mul")?;
-            scaling *= a.value(ops[binary::B]).konst?;
-            id = ops[binary::A];
+        }
+        // Through integers, numbers would lose their fractions.
+        let floats = |x: &Id| a.tensor(*x).is_some_and(|t| t.dtype.is_float());
+        let casts = a.forms(id, "cast").into_iter().map(|(_, ops)| ops[X]);
+        open.extend(casts.filter(floats).map(|x| (x, scaling)));
+        // Only extents of 1 may be inserted: the features stay the last axis.
+        let last = |x: Id| a.tensor(x).and_then(|t| t.shape.last().copied());
+        let views = a.forms(id, "reshape").into_iter().map(|(_, ops)| ops[X]);
+        open.extend(views.filter(|&x| last(x) == last(id)).map(|x| (x, scaling)));
+        for (_, ops) in a.forms(id, "mul") {
+            let factor = a.value(ops[binary::B]).konst.unwrap_or(f64::NAN);
+            if (scaling * factor).is_finite() {
+                open.push((ops[binary::A], scaling * factor));
+            }
         }
     }
+    None
+}
+
+/// The angles of which a value is the concatenation with themselves.
+fn doubled_angles(a: &Apply<'_>, id: Id) -> Option<Id> {
+    let rank = a.tensor(id)?.rank();
+    a.forms(id, "concat").into_iter().find_map(|(op, parts)| {
+        let (first, second) = (parts[concat::A], parts[concat::B]);
+        let axis = op.as_::<Concat>()?.axis;
+        let whole = a.same(first, second) && usize::from(axis) + 1 == rank;
+        (whole && a.form(first, "angles").is_some()).then_some(first)
+    })
 }

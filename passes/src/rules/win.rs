@@ -9,10 +9,10 @@ use crate::egraph::analysis::is_step_shape;
 use crate::rule::{Apply, Exactness, Rule, Stage};
 use egg::Id;
 use lathe_ir::ops::{
-    Angles, Attn, AttnStep, Cache, Embedding, Get, Input, Iota, Linear, Matmul, Reduce, Silu,
+    Angles, Attn, AttnStep, Cache, Cast, Embedding, Get, Input, Iota, Linear, Matmul, Reduce, Silu,
     Softmax, SwiGlu, Where, Win,
 };
-use lathe_ir::{BinaryFn, Dim, Op, Sym, UnaryFn};
+use lathe_ir::{BinaryFn, DType, Dim, Op, StepInput, Sym, UnaryFn};
 
 pub(super) const RULES: &[Rule] = &[
     INPUT, POSITIONS, UNARY, CAST, BINARY, WHERE, REDUCE, LINEAR, ROWWISE, RMSNORM, SWIGLU, ANGLES,
@@ -97,7 +97,8 @@ const INPUT: Rule = Rule {
     stage: Stage::KvCache,
     equation: "win(input x) => input step.x",
     exactness: Exactness::Exact,
-    doc: "The rows of an input that belong to this step are an input of the step.",
+    doc: "The rows of an input that belong to this step are an input of the step. Not those of an input \
+          that is called as what a step is given anyway: positions and wanted rows.",
     lhs: &["(win ?w (input ?i))"],
     rhs: |a| {
         let Op::Input(Input { name, dtype, .. }) = a.op("?i") else {
@@ -106,6 +107,11 @@ const INPUT: Rule = Rule {
         spec(a)?;
         let shape = a.tensor(a.root)?.shape;
         let name = format!("{STEP}{name}");
+        match StepInput::by_name(&name) {
+            Some(StepInput::Tokens) if shape.len() == 1 && !dtype.is_float() => {}
+            Some(_) => return None,
+            None => {}
+        }
         a.add(Input { name, dtype, shape }, [])
     },
 };
@@ -113,17 +119,28 @@ const INPUT: Rule = Rule {
 const POSITIONS: Rule = Rule {
     name: "win-positions",
     stage: Stage::KvCache,
-    equation: "win(iota(S)) => input step.positions",
+    equation: "win(iota(S)) => cast(input step.positions)",
     exactness: Exactness::Exact,
-    doc: "Row indices of the full sequence are the positions of the step's tokens.",
+    doc: "Row indices of the full sequence are the positions of the step's tokens, which are integers; \
+          other element types are conversions of them.",
     lhs: &["(win ?w (iota ?i))"],
     rhs: |a| {
         let Op::Iota(Iota { len, dtype }) = a.op("?i") else {
             return None;
         };
-        let name = format!("{STEP}positions");
-        let shape = vec![Dim::sym(Sym::T)];
-        (len == Dim::sym(Sym::S)).then(|| a.add(Input { name, dtype, shape }, []))?
+        if len != Dim::sym(Sym::S) {
+            return None;
+        }
+        let positions = Input {
+            name: StepInput::Positions.name().to_string(),
+            dtype: DType::I64,
+            shape: vec![Dim::sym(Sym::T)],
+        };
+        let positions = a.add(positions, [])?;
+        match dtype {
+            DType::I64 => Some(positions),
+            _ => a.add(Cast(dtype), [positions]),
+        }
     },
 };
 
@@ -361,7 +378,7 @@ const ATTENTION: Rule = Rule {
     exactness: Exactness::Reassociates,
     doc: "Under a causal mask row i reads rows <= i only, so with rows 0..s of k and v cached by earlier \
           steps of this same operation the rows of this step can be computed. The cache is that of the \
-          value's layer.",
+          value's layer, which only one attention of the layer can have.",
     lhs: &["(win ?w (attn ?p ?q ?k ?v))"],
     rhs: |a| {
         let Op::Attn(Attn(p)) = a.op("?p") else {
@@ -372,6 +389,9 @@ const ATTENTION: Rule = Rule {
             return None;
         }
         let layer = a.value(a.root).origin().and_then(|p| p.layer)?;
+        if !a.claim_cache(layer) {
+            return None;
+        }
         let k = a.ty("?k")?;
         let (kv_heads, head_dim) = (k.shape[1].known()?, k.shape[3].known()?);
         let mut ops = Vec::with_capacity(4);

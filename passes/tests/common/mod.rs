@@ -59,6 +59,16 @@ fn find_programs(dir: &Path, out: &mut Vec<PathBuf>) {
     }
 }
 
+/// The names of all golden models, sorted.
+pub fn goldens() -> Vec<String> {
+    let entries = std::fs::read_dir(fixtures().join("golden")).unwrap();
+    let name = |e: std::io::Result<std::fs::DirEntry>| e.unwrap().file_name().into_string();
+    let mut names: Vec<String> = entries.map(|e| name(e).unwrap()).collect();
+    names.sort();
+    assert!(names.len() >= 14, "{names:?}");
+    names
+}
+
 /// The configuration of a golden model or of a full-size model.
 pub fn config(name: &str) -> HfConfig {
     let golden = fixtures().join("golden").join(name);

@@ -1,8 +1,4 @@
 //! Chat templates: the Jinja text of a checkpoint and the conversation that it makes a prompt of.
-#![cfg_attr(
-    not(test),
-    deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)
-)]
 
 use std::path::{Path, PathBuf};
 

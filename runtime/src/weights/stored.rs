@@ -147,7 +147,7 @@ impl Part {
 
     /// Whether most of what lies between the first and the last element is not wanted, by whole pages.
     fn is_sparse(self) -> bool {
-        (self.stride - self.cols) * self.size >= (4 << 10).max(self.cols * self.size)
+        self.stride.saturating_sub(self.cols) * self.size >= (4 << 10).max(self.cols * self.size)
     }
 }
 

@@ -72,6 +72,15 @@ pub(crate) fn tanh<S: Simd>(x: S::V) -> S::V {
     )
 }
 
+/// x within ±20, where tanh and erf are ±1 in f32: polynomials of an infinite x are no numbers. What is no
+/// number stays so.
+#[inline(always)]
+fn limited<S: Simd>(x: S::V) -> S::V {
+    let (zero, least) = (S::splat(0.0), S::splat(-20.0));
+    let x = S::max(least, x);
+    S::sub(zero, S::max(least, S::sub(zero, x)))
+}
+
 /// `small(x)` where |x| <= 0.5, else `large`.
 #[inline(always)]
 fn near_zero<S: Simd>(x: S::V, magnitude: S::V, odd: &[f32], large: S::V) -> S::V {
@@ -100,6 +109,7 @@ pub(crate) fn tanh_relative<S: Simd>(x: S::V) -> S::V {
         -1.0 / 3.0,
         1.0,
     ];
+    let x = limited::<S>(x);
     let magnitude = S::max(x, S::sub(S::splat(0.0), x));
     near_zero::<S>(x, magnitude, &ODD, tanh::<S>(x))
 }
@@ -119,6 +129,7 @@ pub(crate) fn erf<S: Simd>(x: S::V) -> S::V {
         -C / 3.0,
         C,
     ];
+    let x = limited::<S>(x);
     let magnitude = S::max(x, S::sub(S::splat(0.0), x));
     let sign = S::div(x, S::max(magnitude, S::splat(f32::MIN_POSITIVE)));
     let large = S::mul(sign, S::sub(S::splat(1.0), erfc::<S>(magnitude)));
