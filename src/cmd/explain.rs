@@ -1,5 +1,6 @@
 //! `explain`: why this kernel.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::io::Write as _;
 
@@ -328,6 +329,12 @@ impl View<'_> {
         let _ = writeln!(out, "\nrules, in the order in which they applied");
         for step in grouped(op) {
             let _ = writeln!(out, "  {step}");
+        }
+        let assumed: BTreeSet<String> = (op.steps.iter())
+            .filter_map(|s| Some(format!("{}: {}", s.rule, s.assumes.as_ref()?)))
+            .collect();
+        for line in assumed {
+            let _ = writeln!(out, "  assuming, by {}", self.named(&line));
         }
         let values = self.values(op);
         let _ = writeln!(

@@ -11,6 +11,7 @@ use lathe_ir::{Graph, text, verify};
 use lathe_passes::egraph::cost::{CostPoint, DeviceModel};
 use lathe_passes::opt::{Goal, run};
 use lathe_passes::pipeline::CompileError;
+use lathe_passes::trial::difference;
 use lathe_passes::{Stage, chains, rules};
 
 use crate::config::nearest;
@@ -36,6 +37,9 @@ pub struct Opt {
     /// Check the program before and after
     #[arg(long)]
     verify: bool,
+    /// Evaluate the program before and after on random inputs, and say to stderr where they differ
+    #[arg(long)]
+    check: bool,
     /// Print matches, e-nodes and cost to stderr
     #[arg(long)]
     stats: bool,
@@ -127,8 +131,37 @@ impl Opt {
         }
         let mut out = std::io::stdout().lock();
         out.write_all(text::print(&report.graph).as_bytes())?;
+        out.flush()?;
+        if self.check {
+            evaluate(&name, &graph, &report.graph)?;
+        }
         Ok(())
     }
+}
+
+/// Random inputs on which programs are compared.
+const TRIALS: u64 = 4;
+/// Largest difference of two numbers, relative to the largest of their result: rules keep the meaning over
+/// the reals, and evaluation is in f64.
+const TOLERANCE: f64 = 1e-9;
+
+/// Compares a program and its rewritten form on random inputs.
+fn evaluate(name: &str, before: &Graph, after: &Graph) -> anyhow::Result<()> {
+    for seed in 0..TRIALS {
+        let found = difference(before, after, seed, TOLERANCE);
+        match found.map_err(|e| anyhow::anyhow!("{name}: cannot be evaluated {e}"))? {
+            None => {}
+            Some(d) => {
+                return Err(anyhow::anyhow!(
+                    "{name}: the passes change its meaning: {d}"
+                ));
+            }
+        }
+    }
+    say(&format!(
+        "equal on {TRIALS} random inputs, to {TOLERANCE:e}"
+    ));
+    Ok(())
 }
 
 /// An unknown pass with the known one that is meant.

@@ -8,7 +8,7 @@ const MODEL: &str = concat!(
     "/tests/fixtures/configs/llama-3.1-8b"
 );
 
-fn lathe(args: &[&str]) -> Output {
+pub(crate) fn lathe(args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_lathe"))
         .args(args)
         .output()

@@ -2,13 +2,13 @@
 //! linked once and its tests share the machine's cores.
 
 mod backends;
+mod check;
 mod common;
 mod compare;
 mod compile;
 mod config;
 mod errors;
 mod foreign;
-mod fuzz_seeds;
 mod hostile;
 mod kernels;
 mod prepare_dataset;
