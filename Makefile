@@ -9,6 +9,7 @@
 #             how long; without SEED it goes on where it stopped
 # make nvrtc  CUDA's run-time compiler and disassembler from PyPI, so that `make test` compiles every generated
 #             kernel and looks at its machine code; needs no GPU
+# make deny   licences, sources and bans of all dependencies by cargo-deny, without network
 
 CARGO ?= cargo
 PYTHON ?= python3
@@ -26,7 +27,7 @@ RULES := rules file_tests snapshots
 REST := $(filter-out $(RULES),$(sort $(basename $(notdir $(wildcard tests/*.rs */tests/*.rs))) \
 	$(notdir $(patsubst %/main.rs,%,$(wildcard tests/*/main.rs */tests/*/main.rs)))))
 
-.PHONY: demo test rules rest bless nits soak fuzz nvrtc
+.PHONY: demo test rules rest bless nits soak fuzz nvrtc deny
 .DEFAULT_GOAL := test
 
 demo:
@@ -54,9 +55,12 @@ nits:
 soak:
 	$(CARGO) test --release --test program -- --ignored --nocapture soak::
 
+deny:
+	$(CARGO) deny --offline --workspace check licenses sources bans
+
 fuzz:
 	SEED="$(SEED)" MINUTES="$(or $(MINUTES),10)" STATE="$(abspath $(TARGET))/fuzz" \
-		$(CARGO) test --release --test fuzz -- --ignored --nocapture long
+		$(CARGO) test --release --test meaning -- --ignored --nocapture long
 
 # The snapshots of registers are of this compiler. PyPI's first disassembler is of CUDA 13.2; it reads 13.0's code.
 nvrtc: $(NVRTC)/installed-13.0.88

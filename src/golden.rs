@@ -2,6 +2,10 @@
 //!
 //! A reference decides whether a model is right, so one that could let anything pass is refused: numbers that are
 //! not finite, logits that are all zero, a bf16 run that is far from what rounding does.
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)
+)]
 
 use std::path::Path;
 

@@ -3,6 +3,10 @@
 //! A checkpoint, a dataset or a report may come from anywhere. Each is opened here and nowhere else: only regular
 //! files (a FIFO would wait for ever, /dev/zero never ends), and never more bytes than a file of its kind can have.
 //! Errors say what was found and what was expected; who calls names the file.
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)
+)]
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Read};

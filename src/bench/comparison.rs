@@ -1,5 +1,9 @@
 //! Reports side by side. Reads reports of this program and of trtllm-bench alike: both are JSON objects of sections with
 //! numbers.
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)
+)]
 
 use anyhow::{Context, bail};
 use indexmap::{IndexMap, IndexSet};

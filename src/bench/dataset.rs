@@ -1,4 +1,8 @@
 //! Benchmark datasets: JSON lines with `task_id`, `output_tokens` and token ids or a prompt.
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)
+)]
 
 use std::io::BufRead;
 use std::path::Path;
@@ -288,13 +292,13 @@ fn check_ids(ids: &[i64], vocab_size: Option<usize>) -> Result<Vec<u32>, String>
     let limit = vocab_size.map_or(i64::from(u32::MAX), |size| {
         i64::try_from(size).unwrap_or(i64::MAX)
     });
-    match ids.iter().position(|id| !(0..limit).contains(id)) {
-        Some(at) => Err(match vocab_size {
-            Some(size) => format!(
-                "token id {} at index {at} is outside the vocabulary of {size}",
-                ids[at]
-            ),
-            None => format!("token id {} at index {at} is no token id", ids[at]),
+    let mut numbered = ids.iter().enumerate();
+    match numbered.find(|(_, id)| !(0..limit).contains(*id)) {
+        Some((at, id)) => Err(match vocab_size {
+            Some(size) => {
+                format!("token id {id} at index {at} is outside the vocabulary of {size}")
+            }
+            None => format!("token id {id} at index {at} is no token id"),
         }),
         None => Ok(ids.iter().map(|&id| id as u32).collect()),
     }

@@ -1,4 +1,8 @@
 //! Why a dataset cannot be used.
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)
+)]
 
 /// A line that is no request.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,4 +1,8 @@
 //! Lines of a text that somebody else may have written: neither a line nor all of them are without bound.
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)
+)]
 
 use std::io::{BufRead, Error, ErrorKind, Read, Result};
 

@@ -2,6 +2,11 @@
 //!
 //! The distributions are those of trtllm-bench's dataset tool; the bytes are not Python's, but the same seed
 //! always gives the same file.
+#![cfg_attr(
+    not(test),
+    // Random words are taken from a block by numbers below its length.
+    deny(clippy::unwrap_used, clippy::expect_used)
+)]
 
 use std::io::{BufRead, Write};
 

@@ -1,4 +1,8 @@
 //! Flags that `throughput` and `latency` share, and those of trtllm-bench that have no meaning here.
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)
+)]
 
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};

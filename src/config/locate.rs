@@ -3,6 +3,10 @@
 //! The YAML reader tells positions only with its errors. So the text is read once more by a visitor that fails on
 //! every key and goes on behind it; the errors carry the positions. Values that are wrong are looked for one by one, by
 //! a visitor that fails on arriving.
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)
+)]
 
 use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use std::collections::HashMap;
@@ -226,7 +230,8 @@ impl<'de> Visitor<'de> for Seek<'_> {
         self.end::<A::Error>()?;
         while let Some(leads) = entries.next_key_seed(KeySeek(self))? {
             if leads {
-                entries.next_value_seed(Seek(&self.0[1..]))?;
+                let (_, below) = self.0.split_at(1);
+                entries.next_value_seed(Seek(below))?;
             } else {
                 entries.next_value::<IgnoredAny>()?;
             }

@@ -1,5 +1,9 @@
 //! YAML text that somebody else may have written: bounded before the parser sees it, and its errors with their places,
 //! some of which the parser does not tell.
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)
+)]
 
 use super::locate::{Keys, Position, position};
 use crate::errors::printable;

@@ -1,4 +1,8 @@
 //! Reading the YAML file. Every problem is reported, with file, line and column.
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)
+)]
 
 use super::keys::{KEYS, nearest};
 use super::locate::{self, Keys};

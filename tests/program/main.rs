@@ -9,6 +9,7 @@ mod compile;
 mod config;
 mod errors;
 mod foreign;
+mod fuzz_seeds;
 mod hostile;
 mod kernels;
 mod prepare_dataset;

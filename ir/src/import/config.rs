@@ -3,6 +3,10 @@
 //! transformers 4 writes `rope_theta`, `rope_scaling` (with `type` or `rope_type`), `torch_dtype`;
 //! transformers 5 writes `rope_parameters` and `dtype`. Both are normalised to the latter when the
 //! file is read, and so are the keys of overrides.
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)
+)]
 
 use super::error::ImportError;
 use crate::DType;

@@ -1,4 +1,8 @@
 //! Payloads of operations as named attributes, in a fixed order, and back.
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)
+)]
 
 use super::lexer::{Fault, Pos, fault};
 use crate::ops::{Fields, Op};

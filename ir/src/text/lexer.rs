@@ -1,4 +1,8 @@
 //! Tokens of IR text.
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)
+)]
 
 use std::fmt;
 use std::iter::Peekable;

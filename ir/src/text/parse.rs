@@ -1,4 +1,8 @@
 //! Reads SSA text. A syntax error ends the reading; types are checked for all nodes.
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)
+)]
 
 use super::attrs::{Args, Attr};
 use super::lexer::{Fault, Lexer, Pos, Token, fault};

@@ -1,4 +1,8 @@
 //! Bounds on what a chat template may ask minijinja to allocate in one step: fuel counts instructions, not bytes.
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)
+)]
 
 use minijinja::value::{Rest, Value, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, State, filters};

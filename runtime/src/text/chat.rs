@@ -1,4 +1,8 @@
 //! Chat templates: the Jinja text of a checkpoint and the conversation that it makes a prompt of.
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)
+)]
 
 use std::path::{Path, PathBuf};
 

@@ -2,6 +2,10 @@
 //!
 //! Nothing here is in the timed path of a benchmark: datasets are tokenised beforehand and output is
 //! decoded afterwards.
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)
+)]
 
 use lathe_ir::foreign::{self, Kind};
 use std::path::{Path, PathBuf};

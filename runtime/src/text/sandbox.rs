@@ -4,6 +4,10 @@
 //! it has no hook for these. A process has: its limits end it, and whoever started it says why. The process is the
 //! `lathe` program itself, started with one argument, [`ARGUMENT`]; it reads a [`Rendering`] from standard input and
 //! writes text or refusal to standard output, both as JSON.
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)
+)]
 
 use std::io::{Read, Write};
 use std::path::PathBuf;

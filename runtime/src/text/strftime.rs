@@ -1,4 +1,8 @@
 //! The part of C's strftime that chat templates use (`strftime_now("%d %b %Y")`).
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)
+)]
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -39,8 +43,10 @@ pub(super) fn format_utc(format: &str, time: SystemTime) -> Result<String, Strin
         second_of_day / 60 % 60,
         second_of_day % 60,
     );
-    let weekday = DAYS[(days % 7) as usize];
-    let month_name = MONTHS[month as usize - 1];
+    // There are seven and twelve of them.
+    let name = |names: &[&'static str], i: u64| names.get(i as usize).copied().unwrap_or_default();
+    let weekday = name(&DAYS, days % 7);
+    let month_name = name(&MONTHS, month - 1);
     let hour_12 = (hour + 11) % 12 + 1;
     let mut out = String::new();
     let mut rest = format.chars();

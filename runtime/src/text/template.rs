@@ -7,6 +7,10 @@
 //! Fuel bounds the instructions of a template, and nothing bounds the memory, the time and the stack that one of them
 //! takes. So a template of unknown origin is rendered here only in a process of its own, see
 //! [`sandbox`](super::sandbox).
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)
+)]
 
 use std::time::SystemTime;
 

@@ -1,4 +1,8 @@
 //! tokenizer.json and the special tokens around it.
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)
+)]
 
 use std::path::Path;
 
@@ -183,12 +187,11 @@ impl StreamDecoder<'_> {
     }
 
     fn advance(&mut self, force: bool) -> Result<String, TextError> {
-        let before = self
-            .tokenizer
-            .decode(&self.ids[self.context..self.emitted], self.skip_special)?;
-        let after = self
-            .tokenizer
-            .decode(&self.ids[self.context..], self.skip_special)?;
+        let window = self.ids.get(self.context..).unwrap_or_default();
+        let known = window.len().min(self.emitted - self.context);
+        let (old, _) = window.split_at(known);
+        let before = self.tokenizer.decode(old, self.skip_special)?;
+        let after = self.tokenizer.decode(window, self.skip_special)?;
         if after.len() <= before.len() || (!force && after.ends_with('\u{fffd}')) {
             return Ok(String::new());
         }
@@ -203,7 +206,7 @@ impl StreamDecoder<'_> {
             .unwrap_or(0);
         self.context = self.emitted;
         self.emitted = self.ids.len();
-        Ok(after[start..].to_string())
+        Ok(after.get(start..).unwrap_or_default().to_string())
     }
 }
 

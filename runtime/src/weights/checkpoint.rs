@@ -1,4 +1,8 @@
 //! A checkpoint folder: `model.safetensors`, or shards named by `model.safetensors.index.json`.
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)
+)]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -110,7 +114,7 @@ impl Checkpoint {
         let is_misplaced = |(name, file): &(&String, &String)| {
             self.tensors
                 .get(*name)
-                .is_none_or(|t| t.shard != shard_of[file.as_str()])
+                .is_none_or(|t| shard_of.get(file.as_str()) != Some(&t.shard))
         };
         let misplaced: Vec<String> = index
             .weight_map
@@ -177,7 +181,8 @@ fn read_start(file: &dyn ReadAt, bytes: u64) -> std::io::Result<Vec<u8>> {
         .map_err(|_| std::io::ErrorKind::OutOfMemory)?;
     let prefix = start.len();
     start.resize(prefix + length, 0);
-    read_exact_at(file, &mut start[prefix..], prefix as u64)?;
+    let (_, header) = start.split_at_mut(prefix);
+    read_exact_at(file, header, prefix as u64)?;
     Ok(start)
 }
 
@@ -195,9 +200,9 @@ impl WeightSource for Checkpoint {
     }
 
     fn data(&self, name: &str) -> Option<TensorData<'_>> {
-        self.tensors.get(name).map(|t| TensorData::Stored {
-            file: &self.shards[t.shard],
-            at: t.start,
-        })
+        let tensor = self.tensors.get(name)?;
+        let file = self.shards.get(tensor.shard)?;
+        let at = tensor.start;
+        Some(TensorData::Stored { file, at })
     }
 }

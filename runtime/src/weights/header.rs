@@ -3,6 +3,10 @@
 //!
 //! Parsed here rather than by the `safetensors` crate because its result is a map, in which a duplicate name
 //! would silently win, and because its errors name neither tensor nor numbers.
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)
+)]
 
 use std::fmt;
 

@@ -16,7 +16,9 @@ use super::{Dtype, ReadAt, TensorData, TensorInfo, WeightSource, WeightsError};
 /// Bytes of the destination that one task fills.
 const TASK_BYTES: usize = 256 << 10;
 /// Bytes that a task reads of each row of a tensor that is transposed, at least; fewer would be mostly calls.
-const TRANSPOSED_BYTES: usize = 512;
+const TRANSPOSED_BYTES: usize = 1024;
+/// Columns that are transposed together: a cache line of the destination.
+const COLUMNS: usize = 32;
 
 /// A recipe bound to a source, checked: filling cannot go out of bounds.
 pub struct Packer<'a> {
@@ -233,17 +235,23 @@ impl<'a> Packer<'a> {
         out: &mut [u8],
     ) -> std::io::Result<()> {
         let dtype = self.recipe.dtype;
-        let (size, row_bytes) = (dtype.size(), self.recipe.row_bytes());
-        let mut column = vec![0; part.cols * size];
+        let column_bytes = part.cols * dtype.size();
+        // Several at a time: a row of `out` takes them next to each other.
+        let mut columns = vec![0; COLUMNS.min(part.rows) * column_bytes];
         part.each_row(file, |c, from| {
+            let n = c % COLUMNS;
+            let column = &mut columns[n * column_bytes..][..column_bytes];
             if same_type(stored, dtype) {
                 column.copy_from_slice(from);
             } else {
-                convert(&mut column, dtype, from, stored);
+                convert(column, dtype, from, stored);
             }
-            let rows = out.chunks_exact_mut(row_bytes);
-            for (row, value) in rows.zip(column.chunks_exact(size)) {
-                row[c * size..][..size].copy_from_slice(value);
+            if n + 1 == COLUMNS || c + 1 == part.rows {
+                let columns = &columns[..(n + 1) * column_bytes];
+                match dtype.size() {
+                    2 => transpose::<2>(columns, part.cols, out, part.rows, c - n),
+                    _ => transpose::<4>(columns, part.cols, out, part.rows, c - n),
+                }
             }
         })
     }
@@ -346,6 +354,25 @@ fn same_type(stored: Dtype, packed: PackDType) -> bool {
             | (Dtype::BF16, PackDType::Bf16)
             | (Dtype::F16, PackDType::F16)
     )
+}
+
+/// Puts columns of `rows` elements of `N` bytes side by side into the rows of `out`, which have `cols` elements, from
+/// column `first` on.
+fn transpose<const N: usize>(
+    columns: &[u8],
+    rows: usize,
+    out: &mut [u8],
+    cols: usize,
+    first: usize,
+) {
+    let (columns, _) = columns.as_chunks::<N>();
+    let (out, _) = out.as_chunks_mut::<N>();
+    let n = columns.len() / rows;
+    for (r, row) in out.chunks_exact_mut(cols).enumerate() {
+        for (c, value) in row[first..][..n].iter_mut().enumerate() {
+            *value = columns[c * rows + r];
+        }
+    }
 }
 
 /// Converts the elements of `from`, one after the other.

@@ -4,6 +4,10 @@
 //! on the driver). A file is one line of JSON and the cubin. Files are written under another name and renamed, so a
 //! reader sees all or nothing; a checksum finds what a crash or a disk did to them, and such files are rebuilt. The
 //! folder is kept under a size by removing the files that were used longest ago.
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)
+)]
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
@@ -148,7 +152,8 @@ impl CubinCache {
     /// The module that the bytes of an entry hold, if they are undamaged and of this source.
     pub fn decode(&self, source: &Source, bytes: &[u8]) -> Option<Compiled> {
         let end = bytes.iter().position(|&b| b == b'\n')?;
-        let (line, cubin) = (&bytes[..end], &bytes[end + 1..]);
+        let (line, rest) = bytes.split_at_checked(end)?;
+        let (_, cubin) = rest.split_first()?;
         let header: Header = serde_json::from_slice(line).ok()?;
         let is_same = header.format == FORMAT
             && header.nvrtc == self.nvrtc

@@ -1,5 +1,9 @@
 //! Tuned choices on disk, beside the compiled kernels: one file for each GPU, toolchain and text of
 //! the kernels. A file that is damaged or of another format is ignored and written anew.
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)
+)]
 
 use super::disk::{fingerprint, replace};
 use lathe_codegen::cuda::{GemmKey, Variant};
