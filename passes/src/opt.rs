@@ -5,6 +5,7 @@
 //! intermediate forms (`sdpa`, `proj`, `win`) can be looked at.
 
 use crate::chains::{self, fuse_chains};
+use crate::egraph::analysis::Assumption;
 use crate::egraph::convert::{add_graph, e_node, to_graph};
 use crate::egraph::cost::{CostPoint, INFINITE};
 use crate::egraph::extract::{extract, node_cost};
@@ -48,6 +49,8 @@ pub struct OptReport {
     pub classes: usize,
     /// Cost of the result: operations or picoseconds.
     pub cost: u64,
+    /// What the rules took for granted.
+    pub assumptions: Vec<Assumption>,
 }
 
 /// The rules of a pass: of a stage if it names one, else the rule.
@@ -109,6 +112,8 @@ pub fn run(graph: &Graph, passes: &[&str], goal: &Goal) -> Result<OptReport, Com
     for applied in &egraph.analysis.log {
         *matches.entry(applied.rule).or_insert(0) += 1;
     }
+    let log = egraph.analysis.log.iter();
+    let assumptions = log.filter_map(|a| a.assumes.clone()).collect();
     let mut best = to_graph(&egraph, &chosen.choice, &graph.name, &roots);
     if with_chains {
         best = fuse_chains(&best)?;
@@ -119,6 +124,7 @@ pub fn run(graph: &Graph, passes: &[&str], goal: &Goal) -> Result<OptReport, Com
         nodes: egraph.total_number_of_nodes(),
         classes: egraph.number_of_classes(),
         cost: chosen.cost,
+        assumptions,
     })
 }
 

@@ -9,7 +9,7 @@ use clap::Args;
 use lathe_ir::foreign::{self, Kind};
 use lathe_ir::{Graph, text, verify};
 use lathe_passes::egraph::cost::{CostPoint, DeviceModel};
-use lathe_passes::opt::{Goal, run};
+use lathe_passes::opt::{Goal, OptReport, run};
 use lathe_passes::pipeline::CompileError;
 use lathe_passes::trial::difference;
 use lathe_passes::{Stage, chains, rules};
@@ -133,7 +133,7 @@ impl Opt {
         out.write_all(text::print(&report.graph).as_bytes())?;
         out.flush()?;
         if self.check {
-            evaluate(&name, &graph, &report.graph)?;
+            evaluate(&name, &graph, &report)?;
         }
         Ok(())
     }
@@ -146,15 +146,17 @@ const TRIALS: u64 = 4;
 const TOLERANCE: f64 = 1e-9;
 
 /// Compares a program and its rewritten form on random inputs.
-fn evaluate(name: &str, before: &Graph, after: &Graph) -> anyhow::Result<()> {
+fn evaluate(name: &str, before: &Graph, report: &OptReport) -> anyhow::Result<()> {
     for seed in 0..TRIALS {
-        let found = difference(before, after, seed, TOLERANCE);
+        let found = difference(before, &report.graph, seed, TOLERANCE);
         match found.map_err(|e| anyhow::anyhow!("{name}: cannot be evaluated {e}"))? {
             None => {}
             Some(d) => {
-                return Err(anyhow::anyhow!(
-                    "{name}: the passes change its meaning: {d}"
-                ));
+                let assumed = report.assumptions.first();
+                let assumed =
+                    assumed.map_or(String::new(), |a| format!("; a rule assumes that {a}"));
+                let what = format!("{name}: the passes change its meaning: {d}{assumed}");
+                return Err(anyhow::anyhow!(what));
             }
         }
     }

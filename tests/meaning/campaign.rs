@@ -118,6 +118,10 @@ fn one(seed: u64, plan: &Plan<'_>, totals: &Mutex<Totals>) {
         Verdict::Defect(d) => Some(case.report(d, plan.instead, plan.shrink)),
         _ => None,
     };
+    // At once: a run that is stopped has told what it found.
+    if let Some(report) = report.as_ref().filter(|_| plan.shrink) {
+        println!("{report}");
+    }
     let mut totals = totals.lock().unwrap();
     let counts = totals.counts.entry(case.kind).or_default();
     match verdict {

@@ -7,7 +7,8 @@
 
 use crate::rng::Rng;
 use lathe_ir::interp::{Float, Interp, StepMeta, Value, eval_op};
-use lathe_ir::{DType, Graph, Node, NodeId, Op, SdpaStage, WeightRef};
+use lathe_ir::{BinaryFn, DType, Graph, Node, NodeId, Op, SdpaStage, WeightRef};
+use lathe_passes::egraph::analysis::{Applied, Assumption};
 use lathe_passes::trial::Trial;
 use std::cell::OnceCell;
 
@@ -65,6 +66,8 @@ pub(crate) struct Oracle<'a> {
     reference: &'a Graph,
     exact: Numbers,
     poisoned: bool,
+    /// The largest magnitude of a score of the program.
+    scores: f64,
     others: OnceCell<Vec<Numbers>>,
 }
 
@@ -72,17 +75,30 @@ impl<'a> Oracle<'a> {
     /// # Errors
     /// The interpreter refuses the program, such as for an index that its table does not have.
     pub(crate) fn new(trial: Trial<'a>, reference: &'a Graph) -> Result<Oracle<'a>, String> {
-        let mut poisoned = false;
+        let (mut poisoned, mut scores) = (false, 0.0);
         let exact = run::<f64>(&trial, reference, false, &mut |node, values| {
             poisoned |= is_poison(node, values);
+            scores = largest_score(reference, node, values).max(scores);
         })?;
         Ok(Oracle {
             trial,
             reference,
             exact,
             poisoned,
+            scores,
             others: OnceCell::new(),
         })
+    }
+
+    /// Whether the program keeps to what the rules took for granted.
+    pub(crate) fn allows<'x>(&self, log: impl IntoIterator<Item = &'x Applied>) -> bool {
+        let assumed = log.into_iter().filter_map(|a| a.assumes.as_ref());
+        self.allows_all(assumed)
+    }
+
+    /// As [`Oracle::allows`].
+    pub(crate) fn allows_all<'x>(&self, all: impl IntoIterator<Item = &'x Assumption>) -> bool {
+        all.into_iter().all(|a| self.scores <= a.scores_below.get())
     }
 
     /// Whether results are what the program means, as far as this arithmetic can tell.
@@ -164,6 +180,22 @@ impl<'a> Oracle<'a> {
         }
         Some(largest)
     }
+}
+
+/// The largest magnitude among the operands of a node that may be scores, `[..,S,S]` of products.
+fn largest_score(graph: &Graph, node: &Node, values: &[Option<Value<f64>>]) -> f64 {
+    let is_score = |id: &&NodeId| {
+        let made = matches!(
+            graph.node(**id).op,
+            Op::Matmul(_) | Op::Input(_) | Op::Binary(BinaryFn::Mul | BinaryFn::Div)
+        );
+        let square = |t: &lathe_ir::TensorType| t.rank() == 4 && t.shape[2] == t.shape[3];
+        made && graph.tensor(**id).is_some_and(square)
+    };
+    let scores = node.inputs.iter().filter(is_score);
+    let tensors = scores.filter_map(|id| values[id.index()].as_ref()?.as_float());
+    let all = tensors.flat_map(|t| &t.data);
+    all.fold(0.0, |m, v| m.max(v.abs()))
 }
 
 /// Whether a product reads something on its right that is no number.

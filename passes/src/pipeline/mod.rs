@@ -24,7 +24,7 @@ use crate::chains::fuse_chains;
 use crate::egraph::TensorAnalysis;
 use crate::region::{Regions, cut, reserved, select_all, whole};
 use crate::rule::Stage;
-use check::{check_forms, check_program, check_term};
+use check::{check_program, check_term};
 use clock::Clock;
 use lathe_ir::{Both, Graph, printable};
 use stitch::{Inputs, stitch};
@@ -89,7 +89,7 @@ fn compile_watched(
         for stage in Stage::ALL {
             let mut report = template.run(stage)?;
             report.saturate = clock.lap("saturate");
-            check_forms(&template.terms.egraph, stage.name(), &template.name)?;
+            template.check(stage)?;
             clock.lap("verify");
             stages.push(report);
             watch(&mut clock, &|o| o.saturated(&template, stage));

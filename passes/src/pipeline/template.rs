@@ -1,5 +1,6 @@
 //! One template: its e-graph, the stages on it, and the choice of its programs.
 
+use super::check::check_forms;
 use super::saturate::saturate;
 use super::terms::{Term, Terms, open_windows};
 use super::{CompileError, PassConfig, StageReport, TemplateReport};
@@ -29,6 +30,8 @@ pub(crate) struct Template<'a> {
     /// The class of each imported node.
     pub(crate) imported: Vec<Id>,
     pub(crate) terms: Terms,
+    /// Rule applications before the last stage.
+    before: usize,
 }
 
 /// The programs chosen from a template.
@@ -70,6 +73,7 @@ impl<'a> Template<'a> {
                 full,
                 step: Vec::new(),
             },
+            before: 0,
         }
     }
 
@@ -88,6 +92,7 @@ impl<'a> Template<'a> {
             self.terms.step = open_windows(&mut self.terms.egraph, &self.terms.full);
         }
         let known = self.log().len();
+        self.before = known;
         let rules = self.config.rules_of(stage);
         let egraph = &mut self.terms.egraph;
         let iterations = saturate(egraph, &rules, stage.name(), &self.name)?;
@@ -104,6 +109,15 @@ impl<'a> Template<'a> {
             iterations,
             saturate: Duration::ZERO,
         })
+    }
+
+    /// Checks what a stage that has just run made of the template.
+    ///
+    /// # Errors
+    /// A value has a form of another type: a bug in a rule.
+    pub(crate) fn check(&self, stage: Stage) -> Result<(), CompileError> {
+        let applied = &self.log()[self.before..];
+        check_forms(&self.terms.egraph, applied, stage.name(), &self.name)
     }
 
     /// What a form costs where the decode program is chosen.

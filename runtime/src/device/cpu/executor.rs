@@ -151,7 +151,8 @@ impl<E: Elem> CpuExecutor<E> {
                     std::mem::size_of_val(&data[..]),
                 )
             };
-            packer.fill(0..w.recipe.rows, bytes)?;
+            // A narrower element type may leave a part of the last element of E.
+            packer.fill(0..w.recipe.rows, &mut bytes[..w.recipe.bytes()])?;
             weights.push(data);
             packed += w.recipe.bytes() as u64;
             progress::advance("load weights", Unit::Bytes, packed, total);
