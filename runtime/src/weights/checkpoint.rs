@@ -206,3 +206,35 @@ impl WeightSource for Checkpoint {
         Some(TensorData::Stored { file, at })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::stored::tests::Flaky;
+    use super::*;
+
+    /// The first bytes of a file come whole out of short reads; a claim beyond the file is not believed, and whichever
+    /// read fails is an error.
+    #[test]
+    fn headers_are_read_from_a_bad_disk() {
+        let file = |claim: u64, most, fails_at| {
+            let bytes = [&claim.to_le_bytes()[..], b"{\"a\":1}", b"data"].concat();
+            Flaky::new(bytes, most, fails_at)
+        };
+        for most in [1, 3, usize::MAX] {
+            let start = read_start(&file(7, most, None), 19).unwrap();
+            assert_eq!(&start[8..], b"{\"a\":1}");
+            let start = read_start(&file(u64::MAX, most, None), 19).unwrap();
+            assert_eq!(start.len(), 19);
+        }
+        for call in 1..=18 {
+            // Every fifth call is an interruption, the others give a byte each.
+            let error = read_start(&file(7, 1, Some(call)), 19).unwrap_err();
+            assert_eq!(error.to_string(), "the disk is gone");
+        }
+        let error = read_start(&file(100, 9, None), 500).unwrap_err();
+        assert!(
+            error.to_string().contains("it ends at byte 19 now"),
+            "{error}"
+        );
+    }
+}

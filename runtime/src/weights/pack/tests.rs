@@ -140,6 +140,53 @@ proptest! {
     }
 }
 
+/// Whichever read fails: the error names tensor and reason. Short reads and interruptions change nothing.
+#[test]
+fn a_disk_that_fails_at_any_call() {
+    let (rows, cols) = (6, 40);
+    for transpose in [false, true] {
+        for dtype in [PackDType::F32, PackDType::Bf16] {
+            let segment = Segment {
+                transpose,
+                ..Segment::whole("w", rows, cols, 0)
+            };
+            let recipe = PackRecipe {
+                rows,
+                cols,
+                dtype,
+                segments: vec![segment],
+            };
+            let pack = |most, fails_at| {
+                let (stored_rows, stored_cols) = if transpose {
+                    (cols, rows)
+                } else {
+                    (rows, cols)
+                };
+                let (info, Flaky { bytes, .. }) = tensor(0, stored_rows, stored_cols, Dtype::F32);
+                let file = Flaky::new(bytes, most, fails_at);
+                let source = Memory(BTreeMap::from([("w".into(), (info, file))]));
+                let mut out = vec![0; rows * recipe.row_bytes()];
+                Packer::new(&recipe, &source)?.fill_serial(0..rows, &mut out)?;
+                Ok::<_, WeightsError>(out)
+            };
+            let whole = pack(usize::MAX, None).unwrap();
+            let mut n_failed = 0;
+            loop {
+                // At most 96 bytes a call: ten calls, and interruptions between them.
+                match pack(96, Some(n_failed + 1)) {
+                    Ok(out) => break assert_eq!(out, whole),
+                    Err(error) => assert_eq!(
+                        error.to_string(),
+                        "memory: cannot pack w: its file cannot be read: the disk is gone"
+                    ),
+                }
+                n_failed += 1;
+            }
+            assert!(n_failed >= 10, "{n_failed} calls");
+        }
+    }
+}
+
 #[test]
 fn rounding_is_to_nearest_even() {
     let values = [
