@@ -7,7 +7,7 @@
 
 use crate::rng::Rng;
 use lathe_ir::interp::{Float, Interp, StepMeta, Value, eval_op};
-use lathe_ir::{BinaryFn, DType, Graph, Node, NodeId, Op, SdpaStage, WeightRef};
+use lathe_ir::{BinaryFn, DType, Graph, Node, NodeId, Op, SdpaStage, Sym, WeightRef};
 use lathe_passes::egraph::analysis::{Applied, Assumption};
 use lathe_passes::trial::Trial;
 use std::cell::OnceCell;
@@ -59,6 +59,14 @@ const RUNS: u64 = 6;
 /// The results of a program, one number after the other.
 pub(crate) type Numbers = Vec<f64>;
 
+/// A program in the arithmetic of devices.
+struct Others {
+    /// Its results in f32, and in f64 with values rounded to their element types.
+    results: Vec<Numbers>,
+    /// In f32 it computes something that is no number.
+    no_number: bool,
+}
+
 /// The meaning of a program in one trial.
 pub(crate) struct Oracle<'a> {
     pub(crate) trial: Trial<'a>,
@@ -66,25 +74,30 @@ pub(crate) struct Oracle<'a> {
     reference: &'a Graph,
     exact: Numbers,
     poisoned: bool,
+    /// Something that it computes is no number.
+    no_number: bool,
     /// The largest magnitude of a score of the program.
     scores: f64,
-    others: OnceCell<Vec<Numbers>>,
+    others: OnceCell<Others>,
 }
 
 impl<'a> Oracle<'a> {
     /// # Errors
     /// The interpreter refuses the program, such as for an index that its table does not have.
     pub(crate) fn new(trial: Trial<'a>, reference: &'a Graph) -> Result<Oracle<'a>, String> {
-        let (mut poisoned, mut scores) = (false, 0.0);
+        let (mut poisoned, mut no_number, mut scores) = (false, false, 0.0);
         let exact = run::<f64>(&trial, reference, false, &mut |node, values| {
-            poisoned |= is_poison(node, values);
+            poisoned |= is_poison(reference, node, values);
+            no_number |= reads_no_number(node, values);
             scores = largest_score(reference, node, values).max(scores);
         })?;
+        no_number |= exact.iter().any(|v| v.is_nan());
         Ok(Oracle {
             trial,
             reference,
             exact,
             poisoned,
+            no_number,
             scores,
             others: OnceCell::new(),
         })
@@ -106,22 +119,14 @@ impl<'a> Oracle<'a> {
     /// # Errors
     /// They are not: where.
     pub(crate) fn judge(&self, found: &[f64], how: Arithmetic) -> Result<(), String> {
-        // Kernels promise nothing of results that are no number: their maxima pass over it.
-        let kept: Numbers;
-        let found = match how {
-            Arithmetic::Real => found,
-            _ => {
-                let of = |(e, f): (&f64, &f64)| if e.is_finite() { *f } else { *e };
-                kept = match self.exact.len() == found.len() {
-                    true => self.exact.iter().zip(found).map(of).collect(),
-                    false => found.to_vec(),
-                };
-                &kept
-            }
-        };
         let Some(mut fault) = differing(&self.exact, found, how.negligible(), 0.0) else {
             return Ok(());
         };
+        // Kernels promise nothing of what is no number: their maxima pass over it, and comparisons and
+        // integers make numbers of it again.
+        if how != Arithmetic::Real && (self.no_number || self.others().no_number) {
+            return Ok(());
+        }
         let numbers = !self.exact.iter().chain(found).all(|v| v.is_finite());
         // What is hidden from an attention may be no number, and then whether it is looked at matters.
         if numbers && self.poisoned {
@@ -129,7 +134,7 @@ impl<'a> Oracle<'a> {
         }
         if how != Arithmetic::Real {
             // As narrow types and f32 have it: they overflow and vanish earlier.
-            for other in self.others() {
+            for other in &self.others().results {
                 match differing(other, found, how.negligible(), 0.0) {
                     None => return Ok(()),
                     Some(other) => {
@@ -144,7 +149,7 @@ impl<'a> Oracle<'a> {
         let allowed = noise * how.factor();
         let centres = std::iter::once(&self.exact).chain(match how {
             Arithmetic::Real => &[],
-            _ => self.others(),
+            _ => &self.others().results[..],
         });
         for centre in centres {
             if differing(centre, found, how.negligible(), allowed).is_none() {
@@ -154,12 +159,17 @@ impl<'a> Oracle<'a> {
         Err(fault.1)
     }
 
-    /// The program in f32, and in f64 with values rounded to their element types.
-    fn others(&self) -> &[Numbers] {
+    fn others(&self) -> &Others {
         self.others.get_or_init(|| {
-            let narrow = run::<f32>(&self.trial, self.reference, true, &mut |_, _| {});
+            let mut no_number = false;
+            let narrow = run::<f32>(&self.trial, self.reference, true, &mut |node, values| {
+                no_number |= reads_no_number(node, values);
+            });
             let rounded = run::<f64>(&self.trial, self.reference, true, &mut |_, _| {});
-            [narrow, rounded].into_iter().flatten().collect()
+            Others {
+                results: [narrow, rounded].into_iter().flatten().collect(),
+                no_number,
+            }
         })
     }
 
@@ -182,6 +192,13 @@ impl<'a> Oracle<'a> {
     }
 }
 
+/// Whether an operand has an element that is no number.
+fn reads_no_number<F: Float>(node: &Node, values: &[Option<Value<F>>]) -> bool {
+    let floats = |id: &NodeId| values[id.index()].as_ref()?.as_float();
+    let mut tensors = node.inputs.iter().filter_map(floats);
+    tensors.any(|t| t.data.iter().any(|v| v.to_f64().is_nan()))
+}
+
 /// The largest magnitude among the operands of a node that may be scores, `[..,S,S]` of products.
 fn largest_score(graph: &Graph, node: &Node, values: &[Option<Value<f64>>]) -> f64 {
     let is_score = |id: &&NodeId| {
@@ -198,17 +215,22 @@ fn largest_score(graph: &Graph, node: &Node, values: &[Option<Value<f64>>]) -> f
     all.fold(0.0, |m, v| m.max(v.abs()))
 }
 
-/// Whether a product reads something on its right that is no number.
-fn is_poison(node: &Node, values: &[Option<Value<f64>>]) -> bool {
-    let right = match &node.op {
-        Op::Matmul(_) => node.inputs.iter().nth(1),
-        Op::Sdpa(s) if s.0.stage != SdpaStage::Closed => node.inputs.iter().nth(1),
-        _ => None,
+/// Whether a product reads something on its right that is no number, or a mask is put on scores of the
+/// input that are none.
+fn is_poison(graph: &Graph, node: &Node, values: &[Option<Value<f64>>]) -> bool {
+    let scores = |id: &&NodeId| {
+        let of_batch = |t: &lathe_ir::TensorType| t.rank() == 4 && t.shape[0].is_sym(Sym::B);
+        graph.tensor(**id).is_some_and(of_batch)
     };
-    let value = right.and_then(|i| values[i.index()].as_ref());
-    value
-        .and_then(Value::as_float)
-        .is_some_and(|t| t.data.iter().any(|v| !v.is_finite()))
+    let suspects: Vec<&NodeId> = match &node.op {
+        Op::Matmul(_) => node.inputs.iter().skip(1).collect(),
+        Op::Sdpa(s) if s.0.stage != SdpaStage::Closed => node.inputs.iter().collect(),
+        Op::Binary(BinaryFn::Add) | Op::Where(_) => node.inputs.iter().filter(scores).collect(),
+        _ => Vec::new(),
+    };
+    let floats = |id: &NodeId| values[id.index()].as_ref()?.as_float();
+    let mut tensors = suspects.into_iter().filter_map(floats);
+    tensors.any(|t| t.data.iter().any(|v| !v.is_finite()))
 }
 
 /// The first element in which numbers differ by more than a share of the largest and an absolute
