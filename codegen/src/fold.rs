@@ -1,6 +1,7 @@
 //! What depends on weights alone: layouts become recipes of the loader, all else is computed once.
 
 use crate::pack::{PackError, PackRecipe, RowPerm, Segment};
+use indexmap::IndexMap;
 use lathe_ir::Operands;
 use lathe_ir::ops::{Pack, Permute, Reshape, Slice, Weight};
 use lathe_ir::ops::{X, binary};
@@ -30,7 +31,7 @@ pub(crate) struct Folded {
     pub(crate) graph: Graph,
     nodes: BTreeMap<(Op, Operands<NodeId>), NodeId>,
     /// Results with their indices among the plan's weights.
-    pub(crate) weights: Vec<(NodeId, usize)>,
+    pub(crate) weights: IndexMap<NodeId, usize>,
 }
 
 impl Folded {

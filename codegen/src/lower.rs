@@ -6,9 +6,12 @@ use crate::pack::{PackError, PackRecipe};
 use crate::plan::{
     CacheSpec, Once, Operand, Plan, Program, ProgramKind, Step, Table, ValueId, WeightBuffer,
 };
+use indexmap::IndexMap;
 use lathe_ir::StepInput;
 use lathe_ir::ops::{Get, X};
 use lathe_ir::{DType, Dim, Graph, NodeId, Op, Sym, SymEnv, TensorType, Type, TypeError};
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use thiserror::Error;
 
 /// The graphs of a model's programs.
@@ -77,6 +80,7 @@ pub fn lower(name: &str, dtype: DType, graphs: &Programs<'_>) -> Result<Plan, Lo
         once: None,
     };
     let mut once = Folded::default();
+    let mut layouts = Layouts::default();
     let kinds = [
         (ProgramKind::Decode, graphs.decode),
         (ProgramKind::General, graphs.general),
@@ -84,21 +88,27 @@ pub fn lower(name: &str, dtype: DType, graphs: &Programs<'_>) -> Result<Plan, Lo
     ];
     for (kind, graph) in kinds {
         if let Some(g) = graph {
-            let program = Lowering::new(&mut plan, &mut once, kind, g).run()?;
+            let program = Lowering::new(&mut plan, &mut layouts, &mut once, kind, g).run()?;
             debug_assert_eq!(check_slots(&program), Ok(()));
             plan.programs.push(program);
         }
     }
     if !once.weights.is_empty() {
         let mut none = Folded::default();
-        let lowering = Lowering::new(&mut plan, &mut none, ProgramKind::Once, &once.graph);
+        let kind = ProgramKind::Once;
+        let lowering = Lowering::new(&mut plan, &mut layouts, &mut none, kind, &once.graph);
         plan.once = Some(lowering.run_once(&once.weights)?);
     }
     Ok(plan)
 }
 
+/// The weights of a plan by their layout: recipe, element type, and the weight that multiplies their columns. Views of
+/// one weight differ in their type alone.
+type Layouts = HashMap<(PackRecipe, DType, Option<usize>), usize>;
+
 struct Lowering<'a> {
     plan: &'a mut Plan,
+    layouts: &'a mut Layouts,
     once: &'a mut Folded,
     graph: &'a Graph,
     /// What depends on weights alone: see [`fixed`].
@@ -115,6 +125,7 @@ struct Lowering<'a> {
 impl<'a> Lowering<'a> {
     fn new(
         plan: &'a mut Plan,
+        layouts: &'a mut Layouts,
         once: &'a mut Folded,
         kind: ProgramKind,
         graph: &'a Graph,
@@ -134,6 +145,7 @@ impl<'a> Lowering<'a> {
         }
         Lowering {
             plan,
+            layouts,
             once,
             graph,
             fixed: match kind {
@@ -155,10 +167,10 @@ impl<'a> Lowering<'a> {
     }
 
     /// Lowers the program that computes weights; `weights` are its nodes that are results.
-    fn run_once(mut self, weights: &[(NodeId, usize)]) -> Result<Once, LowerError> {
+    fn run_once(mut self, weights: &IndexMap<NodeId, usize>) -> Result<Once, LowerError> {
         self.nodes()?;
         let mut results = Vec::with_capacity(weights.len());
-        for &(id, weight) in weights {
+        for (&id, &weight) in weights {
             let Some(Operand::Value(v)) = self.operands[id.index()][0] else {
                 return Err(LowerError::Output {
                     program: self.program.kind.name(),
@@ -335,8 +347,7 @@ impl<'a> Lowering<'a> {
             segments: Vec::new(),
         };
         let computed = self.once.import(self.graph, id)?;
-        let known = self.once.weights.iter().find(|w| w.0 == computed);
-        if let Some(&(_, index)) = known {
+        if let Some(&index) = self.once.weights.get(&computed) {
             return Ok(index);
         }
         self.plan.weights.push(WeightBuffer {
@@ -345,24 +356,24 @@ impl<'a> Lowering<'a> {
             scaled_by: None,
         });
         let index = self.plan.weights.len() - 1;
-        self.once.weights.push((computed, index));
+        self.once.weights.insert(computed, index);
         Ok(index)
     }
 
-    /// The index of a weight of this recipe and factors. Views of one weight differ in their type alone.
+    /// The index of a weight of this recipe and factors.
     fn stored(&mut self, recipe: PackRecipe, ty: TensorType, scaled_by: Option<usize>) -> usize {
         let weights = &mut self.plan.weights;
-        let known = weights
-            .iter()
-            .position(|w| w.recipe == recipe && w.ty.dtype == ty.dtype && w.scaled_by == scaled_by);
-        known.unwrap_or_else(|| {
-            weights.push(WeightBuffer {
-                recipe,
-                ty,
-                scaled_by,
-            });
-            weights.len() - 1
-        })
+        match self.layouts.entry((recipe, ty.dtype, scaled_by)) {
+            Entry::Occupied(known) => *known.get(),
+            Entry::Vacant(new) => {
+                weights.push(WeightBuffer {
+                    recipe: new.key().0.clone(),
+                    ty,
+                    scaled_by,
+                });
+                *new.insert(weights.len() - 1)
+            }
+        }
     }
 
     fn no_kernel(&self, id: NodeId) -> LowerError {

@@ -37,7 +37,7 @@ pub struct Region {
 }
 
 /// A model cut into regions.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Regions {
     /// One graph for each distinct region. Layer numbers in names are `*`, layers are 0.
     pub templates: Vec<Graph>,
@@ -177,12 +177,23 @@ impl<'a> Cutter<'a> {
         self.home[at].is_some_and(|home| home != region)
     }
 
+    /// The values that each region makes.
+    fn members(&self) -> Vec<Vec<usize>> {
+        let mut members = vec![Vec::new(); self.count];
+        for (at, home) in self.home.iter().enumerate() {
+            if let Some(region) = home {
+                members[*region].push(at);
+            }
+        }
+        members
+    }
+
     fn run(&self) -> Result<Regions, TypeError> {
         // Outputs that each region owes to later ones, in order of first use.
         let mut owed: Vec<Vec<NodeId>> = vec![Vec::new(); self.count];
         let mut builds = Vec::new();
-        for region in 0..self.count {
-            builds.push(RegionBuild::new(self, region)?);
+        for (region, own) in self.members().into_iter().enumerate() {
+            builds.push(RegionBuild::new(self, region, own)?);
         }
         for b in &builds {
             for (source, _) in &b.inputs {
@@ -258,7 +269,7 @@ struct RegionBuild {
 }
 
 impl RegionBuild {
-    fn new(c: &Cutter<'_>, region: usize) -> Result<RegionBuild, TypeError> {
+    fn new(c: &Cutter<'_>, region: usize, own: Vec<usize>) -> Result<RegionBuild, TypeError> {
         let inside = region > 0 && region + 1 < c.count;
         let layer = inside.then(|| c.layers[region - 1]);
         let name = match layer {
@@ -275,7 +286,6 @@ impl RegionBuild {
         let reads = Reads::new(c.graph.nodes().len(), |at| {
             c.graph.nodes()[at].inputs.iter().map(|i| i.index())
         });
-        let own = (0..c.home.len()).filter(|&at| c.home[at] == Some(region));
         depth_first_search(&reads, own, |event| match event {
             // Values of earlier regions become inputs: what they are made of stays there.
             DfsEvent::Discover(at, _) if c.is_foreign(at, region) => Ok(Control::Prune),

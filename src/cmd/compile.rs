@@ -182,7 +182,7 @@ impl Compile {
         }
         let points = self.dump_ir.clone().unwrap_or(Points::All);
         let dir = self.dump_dir();
-        let snapshots = dump::snapshots(&imported.model.graph, recorded, config);
+        let snapshots = dump::snapshots(&imported.model.graph, recorded, config)?;
         let _ = writeln!(out);
         if format == Format::Html {
             let page = dump::html(imported, recorded, config)?;

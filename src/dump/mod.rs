@@ -14,7 +14,7 @@ use crate::config::nearest;
 use crate::phases::{duration, picoseconds};
 use anyhow::Context;
 use lathe_ir::{Graph, text};
-use lathe_passes::pipeline::{PassConfig, Recorded};
+use lathe_passes::pipeline::{CompileError, PassConfig, Recorded};
 use lathe_passes::{Stage, chains};
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -119,11 +119,14 @@ pub struct Snapshot<'a> {
 }
 
 /// All programs of a compilation in order: as imported, after each stage, and the two results.
+///
+/// # Errors
+/// As [`Recorded::stages`].
 pub fn snapshots<'a>(
     model: &'a Graph,
     recorded: &'a Recorded,
     config: &PassConfig,
-) -> Vec<Snapshot<'a>> {
+) -> Result<Vec<Snapshot<'a>>, CompileError> {
     let mut all = vec![Snapshot {
         number: 0,
         name: "import",
@@ -136,7 +139,7 @@ pub fn snapshots<'a>(
         ],
         graph: Some(model),
     }];
-    for (summary, program) in summaries(recorded, config).iter().zip(&recorded.stages) {
+    for (summary, program) in summaries(recorded, config).iter().zip(recorded.stages()?) {
         let mut header = stage_header(summary);
         let program_is = if program.step {
             format!(
@@ -177,7 +180,7 @@ pub fn snapshots<'a>(
                 .push(("nodes", format!("{}, {count}", g.nodes().len())));
         }
     }
-    all
+    Ok(all)
 }
 
 fn leaves(g: &Graph) -> usize {

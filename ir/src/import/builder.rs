@@ -5,6 +5,7 @@ use crate::ops::{
     Cast, Concat, Const, Expand, Matmul, Op, Permute, Reduce, Reshape, Slice, Weight, WeightRef,
 };
 use crate::{BinaryFn, DType, Dim, Graph, NodeId, Prov, Real, ReduceFn, Sym, UnaryFn};
+use indexmap::IndexSet;
 
 /// Result of every building step.
 pub(crate) type Built = Result<NodeId, ImportError>;
@@ -16,7 +17,7 @@ pub(crate) struct Builder {
     /// Element type of weights and activations.
     pub(crate) dtype: DType,
     /// Tensors of the checkpoint in the order of their first use.
-    pub(crate) weights: Vec<WeightRef>,
+    pub(crate) weights: IndexSet<WeightRef>,
     file: String,
     prov: Prov,
 }
@@ -37,7 +38,7 @@ impl Builder {
         Builder {
             graph: Graph::new(name),
             dtype,
-            weights: Vec::new(),
+            weights: IndexSet::new(),
             file: file.to_string(),
             prov: Prov::global(""),
         }
@@ -104,9 +105,7 @@ impl Builder {
             name: self.path_of(name),
             shape: shape.iter().map(|&n| i64::from(n)).collect(),
         };
-        if !self.weights.contains(&weight) {
-            self.weights.push(weight.clone());
-        }
+        self.weights.insert(weight.clone());
         let dtype = self.dtype;
         self.add(Weight { weight, dtype }, &[])
     }

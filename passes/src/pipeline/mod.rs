@@ -47,11 +47,8 @@ trait Observer {
     fn saturated(&mut self, template: &Template<'_>, stage: Stage);
     /// Its programs are chosen.
     fn chosen(&mut self, template: &Template<'_>, chosen: &Chosen);
-    /// All templates are done; the model's programs are joined of those of its regions.
-    ///
-    /// # Errors
-    /// A program is ill-typed, which would be a bug.
-    fn joined(&mut self, model: &str, regions: &Regions) -> Result<(), CompileError>;
+    /// All templates are done; these are the regions that they stand for.
+    fn cut(&mut self, regions: &Regions);
 }
 
 fn compile_watched(
@@ -149,7 +146,7 @@ fn compile_watched(
         }
     }
     if let Some(o) = observer {
-        o.joined(&model.name, &regions)?;
+        o.cut(&regions);
         clock.lap("dumps");
     }
     Ok(Compiled {

@@ -9,6 +9,7 @@ use crate::region::Regions;
 use crate::rule::Stage;
 use egg::Id;
 use lathe_ir::{Both, Graph};
+use std::cell::OnceCell;
 use std::time::{Duration, Instant};
 
 /// A compiled model with what was seen on the way.
@@ -18,8 +19,43 @@ pub struct Recorded {
     pub compiled: Compiled,
     /// What was seen of each template, in the order of [`Compiled::templates`].
     pub templates: Vec<RecordedTemplate>,
+    /// The model's name.
+    model: String,
+    /// Of which templates the model is made.
+    regions: Regions,
+    /// Joined when somebody asks.
+    stages: OnceCell<Vec<StageProgram>>,
+}
+
+impl Recorded {
     /// The cheapest program of the whole model after each stage.
-    pub stages: Vec<StageProgram>,
+    ///
+    /// # Errors
+    /// A program is ill-typed, which would be a bug.
+    pub fn stages(&self) -> Result<&[StageProgram], CompileError> {
+        if let Some(stages) = self.stages.get() {
+            return Ok(stages);
+        }
+        let all = Stage::ALL.into_iter().enumerate();
+        let joined: Result<Vec<_>, CompileError> = all.map(|(i, s)| self.join(i, s)).collect();
+        let joined = joined?;
+        Ok(self.stages.get_or_init(|| joined))
+    }
+
+    fn join(&self, i: usize, stage: Stage) -> Result<StageProgram, CompileError> {
+        let best: Option<Vec<&Graph>> = self
+            .templates
+            .iter()
+            .map(|t| t.stages[i].best.as_ref().map(|(graph, _)| graph))
+            .collect();
+        let step = stage >= Stage::KvCache;
+        let inputs = if step { Inputs::Step } else { Inputs::Full };
+        let name = format!("{}/{}", self.model, stage.name());
+        let graph = best
+            .map(|terms| stitch(&self.regions, &name, &terms, inputs))
+            .transpose()?;
+        Ok(StageProgram { stage, step, graph })
+    }
 }
 
 /// What was seen of one template.
@@ -76,14 +112,16 @@ pub fn record(model: &Graph, config: &PassConfig) -> Result<Recorded, CompileErr
     Ok(Recorded {
         compiled,
         templates: recorder.templates,
-        stages: recorder.stages,
+        model: model.name.clone(),
+        regions: recorder.regions,
+        stages: OnceCell::new(),
     })
 }
 
 #[derive(Default)]
 struct Recorder {
     templates: Vec<RecordedTemplate>,
-    stages: Vec<StageProgram>,
+    regions: Regions,
     /// Of the current template, the class of each node of the best term after each stage.
     classes: Both<Vec<Vec<Id>>>,
 }
@@ -162,21 +200,7 @@ impl Observer for Recorder {
         self.current().story = Some(story);
     }
 
-    fn joined(&mut self, model: &str, regions: &Regions) -> Result<(), CompileError> {
-        for (i, stage) in Stage::ALL.into_iter().enumerate() {
-            let best: Option<Vec<&Graph>> = self
-                .templates
-                .iter()
-                .map(|t| t.stages[i].best.as_ref().map(|(graph, _)| graph))
-                .collect();
-            let step = stage >= Stage::KvCache;
-            let inputs = if step { Inputs::Step } else { Inputs::Full };
-            let name = format!("{model}/{}", stage.name());
-            let graph = best
-                .map(|terms| stitch(regions, &name, &terms, inputs))
-                .transpose()?;
-            self.stages.push(StageProgram { stage, step, graph });
-        }
-        Ok(())
+    fn cut(&mut self, regions: &Regions) {
+        self.regions = regions.clone();
     }
 }

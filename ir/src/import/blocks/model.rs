@@ -57,7 +57,7 @@ pub(crate) fn finish(
             bos: cfg.token_ids("bos_token_id")?.first().copied(),
             eos: cfg.token_ids("eos_token_id")?,
             dtype: cfg.dtype()?,
-            weights: b.weights,
+            weights: b.weights.into_iter().collect(),
             aliases: Vec::new(),
             ignored_suffixes: vec!["rotary_emb.inv_freq".to_string()],
         },
