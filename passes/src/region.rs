@@ -7,11 +7,11 @@
 //! what depends on weights only is repeated in every region that uses it.
 
 use crate::rules::STEP;
-use crate::walk::Reads;
+use crate::walk::{Reads, depth_first};
 use lathe_ir::ops::select;
 use lathe_ir::ops::{Expand, Input, Reshape, Select, Weight};
 use lathe_ir::{Graph, NodeId, Op, Prov, Sym, TypeError, WeightRef};
-use petgraph::visit::{Control, DfsEvent, depth_first_search};
+use petgraph::visit::{Control, DfsEvent};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// A value that a region takes from an earlier one.
@@ -286,14 +286,14 @@ impl RegionBuild {
         let reads = Reads::new(c.graph.nodes().len(), |at| {
             c.graph.nodes()[at].inputs.iter().map(|i| i.index())
         });
-        depth_first_search(&reads, own, |event| match event {
+        depth_first(&reads, own, |event| match event {
             // Values of earlier regions become inputs: what they are made of stays there.
             DfsEvent::Discover(at, _) if c.is_foreign(at, region) => Ok(Control::Prune),
             DfsEvent::Finish(at, _) => {
                 b.take(c, region, NodeId(at as u32))?;
                 Ok(Control::Continue)
             }
-            _ => Ok::<Control<()>, TypeError>(Control::Continue),
+            _ => Ok(Control::Continue),
         })?;
         Ok(b)
     }

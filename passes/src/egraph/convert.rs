@@ -3,12 +3,13 @@
 use super::EGraph;
 use super::analysis::{Data, op_of, operands_of};
 use super::lang::Lang;
-use crate::walk::Reads;
+use crate::walk::{Reads, depth_first};
 use egg::Id;
 use indexmap::IndexMap;
 use lathe_ir::{Graph, NodeId, Op, Operands, Prov};
-use petgraph::visit::{DfsEvent, depth_first_search};
+use petgraph::visit::{Control, DfsEvent};
 use smallvec::SmallVec;
+use std::convert::Infallible;
 
 /// The e-node of an operation on e-classes; `leaf` gives the class of its payload and of absence.
 pub fn e_node(op: &Op, operands: &Operands<Id>, mut leaf: impl FnMut(Lang) -> Id) -> Lang {
@@ -89,10 +90,9 @@ pub fn to_graph_with_classes(
     let mut graph = Graph::new(name);
     let mut provs = vec![Prov::global(""); choice.len()];
     let mut done: IndexMap<usize, NodeId> = IndexMap::new();
-    depth_first_search(
-        &reads,
-        roots.iter().map(|r| place(r.1)),
-        |event| match event {
+    let roots_at = roots.iter().map(|r| place(r.1));
+    let walk: Result<(), Infallible> = depth_first(&reads, roots_at, |event| {
+        match event {
             DfsEvent::Discover(at, _) => {
                 if let Data::Value(v) = &egraph[class(at)].data
                     && let Some(origin) = v.origin()
@@ -111,8 +111,10 @@ pub fn to_graph_with_classes(
             }
             DfsEvent::BackEdge(..) => panic!("invariant: the chosen forms are acyclic"),
             DfsEvent::CrossForwardEdge(..) => {}
-        },
-    );
+        }
+        Ok(Control::Continue)
+    });
+    let Ok(()) = walk;
     for (name, root) in roots {
         graph.set_output(name, done[&place(*root)]);
     }

@@ -11,10 +11,10 @@ use super::convert::Choice;
 use super::cost::{CostPoint, INFINITE, op_cost};
 use super::lang::Lang;
 use super::{EGraph, analysis::Value};
-use crate::walk::Reads;
+use crate::walk::{Reads, depth_first};
 use egg::{Id, Language};
 use fixedbitset::FixedBitSet;
-use petgraph::visit::{Dfs, DfsEvent, Visitable, depth_first_search};
+use petgraph::visit::{Control, Dfs, DfsEvent, Visitable};
 use std::iter::Copied;
 use thiserror::Error;
 
@@ -262,13 +262,13 @@ impl<'a> Problem<'a> {
     fn total(&self, pick: &[Option<usize>], roots: &[usize]) -> Option<u64> {
         let mut total = 0;
         let roots = roots.iter().copied();
-        let complete = depth_first_search(&self.reads(pick), roots, |event| match event {
+        let complete = depth_first(&self.reads(pick), roots, |event| match event {
             DfsEvent::Discover(c, _) => {
                 total += self.forms[c][pick[c].ok_or(())?].0;
-                Ok(())
+                Ok(Control::Continue)
             }
             DfsEvent::BackEdge(..) => Err(()),
-            _ => Ok(()),
+            _ => Ok(Control::Continue),
         });
         complete.ok().map(|()| total)
     }
