@@ -35,9 +35,15 @@ enum Sizes {
     Few,
 }
 
+/// Features of a head beside those of the samples: between them no multiple of 8 or 16, and 16 times what is no power
+/// of two.
+const HEADS: [u32; 10] = [24, 40, 48, 72, 80, 96, 100, 112, 160, 192];
+
 /// A model in one element type, with or without the stage `fuse`.
 struct Variant {
     model: &'static Sample,
+    /// Features of a head, if they are not the sample's.
+    head: Option<u32>,
     dtype: DType,
     fused: bool,
     sizes: Sizes,
@@ -46,6 +52,7 @@ struct Variant {
 fn variants(slow: bool, effort: Effort) -> Vec<Variant> {
     let variant = |model, dtype, fused, sizes| Variant {
         model,
+        head: None,
         dtype,
         fused,
         sizes,
@@ -73,8 +80,39 @@ fn variants(slow: bool, effort: Effort) -> Vec<Variant> {
         all.push(variant(model, f32, true, few));
         all.push(variant(model, bf16, false, few));
         all.push(variant(model, f32, false, Sizes::Few));
+        // Rotated, with head norms, and with neither.
+        if matches!(model.name, "llama-d64" | "qwen3" | "gpt2") {
+            for head in HEADS {
+                all.extend([bf16, f32].map(|dtype| Variant {
+                    head: Some(head),
+                    ..variant(model, dtype, true, Sizes::Few)
+                }));
+            }
+        }
     }
     all
+}
+
+impl Variant {
+    fn name(&self) -> String {
+        let head = self.head.map(|d| format!(" d{d}")).unwrap_or_default();
+        let fused = if self.fused { "" } else { " unfused" };
+        format!("{}{head} {}{fused}", self.model.name, self.dtype)
+    }
+
+    fn config(&self) -> anyhow::Result<HfConfig> {
+        let Sample { name, config } = self.model;
+        let Some(head) = self.head else {
+            return Ok(HfConfig::parse(name, config)?);
+        };
+        let mut keys: serde_json::Map<String, serde_json::Value> = serde_json::from_str(config)?;
+        match keys.get("n_head").and_then(serde_json::Value::as_u64) {
+            Some(heads) => keys.insert("n_embd".into(), (heads * u64::from(head)).into()),
+            None => keys.insert("head_dim".into(), head.into()),
+        };
+        let text = serde_json::to_string(&keys)?;
+        Ok(HfConfig::parse(name, &text)?)
+    }
 }
 
 /// A page layout with its shapes: `(tokens a page, pages, shapes)`.
@@ -152,8 +190,7 @@ fn plan(
     device: DeviceModel,
     seed: u64,
 ) -> anyhow::Result<(Plan, RandomWeights, usize)> {
-    let Sample { name, config } = variant.model;
-    let config = HfConfig::parse(name, config)?;
+    let (name, config) = (variant.model.name, variant.config()?);
     let options = ImportOptions {
         dtype: variant.dtype,
         max_seq_len: None,
@@ -181,8 +218,7 @@ pub fn subjects(
 ) -> anyhow::Result<Vec<Subject>> {
     let mut subjects = Vec::new();
     for variant in variants(slow, effort) {
-        let fused = if variant.fused { "" } else { " unfused" };
-        let name = format!("{} {}{fused}", variant.model.name, variant.dtype);
+        let name = variant.name();
         let (plan, weights, vocab) =
             plan(&variant, device.clone(), seed).with_context(|| name.clone())?;
         for (page_size, pages, shapes) in layouts(variant.sizes) {

@@ -59,20 +59,13 @@ pub(super) fn step(cx: &mut Context<'_>) -> Result<(), CudaError> {
         _ => return Err(cx.refuse("it is no norm")),
     };
     let work = cx.step_work();
-    launch(cx, norm, work)
+    launch(cx, norm, work);
+    Ok(())
 }
 
 /// Launches a norm, which does this work.
-///
-/// # Errors
-/// Rows are no whole vectors.
-pub(super) fn launch(cx: &mut Context<'_>, n: Norm, work: Work) -> Result<(), CudaError> {
-    if !(n.cols * n.dtype.size()).is_multiple_of(16) {
-        return Err(cx.refuse(format!(
-            "rows of {} elements are not whole 16-byte vectors",
-            n.cols
-        )));
-    }
+pub(super) fn launch(cx: &mut Context<'_>, n: Norm, work: Work) {
+    let vectors = (n.cols * n.dtype.size()).is_multiple_of(16);
     let threads = row_threads(n.cols, n.dtype);
     let label = format!(
         "{}{}{}_{}",
@@ -84,6 +77,7 @@ pub(super) fn launch(cx: &mut Context<'_>, n: Norm, work: Work) -> Result<(), Cu
     let defines = cx
         .defines(n.dtype)
         .def("LATHE_K", n.cols)
+        .def("LATHE_VECTORS", u8::from(vectors))
         .def("LATHE_ADD", u8::from(n.delta.is_some()))
         .def("LATHE_NO_GAMMA", u8::from(n.gamma == Ref::Null))
         .def("LATHE_EPS", literal(n.eps))
@@ -105,5 +99,4 @@ pub(super) fn launch(cx: &mut Context<'_>, n: Norm, work: Work) -> Result<(), Cu
         work: Some(work),
         library: None,
     });
-    Ok(())
 }

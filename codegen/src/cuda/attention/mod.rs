@@ -154,11 +154,9 @@ fn packed(
     fusion: &AttentionFusion,
     spec: &AttnQkv,
 ) -> Result<(), CudaError> {
-    let blocks = h.d / 16;
-    if !h.d.is_multiple_of(16)
-        || (spec.head_norm.is_some() && !blocks.is_power_of_two())
-        || blocks > 32
-    {
+    let blocks = h.d.div_ceil(16);
+    let whole = h.d.is_multiple_of(16) || (spec.head_norm.is_none() && spec.rope.is_none());
+    if !whole || blocks > 32 {
         return Err(cx.refuse(format!("no kernel splits heads of {} features", h.d)));
     }
     let [cos, sin] = match spec.rope {

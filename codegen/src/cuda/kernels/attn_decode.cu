@@ -4,7 +4,7 @@
 // Defines
 //   LATHE_HQ        query heads; the group HQ / HKV is 1..16
 //   LATHE_HKV       key heads
-//   LATHE_D         head size, a multiple of 16; a power of two with QKNORM
+//   LATHE_D         head size, a multiple of 16
 //   LATHE_PAGE      tokens of a cache page; multiples of 16 are faster
 //   LATHE_SCALE     f32, factor of the scores
 //   LATHE_SOFTCAP   f32, s = cap * tanh(s / cap); 0.0f: none
@@ -59,7 +59,6 @@ constexpr int CH = D * (int)sizeof(E) / 16;  // 16-byte chunks of a cache row
 constexpr float LOG2E = 1.4426950408889634f;
 static_assert(HQ % HKV == 0 && GQ <= 16 && D % 16 == 0, "heads");
 static_assert(!LATHE_RAGGED || !LATHE_FUSED, "rows of a ragged step are appended before");
-static_assert(!LATHE_QKNORM || (HB & (HB - 1)) == 0, "head norm needs a power-of-two head size");
 
 DEV i64 cache_row(int page, int kv, int h, int slot) {
   return ((((i64)page * 2 + kv) * HKV + h) * PAGE + slot) * D;
@@ -87,13 +86,15 @@ DEV int first_visible(int len) { return LATHE_WINDOW > 0 ? max(0, len - LATHE_WI
 template <class Put>
 DEV void prepare_heads(const E* qkv, const E* bias, const E* qnorm, const E* knorm, const float* cosv, const float* sinv,
                        int b, int h, int pos, bool append, Put put) {
-  constexpr int UNITS = (GQ + 2) * HB;
-  const int limit = append ? UNITS : GQ * HB;
+  // With a norm the lanes of a head are a power of two, so that they can be added up by shuffles: some have no block.
+  constexpr int BL = !LATHE_QKNORM || HB <= 1 ? HB : HB <= 2 ? 2 : HB <= 4 ? 4 : HB <= 8 ? 8 : 16;
+  constexpr int UNITS = (GQ + 2) * BL;
+  const int limit = append ? UNITS : GQ * BL;
 #pragma unroll 1
   for (int base = 0; base < limit; base += T) {
     const int u = base + threadIdx.x;
-    const bool on = u < limit;
-    const int hh = on ? u / HB : 0, blk = on ? u % HB : 0;
+    const bool on = u < limit && (BL == HB || u % BL < HB);
+    const int hh = on ? u / BL : 0, blk = on ? u % BL : 0;
     float v[16];
 #if LATHE_SPLIT
     const E* from = hh < GQ ? qkv + ((i64)b * HQ + h * GQ + hh) * D : (hh == GQ ? bias : qnorm) + ((i64)b * HKV + h) * D;
@@ -106,8 +107,9 @@ DEV void prepare_heads(const E* qkv, const E* bias, const E* qnorm, const E* kno
     float ss = 0.0f;
 #pragma unroll
     for (int e = 0; e < 16; ++e) ss = fmaf(v[e], v[e], ss);
+    if (BL != HB && !on) ss = 0.0f;
 #pragma unroll
-    for (int o = HB / 2; o; o >>= 1) ss += __shfl_xor_sync(~0u, ss, o);
+    for (int o = BL / 2; o; o >>= 1) ss += __shfl_xor_sync(~0u, ss, o);
     rstd = rsqrtf(ss * (1.0f / D) + LATHE_EPS);
 #endif
     if (hh <= GQ) {

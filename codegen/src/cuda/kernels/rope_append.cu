@@ -4,7 +4,7 @@
 // Defines
 //   LATHE_HQ      query heads
 //   LATHE_HKV     key heads
-//   LATHE_D       head size, a multiple of 16; a power of two with QKNORM
+//   LATHE_D       head size, with QKNORM or ROPE a multiple of 16
 //   LATHE_PAGE    tokens of a cache page
 //   LATHE_QKNORM  1: RMS norm of each q and k head over D; default 0
 //   LATHE_EPS     f32, added to the mean square of a head (QKNORM)
@@ -23,16 +23,28 @@
 //   E* cache                 [page][2][HKV][PAGE][D]
 //   i32 rows                 T
 //   i32 max_pages            columns of block_table
-// Geometry: grid (rows, ceil((HQ + 2 HKV) * BL / 256)) with BL = D/16 rounded up to a power of two, block 256, smem
-// 0.
+// Geometry: grid (rows, ceil((HQ + 2 HKV) * BL / 256)) with BL = ceil(D/16) rounded up to a power of two, block 256,
+// smem 0.
 // Why: a thread owns one 16-element block of a head, that is 8 pairs that rotate together, as interleaved heads have
 // them side by side.
 #ifndef LATHE_QKNORM
 #define LATHE_QKNORM 0
 #endif
-constexpr int HQ = LATHE_HQ, HKV = LATHE_HKV, D = LATHE_D, PAGE = LATHE_PAGE, HB = D / 16;
+constexpr int HQ = LATHE_HQ, HKV = LATHE_HKV, D = LATHE_D, PAGE = LATHE_PAGE, HB = (D + 15) / 16;
 constexpr int BL = HB <= 1 ? 1 : HB <= 2 ? 2 : HB <= 4 ? 4 : HB <= 8 ? 8 : HB <= 16 ? 16 : 32;
-static_assert(D % 16 == 0 && HB <= 32, "head size");
+static_assert((D % 16 == 0 || !(LATHE_QKNORM || LATHE_ROPE)) && HB <= 32, "head size");
+
+// A block of a head; the last one may be short, and none of them then lies on a 16-byte boundary.
+DEV void load_part(const E* src, int left, float (&v)[16]) {
+  if constexpr (D % 16 == 0) load_block16(src, nullptr, v);
+  else
+    for (int e = 0; e < 16 && e < left; ++e) v[e] = to_f32(src[e]);
+}
+DEV void store_part(E* dst, int left, const float (&v)[16]) {
+  if constexpr (D % 16 == 0) store_block16(dst, v);
+  else
+    for (int e = 0; e < 16 && e < left; ++e) dst[e] = from_f32<E>(v[e]);
+}
 
 extern "C" __global__ void __launch_bounds__(256)
 LATHE_NAME(const E* qkv, const E* bias, const E* qnorm, const E* knorm, const float* cosv, const float* sinv,
@@ -45,7 +57,8 @@ LATHE_NAME(const E* qkv, const E* bias, const E* qnorm, const E* knorm, const fl
   float v[16];
 #pragma unroll
   for (int e = 0; e < 16; ++e) v[e] = 0.0f;
-  if (on) load_block16(qkv + ((i64)row * (HQ + 2 * HKV) + head) * D + blk * 16, nullptr, v);
+  const int left = D - blk * 16;
+  if (on) load_part(qkv + ((i64)row * (HQ + 2 * HKV) + head) * D + blk * 16, left, v);
   float rstd = 1.0f;
 #if LATHE_QKNORM
   float ss = 0.0f;
@@ -63,10 +76,10 @@ LATHE_NAME(const E* qkv, const E* bias, const E* qnorm, const E* knorm, const fl
     rope_block16(v, nw, rstd, LATHE_ROPE ? cosv + at : nullptr, LATHE_ROPE ? sinv + at : nullptr);
   }
   if (head < HQ) {
-    store_block16(q + ((i64)row * HQ + head) * D + blk * 16, v);
+    store_part(q + ((i64)row * HQ + head) * D + blk * 16, left, v);
   } else if (seq >= 0) {
     const int kv = head >= HQ + HKV, h = head - HQ - kv * HKV;
     const i64 page = block_table[(i64)seq * max_pages + pos / PAGE];
-    store_block16(cache + (((page * 2 + kv) * HKV + h) * PAGE + pos % PAGE) * D + blk * 16, v);
+    store_part(cache + (((page * 2 + kv) * HKV + h) * PAGE + pos % PAGE) * D + blk * 16, left, v);
   }
 }
