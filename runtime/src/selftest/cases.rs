@@ -243,17 +243,16 @@ pub(crate) fn each_vector(
     }
 }
 
-/// Fills a cache: random keys and values of size 1 in the rows before the step, poison elsewhere.
+/// The bytes of a cache: random keys and values of size 1 in the rows before the step, poison elsewhere.
 pub(crate) fn fill_cache(
-    out: &mut [u8],
     spec: &CacheSpec,
     case: &Case,
-    page_size: usize,
+    options: &LoadOptions,
     rng: &mut Rng,
-) {
-    for word in out.as_chunks_mut::<4>().0 {
-        *word = POISON.to_le_bytes();
-    }
+) -> Vec<u8> {
+    let page_size = options.page_size;
+    let words = options.pages * page_size * spec.token_bytes() / 4;
+    let mut out = POISON.to_le_bytes().repeat(words);
     let past = case.past();
     let (d, size) = (spec.head_dim as usize, spec.dtype.size());
     each_vector(
@@ -271,6 +270,7 @@ pub(crate) fn fill_cache(
             }
         },
     );
+    out
 }
 
 #[cfg(test)]

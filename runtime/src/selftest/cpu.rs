@@ -43,9 +43,9 @@ fn check_twin(
         let mut rng = Rng::new(seed ^ number as u64);
         let mut before = Vec::new();
         for (i, spec) in subject.plan.caches.iter().enumerate() {
-            let cache = twin.cache_mut(i);
-            fill_cache(cache, spec, case, subject.options.page_size, &mut rng);
-            before.push(cache.to_vec());
+            let cache = fill_cache(spec, case, &subject.options, &mut rng);
+            twin.set_cache(i, &cache);
+            before.push(cache);
         }
         let Some(program) = subject.plan.program(case.kind) else {
             continue;
@@ -169,7 +169,7 @@ impl Oracle<'_> {
         }
         for operand in &step.operands {
             if let Operand::Cache(c) = operand {
-                let found = self.judge_cache(step, *c, snapshot.cache(*c), &state);
+                let found = self.judge_cache(step, *c, &snapshot.cache(*c), &state);
                 outcome = outcome.and(found);
             }
         }

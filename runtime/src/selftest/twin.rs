@@ -4,19 +4,22 @@ use super::{POISON, SelftestError};
 use crate::device::cpu::CpuLoadError;
 use crate::device::cpu::executor::{CpuExecutor, check_batch};
 use crate::device::cpu::kernels::Elem;
+use crate::device::cpu::memory::padded_head;
 use crate::device::cpu::run::Run;
 use crate::device::load::{LoadOptions, Loadable, RopeTables};
 use crate::device::step::StepBatch;
 use half::bf16;
+use lathe_codegen::plan::CacheSpec;
 use lathe_codegen::{ProgramKind, ValueId};
 use lathe_ir::DType;
+use std::borrow::Cow;
 
 /// What memory holds right after a step: the step's operands and results are all alive.
 pub(crate) trait Snapshot {
     /// The bytes of a value.
     fn value(&self, v: ValueId) -> &[u8];
-    /// The bytes of a cache.
-    fn cache(&self, i: usize) -> &[u8];
+    /// The bytes of a cache as the plan lays it out, however the device fills heads up.
+    fn cache(&self, i: usize) -> Cow<'_, [u8]>;
 }
 
 /// Called after each step with its index in the program.
@@ -28,8 +31,8 @@ pub(crate) trait Twin {
     fn weight(&self, i: usize) -> &[u8];
     /// Cosines and sines.
     fn rope(&self) -> &RopeTables;
-    /// The bytes of a cache, to be filled before a run.
-    fn cache_mut(&mut self, i: usize) -> &mut [u8];
+    /// Sets the bytes of a cache, as the plan lays it out, before a run.
+    fn set_cache(&mut self, i: usize, bytes: &[u8]);
     /// Runs a program on a batch that fits the options. Each step's results are filled with
     /// [`POISON`] before it.
     fn trace(
@@ -76,8 +79,13 @@ impl<E: Elem> Twin for CpuExecutor<E> {
         &self.rope
     }
 
-    fn cache_mut(&mut self, i: usize) -> &mut [u8] {
-        bytes_mut(&mut self.caches[i])
+    fn set_cache(&mut self, i: usize, from: &[u8]) {
+        let [narrow, wide] = head_bytes(&self.plan.caches[i]);
+        let heads = bytes_mut(&mut self.caches[i]).chunks_exact_mut(wide);
+        for (to, from) in heads.zip(from.chunks_exact(narrow)) {
+            to[..narrow].copy_from_slice(from);
+            to[narrow..].fill(0);
+        }
     }
 
     fn trace(
@@ -113,7 +121,20 @@ impl<E: Elem> Snapshot for Run<'_, E> {
         self.bytes(v)
     }
 
-    fn cache(&self, i: usize) -> &[u8] {
-        bytes(&self.caches[i])
+    fn cache(&self, i: usize) -> Cow<'_, [u8]> {
+        let all = bytes(&self.caches[i]);
+        match head_bytes(&self.plan.caches[i]) {
+            [narrow, wide] if narrow == wide => Cow::Borrowed(all),
+            [narrow, wide] => {
+                let heads = all.chunks_exact(wide).map(|head| &head[..narrow]);
+                Cow::Owned(heads.collect::<Vec<_>>().concat())
+            }
+        }
     }
+}
+
+/// Bytes of a cached head of the plan, and as the CPU stores it.
+fn head_bytes(spec: &CacheSpec) -> [usize; 2] {
+    let head = spec.head_dim as usize;
+    [head, padded_head(head)].map(|d| d * spec.dtype.size())
 }

@@ -84,7 +84,7 @@ pub fn run_full(
 
 /// A plan in memory, with activations and KV caches in element type `E`.
 pub(crate) struct CpuExecutor<E> {
-    pub(super) plan: Plan,
+    pub(crate) plan: Plan,
     pub(crate) options: LoadOptions,
     pub(crate) weights: Vec<PageBuffer<E>>,
     /// Cosines and sines `[max_pos, D/2]` by table and scaling.

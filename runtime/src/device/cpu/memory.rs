@@ -55,7 +55,7 @@ pub(super) fn meminfo(key: &str) -> Option<u64> {
 
 /// Features of a head in memory: the kernels take heads in blocks of 16, so that others are filled up
 /// with zeros.
-pub(super) fn padded_head(head_dim: usize) -> usize {
+pub(crate) fn padded_head(head_dim: usize) -> usize {
     head_dim.next_multiple_of(16)
 }
 

@@ -5,7 +5,7 @@ mod device;
 mod exec;
 pub(crate) mod executor;
 pub mod kernels;
-mod memory;
+pub(crate) mod memory;
 pub mod pages;
 mod plain;
 mod profile;

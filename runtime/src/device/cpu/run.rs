@@ -15,7 +15,7 @@ pub(super) struct Inputs<'a> {
 
 /// One run of a program.
 pub(crate) struct Run<'a, E> {
-    pub(super) plan: &'a Plan,
+    pub(crate) plan: &'a Plan,
     pub(super) options: &'a LoadOptions,
     pub(super) weights: &'a [PageBuffer<E>],
     pub(super) rope: &'a RopeTables,

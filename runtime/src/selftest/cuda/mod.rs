@@ -259,8 +259,8 @@ impl Tester for CudaTester {
             };
             let mut rng = Rng::new(seed ^ number as u64);
             for (i, spec) in subject.plan.caches.iter().enumerate() {
-                let page = subject.options.page_size;
-                fill_cache(twin.cache_mut(i), spec, case, page, &mut rng);
+                let cache = fill_cache(spec, case, &subject.options, &mut rng);
+                twin.set_cache(i, &cache);
             }
             self.case(subject, case, &lowered, &mut *twin, &mut constants, report)?;
         }

@@ -1,5 +1,7 @@
 //! A case on the GPU, step by step: operands in, launches, everything in memory compared.
 
+use std::borrow::Cow;
+
 use super::memory::{Image, Output, Work};
 use crate::device::cuda::driver::Stream;
 use crate::device::cuda::memory::bytes_of;
@@ -211,7 +213,7 @@ impl Running<'_> {
             Operand::Cache(c) => Some(*c),
             _ => None,
         });
-        let cache = cache.map(|c| (c, self.cache_before(c, snapshot.cache(c))));
+        let cache = cache.map(|c| (c, self.cache_before(c, &snapshot.cache(c))));
         let used = self.lowered.launches.iter().filter(|l| l.step == at);
         let used: Vec<usize> = used
             .flat_map(|l| l.args.iter().filter_map(work_of))
@@ -228,7 +230,7 @@ impl Running<'_> {
         let stray = self.image.stray(outputs, &first.memory);
         outcome = outcome.and(Outcome::exact(stray));
         if let Some((c, before)) = &cache {
-            let found = self.judge_cache(step, *c, before, &first.cache, snapshot.cache(*c));
+            let found = self.judge_cache(step, *c, before, &first.cache, &snapshot.cache(*c));
             outcome = outcome.and(found);
         }
         let fault = self.work.fault(self.stream, &used)?;
@@ -351,7 +353,7 @@ impl Snapshot for Altered<'_> {
         own.map_or_else(|| self.inner.value(v), |(_, bytes)| bytes)
     }
 
-    fn cache(&self, i: usize) -> &[u8] {
+    fn cache(&self, i: usize) -> Cow<'_, [u8]> {
         self.inner.cache(i)
     }
 }
