@@ -33,8 +33,13 @@ pub(super) fn step(cx: &mut Context<'_>) -> Result<(), CudaError> {
             }
             _ => broadcast_strides(&shape, &dims),
         };
-        geo.inputs[slot][..dims.len()].copy_from_slice(&strides);
-        names.push(["a", "b", "c"][slot].to_owned());
+        let (name, to) = match slot {
+            0 => ("a", &mut geo.a),
+            1 => ("b", &mut geo.b),
+            _ => ("c", &mut geo.c),
+        };
+        to[..dims.len()].copy_from_slice(&strides);
+        names.push(name.to_owned());
         types.push(cx.stored_dtype(operand)?);
         args.push(Arg::Ptr(cx.operand(operand)?));
     }

@@ -7,8 +7,10 @@ use super::error::CudaError;
 pub(super) struct Geo {
     pub(super) n: i64,
     pub(super) dims: [i64; 6],
-    /// Strides of a, b and c.
-    pub(super) inputs: [[i64; 6]; 3],
+    /// Strides of the operands.
+    pub(super) a: [i64; 6],
+    pub(super) b: [i64; 6],
+    pub(super) c: [i64; 6],
     pub(super) out: [i64; 6],
     pub(super) reduced: [i64; 6],
     /// Element offsets of a, b, c and the output.
@@ -21,7 +23,9 @@ impl Geo {
         let mut geo = Geo {
             n: dims.iter().product(),
             dims: [1; 6],
-            inputs: [[0; 6]; 3],
+            a: [0; 6],
+            b: [0; 6],
+            c: [0; 6],
             out: [0; 6],
             reduced: [1; 6],
             offsets: [0; 4],
@@ -43,7 +47,7 @@ impl Geo {
     }
 
     pub(super) fn words(&self) -> Vec<i64> {
-        let [a, b, c] = &self.inputs;
+        let [a, b, c] = [&self.a, &self.b, &self.c];
         let arrays = [&self.dims, a, b, c, &self.out, &self.reduced];
         std::iter::once(self.n)
             .chain(arrays.into_iter().flatten().copied())

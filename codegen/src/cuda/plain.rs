@@ -90,7 +90,7 @@ fn copy(
     to: Option<(&[i64], i64)>,
 ) -> Result<(), CudaError> {
     let mut geo = Geo::of(cx, dims)?;
-    geo.inputs[0][..dims.len()].copy_from_slice(from);
+    geo.a[..dims.len()].copy_from_slice(from);
     geo.offsets[0] = offset;
     if let Some((strides, offset)) = to {
         geo.out[..dims.len()].copy_from_slice(strides);
@@ -136,8 +136,8 @@ fn concat(cx: &mut Context<'_>, axis: usize) -> Result<(), CudaError> {
     let (first, second) = (cx.extents(a), cx.extents(b));
     let (from_a, from_b) = (dense(&first), dense(&second));
     let mut geo = Geo::of(cx, &dims)?;
-    geo.inputs[0][..dims.len()].copy_from_slice(&from_a);
-    geo.inputs[1][..dims.len()].copy_from_slice(&from_b);
+    geo.a[..dims.len()].copy_from_slice(&from_a);
+    geo.b[..dims.len()].copy_from_slice(&from_b);
     geo.reduced[0] = first[axis];
     geo.offsets[1] = -first[axis] * from_b[axis];
     let compute = if out.dtype.is_float() { "float" } else { "i64" };
@@ -184,9 +184,9 @@ fn reduce(cx: &mut Context<'_>, f: ReduceFn, axis: usize) -> Result<(), CudaErro
     let mut strides = dense(&dims);
     let (extent, stride) = (dims.remove(axis), strides.remove(axis));
     let mut geo = Geo::of(cx, &dims)?;
-    geo.inputs[0][..dims.len()].copy_from_slice(&strides);
+    geo.a[..dims.len()].copy_from_slice(&strides);
     geo.reduced[5] = extent;
-    geo.inputs[1][5] = stride;
+    geo.b[5] = stride;
     let code = match f {
         ReduceFn::Sum => 0,
         ReduceFn::Amax => 1,
@@ -226,8 +226,8 @@ fn matmul(cx: &mut Context<'_>) -> Result<(), CudaError> {
     let mut geo = Geo::new(&[od[0], od[1], m, n, k, 1]);
     let [a0, a1] = lead(&ad);
     let [b0, b1] = lead(&bd);
-    geo.inputs[0] = [a0, a1, k, 0, 1, 0];
-    geo.inputs[1] = [b0, b1, 0, 1, n, 0];
+    geo.a = [a0, a1, k, 0, 1, 0];
+    geo.b = [b0, b1, 0, 1, n, 0];
     geo.out = [od[1] * m * n, m * n, n, 1, 0, 0];
     let defines = cx
         .defines(DType::F32)

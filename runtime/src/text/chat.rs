@@ -7,30 +7,11 @@
 use std::path::{Path, PathBuf};
 
 use lathe_ir::foreign::Kind;
-use serde::{Deserialize, Serialize};
 
+use super::message::ChatMessage;
 use super::sandbox::Sandbox;
 use super::template::{Refusal, Rendering, check_length};
 use super::{SpecialTokens, TextError, read_json, read_text, shorten};
-
-/// One message of a conversation.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ChatMessage {
-    /// `system`, `user`, `assistant` or what else the template knows.
-    pub role: String,
-    /// The text.
-    pub content: String,
-}
-
-impl ChatMessage {
-    /// A message of the given role.
-    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
-        Self {
-            role: role.into(),
-            content: content.into(),
-        }
-    }
-}
 
 /// A chat template with the special tokens that it may mention and the sandbox that it is rendered in.
 #[derive(Debug)]

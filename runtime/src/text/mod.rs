@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 mod bounds;
 mod chat;
 mod guard;
+mod message;
 pub mod sandbox;
 mod strftime;
 pub mod template;
@@ -20,7 +21,8 @@ pub mod template;
 mod test_folder;
 mod tokenizer;
 
-pub use chat::{ChatMessage, ChatTemplate};
+pub use chat::ChatTemplate;
+pub use message::ChatMessage;
 pub use sandbox::Sandbox;
 pub use tokenizer::{SpecialTokens, StreamDecoder, TextTokenizer, eos_token_ids};
 

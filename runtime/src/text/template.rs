@@ -19,8 +19,8 @@ use minijinja::{Environment, Error, ErrorKind, context};
 use serde::{Deserialize, Serialize};
 
 use super::bounds;
-use super::chat::ChatMessage;
 use super::guard::{guarded, one_line};
+use super::message::ChatMessage;
 use super::strftime::format_utc;
 
 /// Instructions that one rendering may take; real templates need some thousands a message.
